@@ -1,0 +1,1 @@
+"""Hot loops: plain PyTorch, one file per operation."""
