@@ -29,6 +29,16 @@ class KronShape:
     pad: int
 
     @property
+    def ranks(self) -> tuple[int, int]:
+        """(r1, r2)."""
+        return self.r1, self.r2
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(p1, p2)."""
+        return self.p1, self.p2
+
+    @property
     def numbers(self) -> int:
         """Stored numbers of one term: r1·p1 + r2·p2."""
         return self.r1 * self.p1 + self.r2 * self.p2
@@ -52,6 +62,16 @@ class KronShape3:
     pad: int
 
     @property
+    def ranks(self) -> tuple[int, int, int]:
+        """(r1, r2, r3)."""
+        return self.r1, self.r2, self.r3
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(p1, p2, p3)."""
+        return self.p1, self.p2, self.p3
+
+    @property
     def numbers(self) -> int:
         """Stored numbers of one term: r1·p1 + r2·p2 + r3·p3."""
         return self.r1 * self.p1 + self.r2 * self.p2 + self.r3 * self.p3
@@ -65,6 +85,13 @@ def _divisors(n: int) -> list[int]:
 def _check_sizes(r: int, n: int) -> None:
     if r < 1 or n < 1:
         raise InputError(f"rank and dimension must be at least 1, got r={r}, n={n}")
+
+
+def _check_split(split: tuple[int, ...], r: int, n: int) -> None:
+    if min(split) >= 1 and math.prod(split) == r:
+        return
+    near = choose_factors(r, n).ranks if len(split) == 2 else choose_factors3(r, n).ranks
+    raise InputError(f"rank_split {split} does not multiply to r={r}; {near} does and suits n={n}")
 
 
 @lru_cache(maxsize=4096)
@@ -85,12 +112,8 @@ def choose_factors(
     Raises InputError on sizes below 1 and on a split whose product is not r.
     """
     _check_sizes(r, n)
-    if rank_split is not None and (min(rank_split) < 1 or math.prod(rank_split) != r):
-        near = choose_factors(r, n)
-        raise InputError(
-            f"rank_split {rank_split} does not multiply to r={r}; "
-            f"({near.r1}, {near.r2}) does and suits n={n}"
-        )
+    if rank_split is not None:
+        _check_split(rank_split, r, n)
     splits = [rank_split] if rank_split else [(d, r // d) for d in _divisors(r) if d * d <= r]
 
     def preference(shape: KronShape) -> tuple[int, int, int, int]:
@@ -122,24 +145,33 @@ def _padded(r1: int, r2: int, n: int, limit: int) -> Iterator[KronShape]:
 
 
 @lru_cache(maxsize=4096)
-def choose_factors3(r: int, n: int) -> KronShape3:
+def choose_factors3(
+    r: int, n: int, *, rank_split: tuple[int, int, int] | None = None
+) -> KronShape3:
     """The split into three factors that stores the fewest numbers a term.
 
     Minimises r1·p1 + r2·p2 + r3·p3, at least 3·(r·n)^(1/3), with the padding rule of
     `choose_factors`; ties go to the smallest largest r, then to the most even p.
-    Worked: n = 4096 = 16³, r = 8 = 2³ stores 96 numbers a term. Raises InputError below 1.
+    Worked: n = 4096 = 16³, r = 8 = 2³ stores 96 numbers a term. `rank_split` fixes (r1, r2, r3).
+    Raises InputError on sizes below 1 and on a split whose product is not r.
     """
     _check_sizes(r, n)
-    splits = [
-        (r1, r2, r // (r1 * r2))
-        for r1 in _divisors(r)
-        for r2 in _divisors(r // r1)
-        if r1 <= r2 <= r // (r1 * r2)
-    ]
+    if rank_split is not None:
+        _check_split(rank_split, r, n)
+    splits = (
+        [rank_split]
+        if rank_split
+        else [
+            (r1, r2, r // (r1 * r2))
+            for r1 in _divisors(r)
+            for r2 in _divisors(r // r1)
+            if r1 <= r2 <= r // (r1 * r2)
+        ]
+    )
 
     def preference(shape: KronShape3) -> tuple[int, ...]:
         p = (shape.p1, shape.p2, shape.p3)
-        return (shape.numbers, shape.r3, max(p), *p)
+        return (shape.numbers, max(shape.ranks), max(p), *p)
 
     exact = min(
         (

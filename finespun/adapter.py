@@ -1,0 +1,200 @@
+"""The object a user holds: one adapter on one model, for the rest of its life."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from finespun import hosts
+from finespun.errors import InputError, StateError
+from finespun.hosts.targets import Targets
+from finespun.linalg import LowRank
+from finespun.structures import Delta, Structure, calculus
+from finespun.structures.compact import compact
+
+
+def adapt(
+    model: nn.Module,
+    structure: Structure,
+    targets: Targets,
+    train: Sequence[str] | None = None,
+    name: str = "default",
+    exact_start: bool = False,
+    scores: Mapping[str, float] | None = None,
+) -> "Adapter":
+    """Attach a new trainable adapter; the model stays the object and the class it was.
+
+    `targets`: names, suffixes, a regular expression, or "all-linear". `train`: modules of which the
+    adapter trains its own copy; None means the task head that the model's class announces.
+    `exact_start` makes a start that is not zero equal the base. Every other number of the model is
+    frozen until `detach`. Raises TargetError, PlanError or InputError and leaves the model untouched.
+    """
+    trained = hosts.find_head(model) if train is None else tuple(train)
+    names = [n for n in hosts.find(model, targets) if not _inside(n, trained)]
+    entry = hosts.new_entry(model, name, structure, names, trained, scores)
+    adapter = Adapter(model, name)
+    if exact_start and not structure.starts_at_zero:
+        for delta in entry.deltas.values():
+            delta.keep_start()
+    adapter.train()
+    hosts.activate(model, name)
+    return adapter
+
+
+def _inside(name: str, trained: Sequence[str]) -> bool:
+    return any(name == t or name.startswith(t + ".") for t in trained)
+
+
+class Adapter:
+    """A handle on adapter `name` of `model`. Printing it shows targets, numbers and norms."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        hosts.board_of(model)[name]
+        self.model, self.name = model, name
+
+    @property
+    def entry(self) -> hosts.Entry:
+        """What the model's board holds of this adapter."""
+        return hosts.board_of(self.model)[self.name]
+
+    @property
+    def structure(self) -> Structure:
+        return self.entry.structure
+
+    @property
+    def deltas(self) -> dict[str, Delta]:
+        """Site name -> Delta; created if the adapter was never active."""
+        hosts.materialise(self.model, self.entry)
+        return self.entry.deltas
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained numbers of the updates, those of trained modules not counted."""
+        hosts.materialise(self.model, self.entry)
+        own = sum(p.numel() for d in self.deltas.values() for p in d.numbers())
+        bank = self.entry.bank
+        shared = [] if bank is None else bank.named_parameters()
+        return own + sum(p.numel() for n, p in shared if not n.startswith("start."))
+
+    @property
+    def num_trained(self) -> int:
+        """Numbers in the adapter's own copies of modules (a fresh head, say)."""
+        return sum(p.numel() for m in self.entry.copies.values() for p in m.parameters())
+
+    @property
+    def scale(self) -> float:
+        """Strength at inference; 1.0 as trained."""
+        return self.entry.scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        if not math.isfinite(value):
+            raise InputError(f"scale={value} must be a finite number; 1.0 is as trained")
+        if self.name in hosts.board_of(self.model).merged:
+            raise StateError(f"{self.name!r} is merged; unmerge it before changing its strength")
+        self.entry.scale = value
+
+    # --- training --------------------------------------------------------------------------------
+    def train(self) -> "Adapter":
+        """Freeze every other number of the model and let this adapter's be trained."""
+        hosts.materialise(self.model, self.entry)
+        frozen = self.model.__dict__.setdefault("_finespun_frozen", [])
+        mine = {id(p) for p in self.parameters()}
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and id(parameter) not in mine:
+                parameter.requires_grad_(False)
+                frozen.append(parameter)
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
+        return self
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All numbers that training moves: updates, bank, and copies of modules."""
+        own = [p for d in self.deltas.values() for p in d.numbers()]
+        if self.entry.bank is not None:
+            own += [p for n, p in self.entry.bank.named_parameters() if not n.startswith("start.")]
+        return own + [p for m in self.entry.copies.values() for p in m.parameters()]
+
+    def push(self, v: Mapping[str, Mapping[str, Tensor]]) -> dict[str, LowRank | Tensor]:
+        """J v at every site, for a change v[site][name] of the trained numbers."""
+        return {name: calculus.push(d, v.get(name, {})) for name, d in self.deltas.items()}
+
+    def pull(self, M: Mapping[str, LowRank | Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Jᵀ M: by site and, summed over the sites, for the bank under the key "bank"."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, delta in self.deltas.items():
+            for key, value in calculus.pull(delta, M[name]).items():
+                place = found.setdefault("bank" if key.startswith("bank.") else name, {})
+                place[key] = place[key] + value if key in place else value
+        return found
+
+    def compact(self) -> "Adapter":
+        """Remove what was switched off; where the structure cannot say it, become LoRAs of each
+        site's own rank. Shapes change: afterwards build a new optimiser."""
+        entry = self.entry
+        structure, plan, small = compact(entry.structure, entry.plan, self.deltas)
+        for name, delta in small.items():
+            delta.__dict__["owner"] = self.name
+            delta.requires_grad_(next(iter(entry.deltas[name].numbers())).requires_grad)
+            hosts.hosts_of(self.model, self.name)[name].deltas()[self.name] = delta
+        hosts.replace(entry, structure, plan, small)
+        return self
+
+    # --- using -----------------------------------------------------------------------------------
+    def activate(self) -> "Adapter":
+        """Make this the one active adapter."""
+        hosts.activate(self.model, self.name)
+        return self
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Inside `with adapter.disabled():` the model is its base, bit for bit."""
+        return hosts.disabled(self.model)
+
+    def merge(self, weight: float = 1.0, undo: Literal["memory", "none"] = "memory") -> int:
+        """Fold the update into the base weights; returns the bytes kept for `unmerge`."""
+        return hosts.merge(self.model, {self.name: weight}, undo)
+
+    def unmerge(self) -> None:
+        """Put the original weights back by pointer."""
+        hosts.unmerge(self.model)
+
+    def detach(self) -> None:
+        """Take the adapter out; after the last one the model is what it was."""
+        hosts.remove(self.model, self.name)
+        if "_finespun_board" not in self.model.__dict__:
+            for parameter in self.model.__dict__.pop("_finespun_frozen", []):
+                parameter.requires_grad_(True)
+
+    def updates(self, rank: int | None = None, energy: float | None = None) -> dict[str, LowRank]:
+        """Every site's ΔW as a LowRank, strength included: exact where the structure has factors."""
+        return {n: d.as_low_rank(rank, energy) * self.scale for n, d in self.deltas.items()}
+
+    @torch.no_grad()
+    def norms(self) -> dict[str, float]:
+        """‖ΔW‖_F of every site that changes a weight."""
+        found = {}
+        for name, delta in self.deltas.items():
+            pair = delta.factors()
+            norm = (
+                LowRank(pair[0], pair[1] * delta.scale).norm()
+                if pair
+                else delta.dense(delta.base_weight()).norm()
+            )
+            found[name] = float(norm)
+        return found
+
+    def __repr__(self) -> str:
+        sites, norms = self.entry.plan.sites, list(self.norms().values())
+        kinds = sorted({f"{s.out_features}x{s.in_features}" for s in sites})
+        leaves = sorted({s.name.rsplit(".", 1)[-1] for s in sites})
+        trained = f", trains {', '.join(self.entry.trained)}" if self.entry.trained else ""
+        return (
+            f"Adapter {self.name!r}: {self.structure}\n"
+            f"  {len(sites)} sites ({', '.join(leaves)}; {', '.join(kinds)}){trained}\n"
+            f"  {self.num_parameters:,} trained numbers"
+            + (f" and {self.num_trained:,} in trained modules" if self.num_trained else "")
+            + f", ‖ΔW‖ {min(norms):.3g} to {max(norms):.3g}"
+        )

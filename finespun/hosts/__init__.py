@@ -1,0 +1,51 @@
+"""Where a ΔW attaches: the adapted layer, routing of rows, attach, merge and detach."""
+
+from finespun.hosts.attach import (
+    activate,
+    board_of,
+    evict,
+    hosts_of,
+    load_tensors,
+    materialise,
+    new_entry,
+    register,
+    remove,
+    replace,
+    rows,
+    tensors_of,
+)
+from finespun.hosts.board import Board, Entry
+from finespun.hosts.flat import FlatState
+from finespun.hosts.host import Host, LinearHost
+from finespun.hosts.layer import Adapted, adapted_class, plain_class
+from finespun.hosts.merging import disabled, merge, unmerge
+from finespun.hosts.targets import find, find_head, modules
+
+__all__ = [
+    "Adapted",
+    "Board",
+    "Entry",
+    "FlatState",
+    "Host",
+    "LinearHost",
+    "activate",
+    "adapted_class",
+    "board_of",
+    "disabled",
+    "evict",
+    "find",
+    "find_head",
+    "hosts_of",
+    "load_tensors",
+    "materialise",
+    "merge",
+    "modules",
+    "new_entry",
+    "plain_class",
+    "register",
+    "remove",
+    "replace",
+    "rows",
+    "tensors_of",
+    "unmerge",
+]

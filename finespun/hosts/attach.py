@@ -1,0 +1,306 @@
+"""Put an adapter's modules into a model, choose which are active, and take them out again."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from finespun.errors import InputError, StateError, TargetError, nearest
+from finespun.hosts.block import BlockHost
+from finespun.hosts.board import Board, Entry
+from finespun.hosts.copies import CopyHost
+from finespun.hosts.flat import FlatState
+from finespun.hosts.forming import Former
+from finespun.hosts.host import Host, LinearHost
+from finespun.hosts.layer import Adapted, adapted_class, plain_class
+from finespun.hosts.targets import modules
+from finespun.structures import Delta, Plan, SiteShape, Structure
+
+BANKS = "finespun_banks"
+HOSTS: tuple[tuple[type[nn.Module], type[Host]], ...] = ((nn.Linear, LinearHost),)
+
+
+def board_of(model: nn.Module) -> Board:
+    """The model's board. Raises StateError when nothing was ever adapted."""
+    board = model.__dict__.get("_finespun_board")
+    if not isinstance(board, Board):
+        raise StateError(f"this {type(model).__name__} has no adapters; adapt or load one first")
+    return board
+
+
+def hosts_of(model: nn.Module, name: str | None = None) -> dict[str, Host]:
+    """Site name -> host of every adapted layer, or of those that hold adapter `name`."""
+    found = {}
+    for module in model.modules():
+        host = module.__dict__.get("_finespun")
+        if isinstance(host, Host) and (name is None or name in host.deltas()):
+            found[host.name] = host
+    return found
+
+
+def new_entry(
+    model: nn.Module,
+    name: str,
+    structure: Structure,
+    targets: Sequence[str],
+    trained: Sequence[str] = (),
+    scores: Mapping[str, float] | None = None,
+) -> Entry:
+    """Plan, build and attach a new adapter; on any error the model is left as it was."""
+    sites = [site(model, target, structure) for target in targets]
+    check_trained(model, targets, trained)
+    entry = Entry(name, structure, structure.plan(sites, scores), tuple(trained))
+    register(model, entry)
+    try:
+        materialise(model, entry)
+    except BaseException:
+        remove(model, name)
+        raise
+    return entry
+
+
+def register(model: nn.Module, entry: Entry) -> None:
+    """Make an adapter known to the model; its modules need not exist yet."""
+    bad = [c for c in ".:/" if c in entry.name]
+    if bad or not entry.name:
+        raise InputError(f"adapter name {entry.name!r} must be non-empty and hold none of . : /")
+    if "_finespun_board" not in model.__dict__:
+        model.__dict__["_finespun_board"] = Board()
+        model.__dict__["_finespun_hooks"] = (
+            model.register_forward_pre_hook(_enter),
+            model.register_forward_hook(_leave, always_call=True),
+        )
+    board = board_of(model)
+    if entry.name in board.entries:
+        raise InputError(
+            f"an adapter called {entry.name!r} is already there; choose another name or detach it"
+        )
+    board.entries[entry.name] = entry
+
+
+def site(model: nn.Module, target: str, structure: Structure) -> Host:
+    """The host of a module, made but not yet attached unless the module is adapted already.
+
+    Raises TargetError for modules that cannot carry a delta, or would carry it in vain.
+    """
+    known = modules(model)
+    if target not in known:
+        raise TargetError(f"no module is called {target!r}; {nearest(target, known)}")
+    module = known[target]
+    own = module.__dict__.get("_finespun")
+    if isinstance(own, Host):
+        return own
+    parent = known.get(target.rpartition(".")[0], model)
+    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        raise TargetError(
+            f"{target!r} lies in a {plain_class(parent).__name__}, whose fast path reads the weight "
+            "without calling the layer: an adapter there would do nothing"
+        )
+    board = model.__dict__.get("_finespun_board") or Board()
+    if structure.site_kind == "block":
+        return BlockHost(module, target, board)
+    for kind, host in HOSTS:
+        if isinstance(module, kind):
+            return host(module, target, board)  # type: ignore[arg-type]
+    can = ", ".join(kind.__name__ for kind, _ in HOSTS)
+    raise TargetError(f"{target!r} is a {type(module).__name__}; {can} can be adapted")
+
+
+def check_trained(model: nn.Module, targets: Sequence[str], trained: Sequence[str]) -> None:
+    """Raise TargetError unless every trained module exists and holds no target."""
+    known = modules(model)
+    for name in trained:
+        if name not in known:
+            raise TargetError(f"no module is called {name!r} to train; {nearest(name, known)}")
+        for target in targets:
+            if target == name or target.startswith(name + "."):
+                raise TargetError(
+                    f"{target!r} cannot be adapted inside {name!r}, which is trained whole"
+                )
+
+
+def materialise(model: nn.Module, entry: Entry) -> None:
+    """Create the entry's modules and put them into the layers: O(sites), once."""
+    if entry.live:
+        return
+    board, structure = board_of(model), entry.structure
+    state = {} if entry.flat is None else entry.flat.tensors()
+    hosts = {s.name: site(model, s.name, structure) for s in entry.plan.sites}
+    entry.plan.fit(h.shape for h in hosts.values())
+    check_trained(model, list(hosts), entry.trained)
+    entry.bank = structure.bank(entry.plan)
+    if entry.bank is not None:
+        banks = model._modules.setdefault(BANKS, nn.ModuleDict())
+        banks[entry.name] = entry.bank  # type: ignore[index]
+    for name, host in hosts.items():
+        delta = structure.build(host, entry.plan, entry.bank)
+        delta.__dict__["owner"] = entry.name
+        _seat(host.layer, host, "deltas")[entry.name] = delta
+        host.board = board
+        entry.deltas[name] = delta
+    for name in entry.trained:
+        entry.copies[name] = _add_copy(model, name, board, entry.name)
+    if state:
+        load_tensors(entry, state)
+        entry.flat = None
+    replace(entry, structure, entry.plan, entry.deltas)
+
+
+def replace(entry: Entry, structure: Structure, plan: Plan, deltas: dict[str, Delta]) -> None:
+    """Let the entry hold these deltas, which sit in the layers already."""
+    entry.structure, entry.plan, entry.deltas = structure, plan, deltas
+    entry.former = Former(structure, list(deltas.values())) if structure.forms_together else None
+
+
+def _add_copy(model: nn.Module, name: str, board: Board, adapter: str) -> nn.Module:
+    module = modules(model)[name]
+    host = module.__dict__.get("_finespun") or CopyHost(module, name, board)
+    if not isinstance(host, CopyHost):
+        raise TargetError(f"{name!r} is adapted already and cannot also be trained whole")
+    twin = host.original()
+    _seat(module, host, "copies")[adapter] = twin
+    return twin
+
+
+def _seat(module: nn.Module, host: Any, child: str) -> nn.ModuleDict:
+    """Put the adapted class in front, once, and return the dictionary for the adapters' modules."""
+    if not isinstance(module, Adapted):
+        module._modules[child] = nn.ModuleDict()
+        module.__dict__["_finespun"] = host
+        module.__class__ = adapted_class(type(module))
+        module._modules[child].train(module.training)
+    return module._modules[child]  # type: ignore[return-value]
+
+
+def tensors_of(entry: Entry) -> dict[str, Tensor]:
+    """Every tensor that belongs to the adapter, by its key in files: delta/SITE/NAME, bank/NAME,
+    trained/MODULE/NAME."""
+    if entry.flat is not None:
+        return entry.flat.tensors()
+    parts: list[tuple[str, nn.Module]] = [(f"delta/{n}", d) for n, d in entry.deltas.items()]
+    if entry.bank is not None:
+        parts.append(("bank", entry.bank))
+    parts += [(f"trained/{n}", m) for n, m in entry.copies.items()]
+    return {f"{p}/{k}": v for p, m in parts for k, v in m.state_dict().items()}
+
+
+def load_tensors(entry: Entry, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the entry's modules. Raises InputError naming the first key that is
+    missing, unknown or of another shape; nothing is written then."""
+    for name, delta in entry.deltas.items():
+        own = {k.removeprefix(f"delta/{name}/") for k in tensors if k.startswith(f"delta/{name}/")}
+        if any(k.startswith("start.") for k in own) and "start" not in delta._modules:
+            delta.keep_start()
+    expected = {k: v.shape for k, v in tensors_of(entry).items()}
+    extra = {k for k in tensors if k.rsplit("/", 1)[-1].split("_")[0] in ("gate", "alive")}
+    for key in expected.keys() - tensors.keys():
+        raise InputError(f"tensor {key!r} is missing; {nearest(key, tensors)}")
+    for key in tensors.keys() - expected.keys() - extra:
+        raise InputError(f"tensor {key!r} belongs to nothing here; {nearest(key, expected)}")
+    for key, shape in expected.items():
+        if tensors[key].shape != shape:
+            raise InputError(f"{key!r} is {tuple(tensors[key].shape)}, expected {tuple(shape)}")
+    for prefix, module in _parts(entry):
+        own_state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        module.load_state_dict(own_state)
+
+
+def _parts(entry: Entry) -> Iterator[tuple[str, nn.Module]]:
+    for name, delta in entry.deltas.items():
+        yield f"delta/{name}/", delta
+    if entry.bank is not None:
+        yield "bank/", entry.bank
+    for name, module in entry.copies.items():
+        yield f"trained/{name}/", module
+
+
+def evict(model: nn.Module, name: str) -> None:
+    """Keep only the flat tensor of an inactive adapter; its modules are made anew when needed."""
+    board = board_of(model)
+    entry = board[name]
+    if name in board.merged or any(name == active for active, _ in board.active):
+        raise StateError(f"{name!r} is active; activate another adapter before evicting it")
+    if entry.live:
+        entry.flat = FlatState.pack(tensors_of(entry))
+        _take_out(model, entry)
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Forget an adapter and restore every module that carries none; the last one restores the
+    model itself."""
+    board = board_of(model)
+    entry = board[name]
+    if name in board.merged:
+        raise StateError(f"{name!r} is merged; unmerge it before detaching")
+    board.active = tuple((n, w) for n, w in board.active if n != name)
+    _take_out(model, entry)
+    del board.entries[name]
+    if not board.entries:
+        for hook in model.__dict__.pop("_finespun_hooks"):
+            hook.remove()
+        del model.__dict__["_finespun_board"]
+
+
+def _take_out(model: nn.Module, entry: Entry) -> None:
+    known = modules(model)
+    for child, names in (("deltas", entry.plan.sites), ("copies", entry.trained)):
+        for named in names:
+            module = known[named.name if isinstance(named, SiteShape) else named]
+            held = module._modules.get(child)
+            if isinstance(held, nn.ModuleDict):
+                held.pop(entry.name) if entry.name in held else None
+                if not held:
+                    _unseat(module, child)
+    banks = model._modules.get(BANKS)
+    if isinstance(banks, nn.ModuleDict) and entry.name in banks:
+        del banks[entry.name]
+        if not banks:
+            del model._modules[BANKS]
+    entry.deltas, entry.copies, entry.bank, entry.former = {}, {}, None, None
+
+
+def _unseat(module: nn.Module, child: str) -> None:
+    module.__class__ = plain_class(module)
+    del module._modules[child]
+    del module.__dict__["_finespun"]
+
+
+def _former(model: nn.Module) -> list[Former]:
+    board = board_of(model)
+    names = {n for n, _ in board.in_force()} | {n for n in board.rows or () if n is not None}
+    return [f for n in names if (f := board.entries[n].former) is not None]
+
+
+def _enter(model: nn.Module, args: Any) -> None:
+    for former in _former(model):
+        former.enter()
+
+
+def _leave(model: nn.Module, args: Any, output: Any) -> None:
+    for former in _former(model):
+        former.leave()
+
+
+def activate(model: nn.Module, wanted: str | Sequence[str] | Mapping[str, float] | None) -> None:
+    """Make these adapters act, with weights where a mapping is given; None is the base alone."""
+    board = board_of(model)
+    weights = board.weights(wanted)
+    for name, _ in weights:
+        materialise(model, board[name])
+    board.active = weights
+
+
+@contextmanager
+def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Inside the block, row i of a batch uses adapter names[i], or the base where it is None."""
+    board = board_of(model)
+    if board.merged:
+        raise StateError(f"{', '.join(board.merged)} is merged into the weights; unmerge it first")
+    for name in {n for n in names if n is not None}:
+        materialise(model, board[name])
+    before, board.rows = board.rows, tuple(names)
+    try:
+        yield
+    finally:
+        board.rows = before

@@ -1,0 +1,96 @@
+"""All layers' factors in one product: when they are formed, and how long they stay valid."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finespun.structures import Delta, Structure
+
+Factors = tuple[Tensor, Tensor]
+
+
+class Former:
+    """Forms A and B of all deltas of one adapter by `structure.form`, once per forward pass.
+
+    With gradients they are formed when the root module is entered; where it is not (generate of an
+    encoder-decoder, a method beside forward), when the first layer asks, and again as soon as a
+    layer asks twice. Recomputation inside a backward pass reuses what its forward pass formed.
+    Without gradients they stay until a trained number changes.
+    """
+
+    def __init__(self, structure: Structure, deltas: Sequence[Delta]) -> None:
+        self.__setstate__({"structure": structure, "deltas": list(deltas)})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"structure": self.structure, "deltas": self.deltas}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.structure: Structure = state["structure"]
+        self.deltas: list[Delta] = state["deltas"]
+        self.place = {id(delta): i for i, delta in enumerate(self.deltas)}
+        self.formed: list[Factors] = []
+        self.versions: list[tuple[object, ...]] = []
+        self.unread: set[int] = set()
+        self.inside = False
+
+    def enter(self) -> None:
+        """The root module begins a forward pass."""
+        if torch.compiler.is_compiling():
+            return
+        if torch.is_grad_enabled() or not all(map(self._current, range(len(self.deltas)))):
+            self._form()
+        self.inside = True
+
+    def leave(self) -> None:
+        """The root module has ended a forward pass, normally or by an exception."""
+        self.inside = False
+        self.unread.clear()
+
+    def factors(self, delta: Delta) -> Factors | None:
+        """A and B of one delta, gate and exact start applied, or None: form it alone."""
+        if torch.compiler.is_compiling():
+            return None
+        place = self.place[id(delta)]
+        if not self.inside and not self._recomputing():
+            if torch.is_grad_enabled():
+                if place not in self.unread:
+                    self._form()
+                self.unread.discard(place)
+            elif not self._current(place):
+                self._form()
+        if not self.formed:
+            return None
+        A, B = self.formed[place]
+        lost = (
+            torch.is_grad_enabled() and delta.training and not (A.requires_grad or B.requires_grad)
+        )
+        return None if lost else self.deltas[place].complete((A, B))
+
+    @staticmethod
+    def _recomputing() -> bool:
+        return torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
+
+    def _current(self, place: int) -> bool:
+        """Whether what was formed without gradients still holds for one delta."""
+        return bool(self.versions) and self.versions[place] == _version(self.deltas[place])
+
+    def _form(self) -> None:
+        parameters = (p for delta in self.deltas for p in delta.parameters())
+        sharded = any(type(p) is not nn.Parameter for p in parameters)
+        self.formed = [] if sharded else self.structure.form(self.deltas)
+        self.unread = set(range(len(self.deltas)))
+        keep = not torch.is_grad_enabled() and not sharded
+        self.versions = [_version(delta) for delta in self.deltas] if keep else []
+
+
+def _version(delta: Delta) -> tuple[object, ...]:
+    """Changes whenever a number of the delta is written, moved or replaced; inference tensors
+    count no writes, so that they never compare equal."""
+    mode = object() if any(p.is_inference() for p in delta.parameters()) else None
+    return (
+        mode,
+        torch.is_inference_mode_enabled(),
+        *((id(p), p._version, p.device) for p in delta.parameters() if mode is None),
+    )

@@ -1,0 +1,33 @@
+"""A subclass put in front of a module's own class: same object, same keys, same isinstance."""
+
+import functools
+from typing import Any
+
+from torch import nn
+
+
+class Adapted(nn.Module):
+    """Mixin: every forward goes through the object that stands beside the module."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_finespun"].forward(super().forward, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _empty, (plain_class(self),), self.__getstate__()
+
+
+@functools.cache
+def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The adapted subclass of a module class; one for each, so that compiled code is shared."""
+    return type(f"Adapted{cls.__name__}", (Adapted, cls), {"__module__": cls.__module__})
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class a module had before it was adapted."""
+    return type(module).__mro__[2] if isinstance(module, Adapted) else type(module)
+
+
+def _empty(cls: type[nn.Module]) -> nn.Module:
+    """A bare adapted instance for copy and pickle to fill."""
+    adapted = adapted_class(cls)
+    return adapted.__new__(adapted)

@@ -1,0 +1,138 @@
+"""Fold adapters into the base weights, and take them out again by a pointer swap."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from finespun.errors import InputError, StateError
+from finespun.hosts.attach import board_of, hosts_of, materialise
+from finespun.hosts.host import Host
+
+Undo = Literal["memory", "none"]
+Kept = tuple[Tensor, Tensor | None]
+
+
+def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") -> int:
+    """W ← W0 + Σ c_i (W_i − W0), computed in float32 and rounded once; returns the bytes kept.
+
+    undo="memory" writes into new tensors and keeps the old by pointer; undo="none" adds in place,
+    fastest, and cannot be undone. Raises StateError for adapters that cannot be merged, for tied
+    weights, and while adapters are merged already. An error on the way restores every weight.
+    """
+    board = board_of(model)
+    if undo not in ("memory", "none"):
+        raise InputError(f"undo={undo!r} is not known; try 'memory' or 'none'")
+    if board.merged:
+        raise StateError(f"{', '.join(board.merged)} is merged already; unmerge first")
+    for name in weights:
+        materialise(model, board[name])
+    hosts = {n: h for n, h in hosts_of(model).items() if any(w in h.deltas() for w in weights)}
+    strengths = {name: w * board[name].scale for name, w in weights.items()}
+    _check(model, hosts, weights)
+    kept: dict[str, Kept] = {}
+    try:
+        with torch.no_grad():
+            for name, host in hosts.items():
+                kept[name] = (host.weight().data, None if host.bias() is None else host.bias().data)  # type: ignore[union-attr]
+                _fold(host, strengths, in_place=undo == "none")
+    except BaseException:
+        if undo == "memory":
+            _restore(hosts, kept)
+        raise
+    board.merged = dict(weights)
+    board.kept = kept if undo == "memory" else None
+    return sum(w.nbytes for w, _ in kept.values()) if undo == "memory" else 0
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put back the very tensors that stood before the merge."""
+    board = board_of(model)
+    if not board.merged:
+        raise StateError("nothing is merged")
+    if board.kept is None:
+        raise StateError(
+            "merged with undo='none': the base weights were not kept; reload the model"
+        )
+    _restore(hosts_of(model), board.kept)
+    board.merged, board.kept = {}, None
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model is its base, bit for bit, whatever is active or merged."""
+    board = board_of(model)
+    before = board.active, board.rows, board.merged, board.kept
+    hosts = hosts_of(model)
+    merged: dict[str, Kept] = {}
+    if board.merged:
+        if board.kept is None:
+            raise StateError("merged with undo='none': the base cannot be shown; reload the model")
+        merged = {n: _now(hosts[n]) for n in board.kept}
+        _restore(hosts, board.kept)
+    board.active, board.rows, board.merged, board.kept = (), None, {}, None
+    try:
+        yield
+    finally:
+        _restore(hosts, merged)
+        board.active, board.rows, board.merged, board.kept = before
+
+
+def _now(host: Host) -> Kept:
+    bias = host.bias()
+    return host.weight().data, None if bias is None else bias.data
+
+
+def _restore(hosts: dict[str, Host], kept: dict[str, Kept]) -> None:
+    for name, (weight, bias) in kept.items():
+        hosts[name].write(weight, bias)
+
+
+def _check(model: nn.Module, hosts: dict[str, Host], weights: dict[str, float]) -> None:
+    uses: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    for name, host in hosts.items():
+        for adapter in weights:
+            delta = host.deltas()._modules.get(adapter)
+            if delta is not None and not delta.mergeable:
+                raise StateError(
+                    f"{adapter!r} adds around {name!r}, not into a weight: it cannot be merged"
+                )
+        if uses.get(id(host.weight()), 0) > 1:
+            raise StateError(
+                f"{name!r} shares its weight with another module: untie them before merging "
+                "(tie_word_embeddings=False)"
+            )
+
+
+def _fold(host: Host, strengths: dict[str, float], in_place: bool) -> None:
+    deltas = host.deltas()
+    active = [(deltas[n], c) for n, c in strengths.items() if n in deltas]
+    weight, bias = host.weight(), host.bias()
+    if in_place and len(active) == 1 and weight.dtype == torch.float32:
+        delta, c = active[0]
+        pair = delta.factors()
+        if pair is not None and "map_bias" not in delta.written:
+            weight.data.addmm_(pair[1], pair[0], alpha=delta.scale * c)
+            return
+    w0 = weight.detach().float()
+    total, moved = w0.clone(), None
+    for delta, c in active:
+        total.add_(delta.dense(w0), alpha=c)
+        change = delta.bias_change()
+        if change is not None:
+            moved = change * c if moved is None else moved + change * c
+    new_bias = (
+        None if moved is None or bias is None else (bias.detach().float() + moved).to(bias.dtype)
+    )
+    if in_place:
+        weight.data.copy_(total)
+        if bias is not None and new_bias is not None:
+            bias.data.copy_(new_bias)
+        return
+    host.write(total.to(weight.dtype), new_bias)

@@ -1,0 +1,97 @@
+"""The hot loop of every low-rank update: y = x Wᵀ + b + s·(x Aᵀ) Bᵀ, and its backward.
+
+Each fast version stands beside a plain reference of the same signature. The fast one makes three
+products and no temporary of the size of y; its backward makes five, of which one adds in place.
+Plain tensors of one dtype only: `plain` says when it may be used.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether the fast version may take these tensors: ordinary, of one floating dtype, outside
+    autocast, torch.func transforms and compilation (the compiler fuses the reference itself)."""
+    first = tensors[0]
+    return (
+        all(type(t) in (Tensor, Parameter) and t.dtype == first.dtype for t in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(first.device.type)
+        and not torch._C._functorch.maybe_current_level()
+    )
+
+
+def low_rank_reference(x: Tensor, A: Tensor, B: Tensor, s: float, gain: Tensor | None) -> Tensor:
+    """s·(x Aᵀ) Bᵀ for x (..., in), A (r, in), B (out, r), in the dtype of A.
+
+    `gain` (scalar or (out,)) scales what reaches A and B in the backward pass, not x.
+    """
+    x = x.to(A.dtype)
+    if gain is None:
+        return F.linear(F.linear(x, A), B) * s
+    value = F.linear(F.linear(x, A.detach()), B.detach())
+    own = F.linear(F.linear(x.detach(), A), B) * gain
+    return (value + (own - own.detach())) * s
+
+
+def low_rank_linear(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, gain: Tensor | None
+) -> Tensor:
+    """x Wᵀ + b + s·(x Aᵀ) Bᵀ for x (..., in), W (out, in), A (r, in), B (out, r) -> (..., out)."""
+    if plain(x, W, A, B):
+        y: Tensor = _LowRankLinear.apply(x, W, b, A, B, s, gain)
+        return y
+    return low_rank_linear_reference(x, W, b, A, B, s, gain)
+
+
+def low_rank_linear_reference(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, gain: Tensor | None
+) -> Tensor:
+    """The same in plain PyTorch, for any dtypes and tensor types."""
+    y = F.linear(x, W, b)
+    return y + low_rank_reference(x, A, B, s, gain).to(y.dtype)
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        s: float,
+        gain: Tensor | None,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        h = rows @ A.T
+        y = F.linear(rows, W, b).addmm_(h, B.T, alpha=s)
+        ctx.save_for_backward(rows, h, W, A, B, gain)
+        ctx.s, ctx.shape = s, x.shape
+        return y.view(*x.shape[:-1], W.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        rows, h, W, A, B, gain = ctx.saved_tensors
+        dy = dy.reshape(-1, dy.shape[-1])
+        own = dy if gain is None else dy * gain
+        need_x, need_W, need_b, need_A, need_B = ctx.needs_input_grad[:5]
+        dx = dW = db = dA = dB = None
+        dh = (own @ B).mul_(ctx.s) if need_A or (need_x and gain is None) else None
+        if need_A and dh is not None:
+            dA = dh.T @ rows
+        if need_B:
+            dB = (own.T @ h).mul_(ctx.s)
+        if need_x:
+            through = dh if gain is None else (dy @ B).mul_(ctx.s)
+            dx = (dy @ W).addmm_(through, A).view(ctx.shape)
+        if need_W:
+            dW = dy.T @ rows
+        if need_b:
+            db = dy.sum(0)
+        return dx, dW, db, dA, dB, None, None

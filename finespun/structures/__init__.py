@@ -1,0 +1,34 @@
+"""How ΔW is written: one file a method, pure mathematics on tensors and shapes."""
+
+from finespun.structures.delta import Bank, Bypass, Delta
+from finespun.structures.groups import Group, module_group
+from finespun.structures.lora import LoRA
+from finespun.structures.lsr import LSR
+from finespun.structures.site import Site, SiteShape, TensorSite
+from finespun.structures.structure import (
+    STRUCTURES,
+    Plan,
+    Ranked,
+    Structure,
+    register,
+    structure,
+)
+
+__all__ = [
+    "LSR",
+    "STRUCTURES",
+    "Bank",
+    "Bypass",
+    "Delta",
+    "Group",
+    "LoRA",
+    "Plan",
+    "Ranked",
+    "Site",
+    "SiteShape",
+    "Structure",
+    "TensorSite",
+    "module_group",
+    "register",
+    "structure",
+]

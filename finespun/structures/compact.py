@@ -1,0 +1,35 @@
+"""Making an adapter small again after ranks, terms or gates were switched off."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from finespun.linalg import LowRank
+from finespun.structures.delta import Delta
+from finespun.structures.lora import LoRA, lora_of
+from finespun.structures.structure import Plan, Structure
+
+Compacted = tuple[Structure, Plan, dict[str, Delta]]
+
+
+def compact(structure: Structure, plan: Plan, deltas: Mapping[str, Delta]) -> Compacted:
+    """The same updates without dead numbers: in the structure's own form where every site has one,
+    else as LoRAs of each site's own rank, dead ranks removed."""
+    own = {name: delta.compact() for name, delta in deltas.items()}
+    if all(found is not None for found in own.values()):
+        small = {name: found for name, found in own.items() if found is not None}
+    else:
+        small = {name: lora_of(delta.site, _alive(delta)) for name, delta in deltas.items()}
+        ranks = [choice["rank"] for _, choice in small.values()]
+        structure = LoRA(rank=max(ranks), dropout=structure.dropout, seed=structure.seed)
+    choices = {name: choice for name, (_, choice) in small.items()}
+    plan = dataclasses.replace(
+        plan, choices=choices, shared={} if structure.kind == "lora" else plan.shared
+    )
+    return structure, plan, {name: delta for name, (delta, _) in small.items()}
+
+
+def _alive(delta: Delta) -> LowRank:
+    exact = delta.as_low_rank()
+    alive = (exact.A.abs().amax(1) > 0) & (exact.B.abs().amax(0) > 0)
+    alive[0] |= not alive.any()
+    return LowRank(exact.A[alive], exact.B[:, alive])

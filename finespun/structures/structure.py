@@ -1,0 +1,202 @@
+"""A structure is a choice of how ΔW is written: hyper-parameters, a plan, and a Delta per site."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+
+from finespun.errors import InputError, PlanError, nearest
+from finespun.structures.delta import Bank, Delta, Factors
+from finespun.structures.site import Site, SiteShape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided once for the whole model before any delta exists.
+
+    `sites` are the targets in order; `choices[site name]` holds that site's own decisions (ranks,
+    factor shapes, scale) and `shared` those for all; both are plain JSON values.
+    """
+
+    sites: tuple[SiteShape, ...]
+    choices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    shared: Mapping[str, Any] = field(default_factory=dict)
+
+    def fit(self, sites: Iterable[SiteShape]) -> None:
+        """Raise PlanError unless these are the plan's own sites (order does not matter)."""
+        mine, theirs = {s.name: s for s in self.sites}, {s.name: s for s in sites}
+        for name in mine:
+            if name not in theirs:
+                raise PlanError(f"the plan adapts {name!r}, not here; {nearest(name, theirs)}")
+            if mine[name] != theirs[name]:
+                a, b = mine[name], theirs[name]
+                raise PlanError(
+                    f"the plan has {name!r} as {a.kind} {a.out_features}x{a.in_features}, "
+                    f"the model as {b.kind} {b.out_features}x{b.in_features}"
+                )
+
+    def choose(self, name: str, **changes: Any) -> "Plan":
+        """The same plan with one site's choices changed."""
+        choices = {**self.choices, name: {**self.choices.get(name, {}), **changes}}
+        return dataclasses.replace(self, choices=choices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """Hyper-parameters of one way to write ΔW; subclass it beside a Delta.
+
+    `kind` names it in recipes and files; `site_kind` is "linear" for a weight, "block" for a bypass.
+
+    `dropout` acts on the input of the update while training; `seed` fixes every random draw.
+    """
+
+    dropout: float = 0.0
+    seed: int = 0
+
+    kind: ClassVar[str] = ""
+    site_kind: ClassVar[str] = "linear"
+    source: ClassVar[str] = ""
+    aliases: ClassVar[Mapping[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"dropout={self.dropout} must lie in [0, 1); try 0.05")
+        if self.seed < 0:
+            raise InputError(f"seed={self.seed} must not be negative; try {-self.seed}")
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether ΔW is exactly zero after `build`."""
+        return True
+
+    def plan(self, sites: Sequence[Site], scores: Mapping[str, float] | None = None) -> Plan:
+        """Decide for all sites at once; `scores` (site name -> importance) may steer sizes.
+
+        Raises PlanError where a site's shape cannot take this structure.
+        """
+        return Plan(tuple(s.shape for s in sites), {s.shape.name: self.choose(s) for s in sites})
+
+    def choose(self, site: Site) -> dict[str, Any]:
+        """One site's own decisions, as JSON values."""
+        return {}
+
+    def bank(self, plan: Plan) -> Bank | None:
+        """The trained numbers that all sites of the plan share, or None."""
+        return None
+
+    def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> Delta:
+        """The delta of one site."""
+        raise NotImplementedError(f"{type(self).__name__} must say how to build a delta")
+
+    def form(self, deltas: Sequence[Delta]) -> list[Factors]:
+        """`low_rank()` of all deltas in as few products as possible."""
+        raise NotImplementedError(f"{type(self).__name__} forms each delta on its own")
+
+    @property
+    def forms_together(self) -> bool:
+        """Whether `form` is written."""
+        return type(self).form is not Structure.form
+
+    # --- counts: the one source of every figure in docs, command line and reports ----------------
+    def numbers(self, shape: SiteShape) -> int:
+        """Trained numbers at one site, in closed form."""
+        raise NotImplementedError(f"{type(self).__name__} must count its numbers")
+
+    def shared_numbers(self, plan: Plan) -> int:
+        """Trained numbers in the bank."""
+        return 0
+
+    def total(self, plan: Plan) -> int:
+        """Trained numbers of the whole plan."""
+        return sum(self.numbers(s) for s in plan.sites) + self.shared_numbers(plan)
+
+    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+        """Floating point operations (2 per multiply-add) that the update adds to a forward pass
+        over `tokens` rows, work that is done once per step included."""
+        raise NotImplementedError(f"{type(self).__name__} must count its operations")
+
+    # --- reading and writing ---------------------------------------------------------------------
+    def options(self) -> dict[str, Any]:
+        """The hyper-parameters as JSON values; `structure(kind, **options)` restores them."""
+        return {
+            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v
+            for f in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_options(cls, **options: Any) -> Self:
+        """Build from JSON values, PEFT's names included. Raises InputError for an unknown name."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        renamed = {cls.aliases.get(k, k): v for k, v in options.items()}
+        for name in renamed:
+            if name not in known:
+                raise InputError(f"{cls.kind} has no option {name!r}; {nearest(name, known)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in renamed.items()})
+
+    def generator(self, site: str, purpose: str) -> torch.Generator:
+        """A CPU generator for numbers that will be saved, fixed by (seed, site, purpose)."""
+        digest = hashlib.blake2b(f"{self.seed}\0{site}\0{purpose}".encode(), digest_size=8)
+        return torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big") >> 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked(Structure):
+    """A structure with a rank. The update is multiplied by alpha / rank; alpha is 2·rank unless
+    given."""
+
+    rank: int = 8
+    alpha: float | None = None
+
+    aliases: ClassVar[Mapping[str, str]] = {
+        "r": "rank",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise InputError(f"rank={self.rank} must be at least 1; try 8")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise InputError(f"alpha={self.alpha} must be positive; try {2 * self.rank}")
+
+    @property
+    def scale(self) -> float:
+        """c = alpha / rank, the factor in front of the update."""
+        return (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+    def choose(self, site: Site) -> dict[str, Any]:
+        shape = site.shape
+        limit = min(shape.out_features, shape.in_features)
+        if self.rank > limit:
+            raise PlanError(
+                f"rank={self.rank} exceeds what {shape.name!r} "
+                f"({shape.out_features}x{shape.in_features}) can hold; at most {limit}"
+            )
+        return {"rank": self.rank, "scale": self.scale}
+
+
+STRUCTURES: dict[str, type[Structure]] = {}
+
+
+def register(cls: type[Structure]) -> type[Structure]:
+    """Class decorator: make a structure known by its `kind`."""
+    if not cls.kind or cls.kind in STRUCTURES:
+        raise InputError(f"a structure needs a kind of its own, not {cls.kind!r}")
+    STRUCTURES[cls.kind] = cls
+    return cls
+
+
+def structure(kind: str, **options: Any) -> Structure:
+    """A structure by name, for recipes and files.
+
+    >>> structure("lora", rank=4).options()["rank"]
+    4
+    """
+    if kind not in STRUCTURES:
+        raise InputError(f"no structure is called {kind!r}; {nearest(kind, STRUCTURES)}")
+    return STRUCTURES[kind].from_options(**options)

@@ -1,0 +1,255 @@
+"""Labelled texts from a user's own CSV, TSV, JSON-lines or Parquet file, checked and split."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from finespun.errors import FileError, InputError, nearest
+
+LabelKind = Literal["classes", "numbers"]
+
+ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+MANY_CLASSES = 50
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled rows. With `classes`, a label is an index into it; without, a number to predict."""
+
+    texts: tuple[str, ...]
+    pairs: tuple[str, ...] | None
+    labels: tuple[int, ...] | tuple[float, ...]
+    classes: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def task(self) -> Literal["classification", "regression"]:
+        """What the labels ask for."""
+        return "regression" if self.classes is None else "classification"
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs that a head needs: the number of classes, or 1."""
+        return 1 if self.classes is None else len(self.classes)
+
+    def label_tensor(self) -> Tensor:
+        """Labels of shape (rows,): int64 class numbers, or float32 values."""
+        kind = torch.float32 if self.classes is None else torch.int64
+        return torch.tensor(self.labels, dtype=kind)
+
+    def take(self, rows: Sequence[int]) -> "Examples":
+        """The rows chosen, in the order given."""
+        return Examples(
+            tuple(self.texts[i] for i in rows),
+            None if self.pairs is None else tuple(self.pairs[i] for i in rows),
+            tuple(self.labels[i] for i in rows),
+            self.classes,
+        )
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table hold the text, its label and, for pairs, the second text."""
+
+    text: str = "text"
+    label: str = "label"
+    pair: str | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows to train on and rows held out, and how many duplicates were dropped on the way."""
+
+    train: Examples
+    test: Examples
+    dropped: int
+
+
+def read_table(path: str | Path) -> pl.DataFrame:
+    """Read a table by its ending: .csv, .tsv, .jsonl, .ndjson or .parquet.
+
+    Raises FileError if it is missing, of another kind, unreadable or empty.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        folder = file.parent
+        near = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+        raise FileError(f"no file {str(path)!r}; in {str(folder)!r} {nearest(file.name, near)}")
+    ending = file.suffix.lower()
+    if ending not in ENDINGS:
+        raise FileError(
+            f"{str(path)!r} is no table that can be read; endings: {', '.join(ENDINGS)}"
+        )
+    try:
+        if ending == ".parquet":
+            table = pl.read_parquet(file)
+        elif ending in (".jsonl", ".ndjson"):
+            table = pl.read_ndjson(file, infer_schema_length=None)
+        else:
+            separator = "\t" if ending == ".tsv" else ","
+            table = pl.read_csv(file, separator=separator, infer_schema_length=None)
+    except pl.exceptions.NoDataError as error:
+        raise FileError(f"{str(path)!r} is empty") from error
+    except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileError(f"{str(path)!r} cannot be read as {ending[1:]}: {reason}") from error
+    if table.is_empty():
+        raise FileError(f"{str(path)!r} has no rows")
+    return table
+
+
+def read_examples(
+    path: str | Path,
+    columns: Columns = Columns(),
+    labels: LabelKind | None = None,
+    classes: tuple[str, ...] | None = None,
+) -> Examples:
+    """Read labelled texts. `labels` says what the label column holds; None decides by its type.
+
+    Texts, booleans and whole numbers with at most 50 values are classes, other numbers are numbers.
+    `classes` fixes the classes (of a training file, for its test file).
+
+    Raises FileError for the file, InputError for missing columns, texts or labels, and for a single
+    class.
+    """
+    table = read_table(path)
+    for name in (columns.text, columns.label, columns.pair):
+        if name is not None and name not in table.columns:
+            raise InputError(
+                f"{str(path)!r} has no column {name!r}; {nearest(name, table.columns)}"
+            )
+    texts = _texts(table, columns.text, path)
+    pairs = None if columns.pair is None else _texts(table, columns.pair, path)
+    column = table[columns.label]
+    missing = column.is_null() | (column.is_nan() if column.dtype.is_float() else False)
+    _refuse(missing, "label", columns.label, path)
+    if classes is None and (labels or guess_labels(column)) == "numbers":
+        return Examples(texts, pairs, _numbers(column, path), None)
+    names = [_class_name(value) for value in column]
+    if classes is None:
+        classes = _classes(column, path)
+    elif unknown := sorted(set(names) - set(classes)):
+        raise InputError(
+            f"{str(path)!r} has the class {unknown[0]!r} that the training rows lack; "
+            f"{nearest(unknown[0], classes)}"
+        )
+    index = {name: number for number, name in enumerate(classes)}
+    return Examples(texts, pairs, tuple(index[name] for name in names), classes)
+
+
+def guess_labels(column: pl.Series) -> LabelKind:
+    """Whether a label column holds classes or numbers, by its type and its number of values."""
+    many = column.dtype.is_integer() and column.n_unique() > MANY_CLASSES
+    return "numbers" if many or column.dtype.is_float() else "classes"
+
+
+def load_split(
+    train: str | Path,
+    test: str | Path | None = None,
+    columns: Columns = Columns(),
+    labels: LabelKind | None = None,
+    test_share: float = 0.2,
+    seed: int = 0,
+) -> Split:
+    """Rows to train on and rows held out, from one file or two.
+
+    With one file, `split` holds a share out. Rows that repeat a text are dropped, and training rows
+    that a given test file repeats; the number is reported.
+    """
+    rows = read_examples(train, columns, labels)
+    kept, dropped = drop_duplicates(rows)
+    if test is None:
+        return Split(*split(kept, test_share, seed), dropped)
+    kind: LabelKind = "numbers" if rows.classes is None else "classes"
+    held, again = drop_duplicates(read_examples(test, columns, kind, rows.classes))
+    seen = set(_keys(held))
+    apart = [i for i, key in enumerate(_keys(kept)) if key not in seen]
+    if not apart:
+        raise InputError(f"every row of {str(train)!r} is in the test file {str(test)!r} too")
+    return Split(kept.take(apart), held, dropped + again + len(kept) - len(apart))
+
+
+def drop_duplicates(examples: Examples) -> tuple[Examples, int]:
+    """The first row of every text (or pair of texts), and how many rows were dropped."""
+    first = {key: i for i, key in reversed(list(enumerate(_keys(examples))))}
+    rows = sorted(first.values())
+    return examples.take(rows), len(examples) - len(rows)
+
+
+def split(examples: Examples, test_share: float = 0.2, seed: int = 0) -> tuple[Examples, Examples]:
+    """(train, test): rows shuffled by `seed`, sorted by label, and every (1/share)-th held out.
+
+    So each class, or each range of values, is held out in proportion, to within a row; a class
+    that would leave no row to train on stays in training.
+
+    Raises InputError for a share outside (0, 1) or too few rows.
+    """
+    if not 0 < test_share < 1:
+        raise InputError(f"test_share = {test_share}; it lies between 0 and 1, for example 0.2")
+    count = max(1, round(test_share * len(examples)))
+    if len(examples) - count < 1:
+        raise InputError(f"{len(examples)} rows are too few to hold some out")
+    rows = list(range(len(examples)))
+    random.Random(f"{seed}/split").shuffle(rows)
+    rows.sort(key=examples.labels.__getitem__)
+    held = {rows[math.floor((j + 0.5) * len(rows) / count)] for j in range(count)}
+    if examples.classes is not None:
+        trained = {examples.labels[i] for i in rows if i not in held}
+        held = {i for i in held if examples.labels[i] in trained}
+    train = [i for i in range(len(examples)) if i not in held]
+    return examples.take(train), examples.take(sorted(held))
+
+
+def _keys(examples: Examples) -> list[tuple[str, str]]:
+    return list(zip(examples.texts, examples.pairs or [""] * len(examples), strict=True))
+
+
+def _texts(table: pl.DataFrame, name: str, path: str | Path) -> tuple[str, ...]:
+    column = table[name].cast(pl.String)
+    _refuse(column.is_null() | (column.str.strip_chars() == ""), "text", name, path)
+    return tuple(column)
+
+
+def _refuse(missing: pl.Series, what: str, name: str, path: str | Path) -> None:
+    if count := int(missing.sum()):
+        row = int(missing.arg_true()[0]) + 1
+        raise InputError(
+            f"{str(path)!r} has {count} rows without a {what} in {name!r}, the first is row {row}"
+        )
+
+
+def _numbers(column: pl.Series, path: str | Path) -> tuple[float, ...]:
+    if not column.dtype.is_numeric():
+        raise InputError(
+            f"{str(path)!r}: labels in {column.name!r} are {column.dtype}, not numbers; "
+            "try: labels: classes"
+        )
+    values = tuple(float(value) for value in column)
+    if not all(map(math.isfinite, values)):
+        raise InputError(f"{str(path)!r}: labels in {column.name!r} are not all finite")
+    return values
+
+
+def _class_name(value: object) -> str:
+    whole = isinstance(value, float) and value.is_integer()
+    return str(int(value)) if whole and isinstance(value, float) else str(value)
+
+
+def _classes(column: pl.Series, path: str | Path) -> tuple[str, ...]:
+    counts = Counter(column)
+    if len(counts) < 2:
+        raise InputError(
+            f"{str(path)!r}: all labels in {column.name!r} are {next(iter(counts))!r}; "
+            "classification needs two classes or more"
+        )
+    return tuple(_class_name(value) for value in sorted(counts))
