@@ -107,21 +107,16 @@ def test_every_choice_covers_the_dimension_within_its_rules(r, n, unequal):
         assert shape.numbers < exact
 
 
-@given(st.integers(1, 8), st.integers(1, 200))
-@settings(max_examples=40, deadline=None)
-def test_padded_choice_is_the_best_allowed(r, n):
-    shape = choose_factors(r, n)
-    if not shape.pad:
-        return
-    best = min(
-        a * p + (r // a) * q
-        for a in range(1, r + 1)
-        if r % a == 0
-        for p in range(1, n + 2)
-        for q in range(1, n + 2)
-        if 0 <= p * q - n <= max(1, int(0.02 * n))
-    )
-    assert shape.numbers == best
+@pytest.mark.parametrize("r", [1, 4, 6, 7])
+def test_choice_is_the_best_that_its_rules_allow(r):
+    ranks = [a for a in range(1, r + 1) if r % a == 0]
+    for n in range(1, 90):
+        allowed = max(1, int(0.02 * n))
+        padded = [(a, p, -(-n // p)) for a in ranks for p in range(1, n + 2)]
+        best = min(a * p + r // a * q for a, p, q in padded if p * q - n <= allowed)
+        exact = min(a * p + r // a * (n // p) for a in ranks for p in range(1, n + 1) if n % p == 0)
+        good_enough = exact <= 1.1 * 2 * math.sqrt(r * n)
+        assert choose_factors(r, n).numbers == (exact if good_enough else best), n
 
 
 def test_rank_split_is_kept_or_refused():
@@ -145,6 +140,28 @@ def test_three_factors():
         assert shape.p1 * shape.p2 * shape.p3 == n + shape.pad
         assert 0 <= shape.pad <= max(1, int(0.02 * n))
         assert shape.numbers >= 3 * math.cbrt(r * n) * (1 - 1e-12)
+        assert shape.numbers == sum(a * p for a, p in zip(shape.ranks, shape.sizes))
+        assert choose_factors3(r, n, rank_split=shape.ranks) == shape
+    assert choose_factors3(8, 4096, rank_split=(4, 1, 2)).ranks == (4, 1, 2)
+    with pytest.raises(InputError, match=r"does not multiply to r=8; \(2, 2, 2\) does"):
+        choose_factors3(8, 4096, rank_split=(2, 2, 3))
+
+
+@pytest.mark.parametrize("r", [1, 4, 6])
+def test_three_factors_are_the_best_that_their_rules_allow(r):
+    spans = range(1, r + 1)
+    ranks = [(a, b, r // a // b) for a in spans for b in spans if r % (a * b) == 0]
+    for n in range(1, 40):
+        sizes = [(p, q, -(-n // (p * q))) for p in range(1, n + 1) for q in range(1, n + 1)]
+        costs = [
+            (sum(a * p for a, p in zip(rank, size)), math.prod(size) - n)
+            for rank in ranks
+            for size in sizes
+        ]
+        exact = min(cost for cost, pad in costs if pad == 0)
+        padded = min(cost for cost, pad in costs if pad <= max(1, int(0.02 * n)))
+        good_enough = exact <= 1.1 * 3 * math.cbrt(r * n)
+        assert choose_factors3(r, n).numbers == (exact if good_enough else padded), n
 
 
 def test_prime_dimension_with_padding_keeps_every_path_equal():

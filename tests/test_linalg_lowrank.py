@@ -165,15 +165,15 @@ def test_half_precision_is_computed_in_single_and_rounded_once():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dead_directions_revive_without_moving_the_product(dtype):
     M = with_spectrum([3.0, 2.0, 1.0], dtype=dtype)
-    wide = LowRank(
-        torch.cat([M.A, draw(9, 30, seed=8, dtype=dtype)]),
-        torch.cat([M.B, torch.zeros(40, 9, dtype=dtype)], dim=1),
-    )
+    mix = draw(3, 12, seed=8, dtype=dtype)
+    wide = LowRank(torch.linalg.pinv(mix) @ M.A, M.B @ mix)
     squeezed = wide.squeeze(8)
+    assert 0 < squeezed.B[:, 3:].norm() < 1e-3 * squeezed.B.norm()
     alive = squeezed.revive(torch.Generator().manual_seed(0))
     assert relative(alive.dense(), M.dense()) <= 1e-6
     assert alive.B[:, 3:].abs().max() == 0
     assert torch.equal(alive.A[:3], squeezed.A[:3])
+    assert torch.equal(alive.B[:, :3], squeezed.B[:, :3])
     lengths = alive.A.norm(dim=1)
     torch.testing.assert_close(lengths[3:], lengths[:3].mean().expand(5))
     B = alive.B.clone().requires_grad_()

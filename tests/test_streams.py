@@ -164,7 +164,7 @@ def test_uniform_stays_on_its_grid_and_is_uniform():
     assert abs(lag) < 4e-3
 
 
-@pytest.mark.parametrize("high", [1, 2, 7, 1000, 2**31])
+@pytest.mark.parametrize("high", [1, 2, 7, 1000, 1_999_999_973, 2**31])
 def test_integers_cover_their_range_evenly(high):
     values = streams.integers(KEY, 200_000, high)
     assert values.dtype == torch.int64
