@@ -19,10 +19,10 @@ def macro_f1(predicted: Tensor, expected: Tensor) -> float:
     """
     _check(predicted, expected)
     scores = []
-    for kind in torch.cat([predicted, expected]).unique():
+    for kind in torch.unique(torch.cat([predicted, expected])):
         said, true = predicted == kind, expected == kind
         scores.append(2 * (said & true).sum() / (said.sum() + true.sum()))
-    return torch.stack(scores).double().mean().item()
+    return float(torch.stack(scores).double().mean())
 
 
 def mean_squared_error(predicted: Tensor, expected: Tensor) -> float:
@@ -38,7 +38,7 @@ def pearson(predicted: Tensor, expected: Tensor) -> float:
     lengths = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)
     if lengths == 0:
         return float("nan")
-    return (a @ b / lengths).clamp(-1, 1).item()
+    return float((a @ b / lengths).clamp(-1, 1))
 
 
 def spearman(predicted: Tensor, expected: Tensor) -> float:
@@ -66,7 +66,9 @@ def evaluate(outputs: Tensor, labels: Tensor) -> dict[str, float]:
 
 def _ranks(values: Tensor) -> Tensor:
     """Ranks from 1, in float64; equal values share the mean of their ranks."""
-    _, groups, counts = values.unique(return_inverse=True, return_counts=True)
+    groups: Tensor
+    counts: Tensor
+    _, groups, counts = torch.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts.double() - 1) / 2)[groups]
 

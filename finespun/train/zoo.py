@@ -1,4 +1,4 @@
-"""Text models by name: two small encoders that travel inside packages, a local folder, or the hub."""
+"""Text models by name: two small encoders from packages, a local folder, or the hub."""
 
 import json
 import os
@@ -81,10 +81,11 @@ class MeanPooledClassifier(nn.Module):
     def __init__(self, encoder: nn.Module, num_labels: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.config: Any = encoder.config
+        config: Any = encoder.config
+        self.config: Any = config
         self.num_labels = num_labels
-        self.classifier = nn.Linear(self.config.hidden_size, num_labels)
-        nn.init.normal_(self.classifier.weight, std=self.config.initializer_range)
+        self.classifier = nn.Linear(config.hidden_size, num_labels)
+        nn.init.normal_(self.classifier.weight, std=config.initializer_range)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(
@@ -140,11 +141,12 @@ def load_text_model(
                 model, fresh = _sequence_classifier(source, task, num_labels)
             tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
-            raise FileError(_not_found(name, error)) from error
+            raise FileError(f"model {name!r} cannot be loaded: {_reason(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    config: Any = model.config
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
     return TextModel(name, model.eval(), tokenizer, fresh)
 
 
@@ -207,8 +209,8 @@ def _converted(name: str) -> Path:
         for file in TOKENIZER_FILES:
             (made / file).parent.mkdir(exist_ok=True)
             (made / file).write_bytes((tokenizer / file).read_bytes())
-        for file in (path for path in made.rglob("*") if path.is_file()):
-            with file.open("rb") as handle:
+        for path in (path for path in made.rglob("*") if path.is_file()):
+            with path.open("rb") as handle:
                 os.fsync(handle.fileno())
         try:
             made.rename(folder)
@@ -246,8 +248,14 @@ def _sequence_classifier(
 
 
 def _not_found(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0]
-    return f"model {name!r} cannot be loaded ({reason}); zoo {nearest(name, ZOO)}"
+    return (
+        f"model {name!r} is not in the zoo ({nearest(name, ZOO)}), no folder here, "
+        f"and cannot be had from the hub: {_reason(error)}"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
