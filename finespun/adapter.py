@@ -30,7 +30,7 @@ def adapt(
     `targets`: names, suffixes, a regular expression, or "all-linear". `train`: modules of which the
     adapter trains its own copy; None means the task head that the model's class announces.
     `exact_start` makes a start that is not zero equal the base. Every other number of the model is
-    frozen until `detach`. Raises TargetError, PlanError or InputError and leaves the model untouched.
+    frozen until `detach`. Raises TargetError, PlanError or InputError; the model stays untouched.
     """
     trained = hosts.find_head(model) if train is None else tuple(train)
     names = [n for n in hosts.find(model, targets) if not _inside(n, trained)]
@@ -169,7 +169,7 @@ class Adapter:
                 parameter.requires_grad_(True)
 
     def updates(self, rank: int | None = None, energy: float | None = None) -> dict[str, LowRank]:
-        """Every site's ΔW as a LowRank, strength included: exact where the structure has factors."""
+        """Each site's ΔW as a LowRank, strength included; exact where the structure has factors."""
         return {n: d.as_low_rank(rank, energy) * self.scale for n, d in self.deltas.items()}
 
     @torch.no_grad()

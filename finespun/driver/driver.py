@@ -90,7 +90,7 @@ class Driver:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def loss(self, batch: Any, outputs: Any) -> Tensor | float:
-        """The sum of all extra losses for one forward pass, for loops that compute their own loss."""
+        """The sum of all extra losses of one forward pass, for loops with a loss of their own."""
         terms = [t for m in self.moments if (t := m.extra_loss(batch, outputs)) is not None]
         return torch.stack(terms).sum() if terms else 0.0
 
@@ -109,7 +109,7 @@ class Driver:
         """Resume. Raises InputError when the axes are not those that were saved."""
         if len(state["moments"]) != len(self.moments):
             raise InputError(
-                f"the checkpoint holds {len(state['moments'])} axes, this run has {len(self.moments)}"
+                f"the checkpoint holds {len(state['moments'])} axes, this run {len(self.moments)}"
             )
         self.step = state["step"]
         self.checked = self.step > 0
@@ -173,7 +173,7 @@ class Driver:
         if idle and not torch.compiler.is_compiling():
             shown = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
             raise TrainingError(
-                f"{len(idle)} of {len(self._hosts)} adapted layers never ran before the first step: "
+                f"{len(idle)} of {len(self._hosts)} layers never ran before the first step: "
                 f"{shown}; the model does not call them, leave them out of the targets"
             )
 
@@ -187,6 +187,6 @@ class Driver:
         self._before, self.checked = [], True
         if still:
             warnings.warn(
-                f"{len(still)} adapted layers did not move in the first step: {', '.join(still[:5])}",
+                f"{len(still)} layers did not move in the first step: {', '.join(still[:5])}",
                 stacklevel=2,
             )

@@ -94,15 +94,15 @@ def site(model: nn.Module, target: str, structure: Structure) -> Host:
     parent = known.get(target.rpartition(".")[0], model)
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         raise TargetError(
-            f"{target!r} lies in a {plain_class(parent).__name__}, whose fast path reads the weight "
-            "without calling the layer: an adapter there would do nothing"
+            f"{target!r} lies in a {plain_class(parent).__name__}, whose fast path reads the "
+            "weight without calling the layer: an adapter there would do nothing"
         )
     board = model.__dict__.get("_finespun_board") or Board()
     if structure.site_kind == "block":
         return BlockHost(module, target, board)
     for kind, host in HOSTS:
         if isinstance(module, kind):
-            return host(module, target, board)  # type: ignore[arg-type]
+            return host(module, target, board)
     can = ", ".join(kind.__name__ for kind, _ in HOSTS)
     raise TargetError(f"{target!r} is a {type(module).__name__}; {can} can be adapted")
 
@@ -131,8 +131,9 @@ def materialise(model: nn.Module, entry: Entry) -> None:
     check_trained(model, list(hosts), entry.trained)
     entry.bank = structure.bank(entry.plan)
     if entry.bank is not None:
-        banks = model._modules.setdefault(BANKS, nn.ModuleDict())
-        banks[entry.name] = entry.bank  # type: ignore[index]
+        if BANKS not in model._modules:
+            model.add_module(BANKS, nn.ModuleDict())
+        _children(model, BANKS)[entry.name] = entry.bank
     for name, host in hosts.items():
         delta = structure.build(host, entry.plan, entry.bank)
         delta.__dict__["owner"] = entry.name
@@ -166,11 +167,17 @@ def _add_copy(model: nn.Module, name: str, board: Board, adapter: str) -> nn.Mod
 def _seat(module: nn.Module, host: Any, child: str) -> nn.ModuleDict:
     """Put the adapted class in front, once, and return the dictionary for the adapters' modules."""
     if not isinstance(module, Adapted):
-        module._modules[child] = nn.ModuleDict()
+        module._modules[child] = nn.ModuleDict().train(module.training)
         module.__dict__["_finespun"] = host
         module.__class__ = adapted_class(type(module))
-        module._modules[child].train(module.training)
-    return module._modules[child]  # type: ignore[return-value]
+    return _children(module, child)
+
+
+def _children(module: nn.Module, child: str) -> nn.ModuleDict:
+    found = module._modules[child]
+    if not isinstance(found, nn.ModuleDict):
+        raise StateError(f"{type(module).__name__} has a child {child!r} of its own")
+    return found
 
 
 def tensors_of(entry: Entry) -> dict[str, Tensor]:

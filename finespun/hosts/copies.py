@@ -59,8 +59,8 @@ class CopyHost:
             part = copies[name](x.index_select(0, at), *args, **kwargs)
             if part.shape[1:] != y.shape[1:]:
                 raise StateError(
-                    f"rows cannot be mixed: {self.name!r} gives {tuple(part.shape[1:])} numbers a row "
-                    f"with {name!r} and {tuple(y.shape[1:])} without"
+                    f"rows cannot be mixed: with {name!r}, {self.name!r} gives "
+                    f"{tuple(part.shape[1:])} numbers a row, without it {tuple(y.shape[1:])}"
                 )
             y = y.index_copy(0, at, part.to(y.dtype))
         return y

@@ -80,6 +80,17 @@ class Host:
             raise StateError(f"{self.name!r} has an attribute 'deltas' of its own")
         return found
 
+    def delta(self, adapter: str) -> Delta:
+        """This site's delta of one adapter."""
+        found = self.deltas()[adapter]
+        if not isinstance(found, Delta):
+            raise StateError(f"{adapter!r} at {self.name!r} is a {type(found).__name__}, no delta")
+        return found
+
+    def _held(self) -> dict[str, Delta]:
+        """Adapter name -> Delta without nn.ModuleDict's overhead: read on every forward pass."""
+        return self.layer.__dict__["_modules"]["deltas"].__dict__["_modules"]
+
     # --- forward --------------------------------------------------------------------------------
     def forward(self, base: Base, x: Tensor) -> Tensor:
         """The adapted output for x, where `base` computes the layer's own."""
@@ -87,7 +98,7 @@ class Host:
             self.ran = True
         if self.board.rows is not None:
             return self._by_rows(base, x)
-        found: dict[str, Any] = self.layer._modules["deltas"]._modules  # type: ignore[union-attr, assignment]
+        found = self._held()
         active = [(found[n], c) for n, c in self.board.in_force() if n in found and c != 0.0]
         if len(active) == 1:
             y = self._alone(base, x, *active[0])
@@ -109,7 +120,7 @@ class Host:
 
     def _by_rows(self, base: Base, x: Tensor) -> Tensor:
         """Another adapter, or none, for each row of x."""
-        found: Any = self.layer._modules["deltas"]
+        found = self._held()
         y: Tensor = base(x)
         if y.shape[0] != x.shape[0]:
             raise StateError(f"{self.name!r} changes the number of rows; rows() cannot follow")

@@ -1,6 +1,5 @@
 """A subclass put in front of a module's own class: same object, same keys, same isinstance."""
 
-import functools
 from typing import Any
 
 from torch import nn
@@ -13,13 +12,18 @@ class Adapted(nn.Module):
         return self.__dict__["_finespun"].forward(super().forward, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _empty, (plain_class(self),), self.__getstate__()
+        return _empty, (plain_class(self),), self.__dict__
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The adapted subclass of a module class; one for each, so that compiled code is shared."""
-    return type(f"Adapted{cls.__name__}", (Adapted, cls), {"__module__": cls.__module__})
+    if cls not in _CLASSES:
+        name = f"Adapted{cls.__name__}"
+        _CLASSES[cls] = type(name, (Adapted, cls), {"__module__": cls.__module__})
+    return _CLASSES[cls]
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

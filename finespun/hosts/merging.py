@@ -112,7 +112,7 @@ def _check(model: nn.Module, hosts: dict[str, Host], weights: dict[str, float]) 
 
 def _fold(host: Host, strengths: dict[str, float], in_place: bool) -> None:
     deltas = host.deltas()
-    active = [(deltas[n], c) for n, c in strengths.items() if n in deltas]
+    active = [(host.delta(n), c) for n, c in strengths.items() if n in deltas]
     weight, bias = host.weight(), host.bias()
     if in_place and len(active) == 1 and weight.dtype == torch.float32:
         delta, c = active[0]

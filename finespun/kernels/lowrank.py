@@ -43,8 +43,7 @@ def low_rank_linear(
 ) -> Tensor:
     """x Wᵀ + b + s·(x Aᵀ) Bᵀ for x (..., in), W (out, in), A (r, in), B (out, r) -> (..., out)."""
     if plain(x, W, A, B):
-        y: Tensor = _LowRankLinear.apply(x, W, b, A, B, s, gain)
-        return y
+        return _LowRankLinear.apply(x, W, b, A, B, s, gain)  # type: ignore[no-untyped-call]
     return low_rank_linear_reference(x, W, b, A, B, s, gain)
 
 
@@ -76,7 +75,7 @@ class _LowRankLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, h, W, A, B, gain = ctx.saved_tensors
         dy = dy.reshape(-1, dy.shape[-1])
         own = dy if gain is None else dy * gain

@@ -57,7 +57,8 @@ def push(delta: Delta, v: Numbers) -> LowRank | Tensor:
             raise InputError(f"no trained number is called {name!r}; {nearest(name, theta)}")
     tangent = {n: v.get(n, torch.zeros_like(t)) for n, t in theta.items()}
     if delta.factors() is not None:
-        (A, B), (dA, dB) = jvp(lambda t: _call(delta, t, "factors"), (theta,), (tangent,))
+        moved = jvp(lambda t: _call(delta, t, "factors"), (theta,), (tangent,))
+        (A, B), (dA, dB) = moved[:2]
         return LowRank(torch.cat([A, dA]), torch.cat([dB, B], dim=1) * delta.scale)
     w0 = delta.base_weight()
     change: Tensor = jvp(lambda t: _call(delta, t, "dense", w0), (theta,), (tangent,))[1]
@@ -68,7 +69,7 @@ def pull(delta: Delta, M: "Multiplies | LowRank | Tensor") -> dict[str, Tensor]:
     """Jᵀ M for M (out, in): a tensor for every name of `numbers(delta)`."""
     theta = numbers(delta)
     if delta.factors() is not None:
-        (A, B), back = vjp(lambda t: _call(delta, t, "factors"), theta)
+        (A, B), back = vjp(lambda t: _call(delta, t, "factors"), theta)[:2]
         pair = ((B.mT @ M) * delta.scale, (M @ A.mT) * delta.scale)
         found: dict[str, Tensor] = back(pair)[0]
         return found
@@ -78,8 +79,7 @@ def pull(delta: Delta, M: "Multiplies | LowRank | Tensor") -> dict[str, Tensor]:
         if isinstance(M, LowRank)
         else M @ torch.eye(w0.shape[1], dtype=w0.dtype, device=w0.device)
     )
-    found = vjp(lambda t: _call(delta, t, "dense", w0), theta)[1](dense)[0]
-    return found
+    return vjp(lambda t: _call(delta, t, "dense", w0), theta)[1](dense)[0]
 
 
 def _call(delta: Delta, theta: Numbers, method: str, *args: Any) -> Any:

@@ -74,14 +74,15 @@ class Delta(nn.Module):
 
     # --- what a method writes -------------------------------------------------------------------
     def low_rank(self) -> Factors | None:
-        """A (r, in) and B (out, r) with ΔW = scale · B A, or None when there are no such factors."""
+        """A (r, in) and B (out, r) with ΔW = scale · B A, or None: there are no such factors."""
         return None
 
     def delta(self, w0: Tensor) -> Tensor:
         """ΔW, shape (out, in)."""
         pair = self.low_rank()
         if pair is not None:
-            return self.scale * (pair[1] @ pair[0])
+            change: Tensor = self.scale * (pair[1] @ pair[0])
+            return change
         return self.map_weight(w0) - w0
 
     def map_weight(self, w0: Tensor) -> Tensor:
@@ -237,7 +238,7 @@ class Delta(nn.Module):
                 return moved
             return tensor.to(moved.device)
 
-        super()._apply(keep, recurse)
+        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -249,6 +250,6 @@ class Delta(nn.Module):
 
 
 class Bypass(Delta):
-    """h ← F(h) + ΔW h around a block F instead of inside a weight; never mergeable (LoR2C's kind)."""
+    """h ← F(h) + ΔW h around a block F, not inside a weight; never mergeable (LoR2C's kind)."""
 
     mergeable: ClassVar[bool] = False

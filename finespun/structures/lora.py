@@ -1,4 +1,4 @@
-"""LoRA: ΔW = (alpha / r) B A, with rank-stabilised scale on request (arXiv 2106.09685, 2312.03732)."""
+"""LoRA: ΔW = (alpha / r) B A, rank-stabilised on request (arXiv 2106.09685, 2312.03732)."""
 
 import math
 from dataclasses import dataclass

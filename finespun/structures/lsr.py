@@ -1,7 +1,7 @@
 """LSR-Adapt: the two LoRA factors as short sums of Kronecker products (arXiv 2502.13568)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,9 +100,11 @@ class LSR(Ranked):
         """The cheapest (ranks, input sizes, output sizes): ranks multiply to `rank`, sizes to at
         least `n_in` and `n_out`."""
         if self.rank_split is not None and len(self.rank_split) == 3:
-            three = [choose_factors3(self.rank, n, self.rank_split) for n in (n_in, n_out)]
-            down, up = ([f.p1, f.p2, f.p3] for f in three)
-            return list(self.rank_split), down, up
+            three = [
+                choose_factors3(self.rank, n, rank_split=self.rank_split) for n in (n_in, n_out)
+            ]
+            sizes = [[f.p1, f.p2, f.p3] for f in three]
+            return list(self.rank_split), sizes[0], sizes[1]
         found = []
         for r1, r2 in self.rank_splits():
             down = choose_factors(self.rank, n_in, rank_split=(r1, r2))
@@ -136,7 +138,7 @@ class LSR(Ranked):
         lsr = [d for d in deltas if isinstance(d, LSRDelta)]
         if any(d.count == 3 for d in lsr):
             return [d.low_rank() for d in lsr]
-        formed = kron_sum_many([d.side(s) for d in lsr for s in SIDES])
+        formed = kron_sum_many([d.pair(s) for d in lsr for s in SIDES])
         return [d.trim(A, B) for d, A, B in zip(lsr, formed[::2], formed[1::2])]
 
     def numbers(self, shape: SiteShape) -> int:
@@ -168,7 +170,7 @@ class LSRDelta(Delta):
     A `term` group is one Kronecker term of A or of B; switching it off stays in the form.
     """
 
-    def __init__(self, site: Site, choice: dict[str, Any], path: str) -> None:
+    def __init__(self, site: Site, choice: Mapping[str, Any], path: str) -> None:
         super().__init__(site)
         self.scale, self.path, self.choice = choice["scale"], path, choice
         ranks, self.count = choice["ranks"], len(choice["ranks"])
@@ -180,6 +182,11 @@ class LSRDelta(Delta):
     def side(self, name: str) -> tuple[Tensor, ...]:
         """The Kronecker factors of "A" or "B"."""
         return tuple(getattr(self, f"{name}{t}") for t in range(1, self.count + 1))
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """The two factors of a side that has two."""
+        first, second = self.side(name)
+        return first, second
 
     def trim(self, A: Tensor, B: Tensor) -> Factors:
         """Drop the zero padding: A (r, in), B (out, r)."""
@@ -216,7 +223,8 @@ class LSRDelta(Delta):
         per_row = fewest_macs(sA, ranks, p) + fewest_macs(sB, q, ranks)
         as_lora = math.prod(ranks) * (shape.in_features + shape.out_features)
         forming = 0 if formed else max(sA, sB) * as_lora
-        return tokens * per_row < forming + tokens * as_lora
+        cheaper: bool = tokens * per_row < forming + tokens * as_lora
+        return cheaper
 
     def groups(self, kind: str) -> list[Group]:
         if kind != "term":
@@ -275,7 +283,7 @@ class LSRDelta(Delta):
         """
         if self.count == 3:
             raise InputError("three Kronecker factors have no best approximation; use two")
-        ranks, shape = self.choice["ranks"], self.site.shape
+        ranks = self.choice["ranks"]
         rank = math.prod(ranks)
         target = update.squeeze(min(rank, update.rank))
         want = target.A.double(), target.B.double() / self.scale
@@ -353,7 +361,7 @@ def _refine(delta: LSRDelta, target: LowRank, iterations: int) -> float:
         def closure() -> float:
             optimizer.zero_grad()
             loss = error()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return float(loss)
 
         optimizer.step(closure)

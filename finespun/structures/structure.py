@@ -49,7 +49,7 @@ class Plan:
 class Structure:
     """Hyper-parameters of one way to write ΔW; subclass it beside a Delta.
 
-    `kind` names it in recipes and files; `site_kind` is "linear" for a weight, "block" for a bypass.
+    `kind` names it in recipes and files; `site_kind` is "linear", or "block" for a bypass.
 
     `dropout` acts on the input of the update while training; `seed` fixes every random draw.
     """
@@ -135,7 +135,10 @@ class Structure:
         for name in renamed:
             if name not in known:
                 raise InputError(f"{cls.kind} has no option {name!r}; {nearest(name, known)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in renamed.items()})
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in renamed.items()
+        }
+        return cls(**values)
 
     def generator(self, site: str, purpose: str) -> torch.Generator:
         """A CPU generator for numbers that will be saved, fixed by (seed, site, purpose)."""
