@@ -1,0 +1,203 @@
+"""A recipe: the one typed description of a run, read from YAML, checked before anything is loaded.
+
+Every key can be overridden as `section.key=value`, with the value in YAML. An unknown key or an
+impossible value is an InputError that names the key, the line, the value and what would work.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+from finespun.errors import FileError, InputError, nearest
+from finespun.recipe_yaml import apply_override, explain, read_yaml
+from finespun.structures import LSR, STRUCTURES, Structure
+
+DEFAULT_RATE = 1e-3
+DEFAULT_RATES = {"lsr": 3e-3}  # Adam moves an LSR factor about 3x less than a LoRA factor
+
+
+def read_structure(value: Any) -> Structure:
+    """A structure from `{"kind": ..., option: ...}`; a structure passes as it is.
+
+    Raises InputError for an unknown kind or option, pydantic's ValidationError for a wrong type.
+    """
+    if isinstance(value, Structure):
+        return value
+    if not isinstance(value, Mapping) or "kind" not in value:
+        raise InputError(f"{value!r} needs a kind, one of {', '.join(map(repr, STRUCTURES))}")
+    kind = value["kind"]
+    if kind not in STRUCTURES:
+        raise InputError(f"kind {kind!r} is not known; {nearest(str(kind), STRUCTURES)}")
+    cls = STRUCTURES[kind]
+    known = [field.name for field in dataclasses.fields(cls)]
+    options = {cls.aliases.get(key, key): item for key, item in value.items() if key != "kind"}
+    for key in options:
+        if key not in known:
+            raise InputError(f"{kind} has no option {key!r}; {nearest(str(key), known)}")
+    return TypeAdapter(cls).validate_python(options)
+
+
+def write_structure(structure: Structure) -> dict[str, Any]:
+    """The inverse of `read_structure`, every option written out."""
+    return {"kind": structure.kind, **structure.options()}
+
+
+AnyStructure = Annotated[
+    Structure,
+    BeforeValidator(read_structure),
+    PlainSerializer(write_structure),
+    WithJsonSchema({"type": "object"}),
+]
+
+
+class Section(BaseModel):
+    """A part of a recipe: no unknown keys, no change after it was checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """What to learn from: a built-in task, or a table of one's own. Paths start where you are."""
+
+    task: str | None = Field(None, description="a built-in task, for example trec")
+    file: str | None = Field(None, description="a .csv, .tsv, .jsonl or .parquet file")
+    test_file: str | None = Field(None, description="rows held out; else test_share of file")
+    text: str = Field("text", description="the column with the text")
+    pair: str | None = Field(None, description="the column with a second text, for pairs")
+    label: str = Field("label", description="the column with the label")
+    labels: Literal["classes", "numbers"] | None = Field(
+        None, description="what labels are; null decides by their type"
+    )
+    test_share: float = Field(0.2, gt=0, lt=1, description="the share of rows held out")
+    seed: int = Field(0, ge=0, description="chooses which rows are held out")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.task is None) == (self.file is None):
+            raise InputError("needs either a task or a file")
+        unused = self.model_fields_set - {"task", "seed"}
+        if self.task is not None and (
+            named := [name for name in sorted(unused) if getattr(self, name) is not None]
+        ):
+            raise InputError(f"the built-in task {self.task!r} takes no {named[0]!r}")
+        return self
+
+
+class Training(Section):
+    """How to learn: AdamW, its rate over time, batches, and what is repeated exactly."""
+
+    epochs: int = Field(3, ge=1)
+    batch_size: int = Field(32, ge=1)
+    rate: float | None = Field(None, gt=0, description="null: 1e-3, and 3e-3 for LSR")
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_share: float = Field(0.06, ge=0, lt=1, description="the share of steps of rising rate")
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0: gradients are not clipped")
+    max_length: int = Field(128, ge=1, description="tokens of a row; the rest is cut")
+    seed: int = Field(0, ge=0, description="the head's start, the order of rows, dropout")
+    threads: int | None = Field(None, ge=1, description="null: as many as torch takes")
+    eval_batch_size: int = Field(64, ge=1)
+    checkpoint_every: int | None = Field(None, ge=1, description="steps; null: every epoch")
+
+
+class Recipe(Section):
+    """A run, whole: the same recipe gives the same adapter on the same machine and threads."""
+
+    model: str = Field(description="minilm-l6, minilm-l3, a local folder or a hub model")
+    data: Data
+    structure: AnyStructure = Field(LSR(), description="how the update is written")
+    targets: str | tuple[str, ...] = Field(
+        "all-linear", min_length=1, description="layers by name or suffix, a regex, or all-linear"
+    )
+    train: tuple[str, ...] | None = Field(
+        None, description="other modules to train; null: the untrained head"
+    )
+    training: Training = Training()
+    output: str = Field("out", min_length=1, description="the folder that the run writes")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate: the recipe's, else the default of its structure."""
+        if self.training.rate is not None:
+            return self.training.rate
+        return DEFAULT_RATES.get(self.structure.kind, DEFAULT_RATE)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file and apply `section.key=value` overrides.
+
+        Raises FileError if it is missing, InputError for anything in it that cannot work.
+        """
+        file = Path(path).expanduser()
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            near = [p.name for p in file.parent.glob("*.y*ml")]
+            raise FileError(
+                f"recipe {str(path)!r} cannot be read ({error}); "
+                f"in {str(file.parent)!r} {nearest(file.name, near)}"
+            ) from error
+        return cls.parse(text, overrides, source=str(path))
+
+    @classmethod
+    def parse(cls, text: str, overrides: Sequence[str] = (), source: str = "recipe") -> Self:
+        """Read YAML text; `source` names it in errors. Raises InputError."""
+        values, lines = read_yaml(text, source)
+        return cls._checked(values, overrides, lines, source)
+
+    def changed(self, overrides: Sequence[str]) -> Self:
+        """The same recipe with `section.key=value` overrides. Raises InputError."""
+        values = self.model_dump(mode="json", exclude_unset=True)
+        return self._checked(values, overrides, {}, "recipe")
+
+    def dump(self) -> str:
+        """YAML with every default written out; `parse(dump()).dump()` is the same text."""
+        values = self.model_dump(mode="json")
+        values["training"]["rate"] = self.rate
+        unused = ("task",) if self.data.task is None else set(values["data"]) - {"task", "seed"}
+        for key in unused:
+            del values["data"][key]
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """JSON Schema of a recipe file, with the options of every structure."""
+        schema = cls.model_json_schema()
+        choices = []
+        for kind, structure in sorted(STRUCTURES.items()):
+            options = TypeAdapter(structure).json_schema()
+            options["properties"] = {"kind": {"const": kind}, **options["properties"]}
+            choices.append({**options, "required": ["kind"], "additionalProperties": False})
+        schema["properties"]["structure"]["oneOf"] = choices
+        return schema
+
+    @classmethod
+    def _checked(
+        cls,
+        values: dict[str, Any],
+        overrides: Sequence[str],
+        lines: Mapping[str, int],
+        source: str,
+    ) -> Self:
+        for override in overrides:
+            apply_override(values, override)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            overridden = [override.partition("=")[0] for override in overrides]
+            where = {key: line for key, line in lines.items() if key not in overridden}
+            raise InputError(explain(error, cls, where, source)) from error

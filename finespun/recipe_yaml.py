@@ -1,0 +1,118 @@
+"""The text side of recipes: YAML with line numbers, overrides, and errors a person can act on."""
+
+import re
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from finespun.errors import InputError, nearest
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The mapping in `text`, and the line of every dotted key.
+
+    Raises InputError for broken YAML, a key given twice, or anything but a mapping.
+    """
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{source}{line}: not YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{source}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: a recipe is a list of `key: value` lines, not {values!r}")
+    lines: dict[str, int] = {}
+    _walk(node, "", lines, source)
+    return values, lines
+
+
+def _walk(node: Any, prefix: str, lines: dict[str, int], source: str) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        line = key.start_mark.line + 1
+        if name in lines:
+            raise InputError(f"{source}, line {line}: {name} was given in line {lines[name]} too")
+        lines[name] = line
+        _walk(value, f"{name}.", lines, source)
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` in nested mappings. Raises InputError for another form."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise InputError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: the value is not YAML") from error
+    for key in keys[:-1]:
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"override {override!r}: {key} is {inner!r}, which has no keys")
+        values = inner
+    values[keys[-1]] = value
+
+
+def explain(
+    error: ValidationError, model: type[BaseModel], lines: Mapping[str, int], source: str
+) -> str:
+    """One line for every wrong key: where it is, what it says, what would work."""
+    told: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        key, owner = _place(item["loc"], model)
+        shown = _inside(key, item["loc"]) if key == "structure" else key
+        line = next((f", line {lines[k]}" for k in (shown, key) if k in lines), "")
+        told.setdefault(shown, f"{source}{line}: {_reason(item, shown, owner)}")
+    return "\n".join(told.values())
+
+
+def _place(loc: tuple[Hashable, ...], model: type[BaseModel]) -> tuple[str, type[BaseModel]]:
+    """The dotted key of an error and the section it lies in; branches of unions are left out."""
+    keys: list[str] = []
+    owner = model
+    for part in map(str, loc):
+        keys.append(part)
+        field = owner.model_fields.get(part)
+        inner = field.annotation if field is not None else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        owner = inner
+    return ".".join(keys), owner
+
+
+def _reason(item: Mapping[str, Any], key: str, owner: type[BaseModel]) -> str:
+    kind, value, name = item["type"], item["input"], key.rpartition(".")[2]
+    if kind == "extra_forbidden":
+        return f"{key} is not a key of a recipe; {nearest(name, owner.model_fields)}"
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind == "value_error":
+        return f"{key}: {item['ctx']['error']}"
+    if kind == "literal_error":
+        known = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+        return f"{key} = {value!r} is not known; {nearest(str(value), known)}"
+    wish = re.sub("^(Input|Value) ", "", item["msg"])
+    return f"{key} = {value!r} {wish}"
+
+
+def _inside(key: str, loc: tuple[Hashable, ...]) -> str:
+    """The key of an option: `loc` goes on below `key`, into a place that is no section."""
+    return ".".join([key, *map(str, loc[1:2])])
