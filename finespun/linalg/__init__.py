@@ -12,16 +12,19 @@ from .kronecker import (
 )
 from .lowrank import SVD, LowRank
 from .rsvd import randomized_svd, randomized_svd_of
+from .separable import Separable, nearest_separable
 
 __all__ = [
     "SVD",
     "KronShape",
     "KronShape3",
     "LowRank",
+    "Separable",
     "choose_factors",
     "choose_factors3",
     "condition",
     "nearest_kronecker_sum",
+    "nearest_separable",
     "randomized_svd",
     "randomized_svd_of",
     "rebalance",

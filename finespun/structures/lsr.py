@@ -22,7 +22,7 @@ from finespun.linalg import (
     choose_factors,
     choose_factors3,
     condition,
-    nearest_kronecker_sum,
+    nearest_separable,
     rebalance,
 )
 from finespun.structures.delta import Bank, Delta, Factors
@@ -259,48 +259,33 @@ class LSRDelta(Delta):
         """κ = √(Σ_k ‖A1_k‖²‖A2_k‖²) / ‖A‖ for A and B: rounding error grows as κ·ε."""
         if self.count == 3:
             return {}
-        return {
-            f"condition_{s}": float(condition(*(f.detach() for f in self.side(s)))) for s in SIDES
-        }
+        return {f"condition_{s}": float(condition(*self.pair(s)).detach()) for s in SIDES}
 
     def rebalance(self) -> None:
         """Write the same A and B with κ = 1: terms become orthogonal and factors equally large.
         Optimiser moments of these numbers lose their meaning; two factors only."""
         if self.count == 3:
             raise InputError("three Kronecker factors have no balanced form; use two")
-        for s in SIDES:
-            P, Q = self.side(s)
-            for old, new in zip((P, Q), rebalance(P.detach(), Q.detach())):
-                old.data.copy_(new)
+        with torch.no_grad():
+            for s in SIDES:
+                for old, new in zip(self.side(s), rebalance(*self.pair(s))):
+                    old.copy_(new)
 
     def project(self, update: LowRank, refine: int = 0) -> float:
-        """Become the nearest LSR of another update (both scales included) and return the relative
-        error ‖ΔW_lsr − ΔW‖/‖ΔW‖.
-
-        The canonical factors of `update` (balanced, by singular values) are each replaced by their
-        nearest Kronecker sum, error² = Σ_{k>s} σ_k² of the rearrangement; `refine` then lowers the
-        error of the product by that many L-BFGS iterations on r x r Gram matrices.
-        """
+        """Become the nearest LSR of another update, scale included (`nearest_separable`), and
+        return the relative error ‖ΔW_lsr − ΔW‖/‖ΔW‖."""
         if self.count == 3:
             raise InputError("three Kronecker factors have no best approximation; use two")
-        ranks = self.choice["ranks"]
-        rank = math.prod(ranks)
-        target = update.squeeze(min(rank, update.rank))
-        want = target.A.double(), target.B.double() / self.scale
-        sides = {
-            "A": (want[0], (rank, math.prod(self.choice["down"])), (*ranks, *self.choice["down"])),
-            "B": (want[1], (math.prod(self.choice["up"]), rank), (*self.choice["up"], *ranks)),
-        }
-        for (s, (matrix, size, dims)), terms in zip(sides.items(), self.choice["terms"]):
-            padded = matrix.new_zeros(size)
-            padded[: matrix.shape[0], : matrix.shape[1]] = matrix
-            P, Q, _ = nearest_kronecker_sum(
-                padded, min(terms, dims[0] * dims[2], dims[1] * dims[3]), *dims
-            )
-            for own, new in zip(self.side(s), (P, Q)):
-                own.data.zero_()
-                own.data[: len(new)].copy_(new)
-        return _refine(self, update, refine)
+        best = nearest_separable(
+            update * (1 / self.scale),
+            *(self.choice[key] for key in ("ranks", "down", "up", "terms")),
+            refine,
+        )
+        with torch.no_grad():
+            for side, pair in (("A", best.A), ("B", best.B)):
+                for own, new in zip(self.side(side), pair):
+                    own.copy_(new)
+        return best.error
 
 
 def draw_start(delta: LSRDelta, structure: LSR) -> None:
@@ -338,33 +323,3 @@ def _frame(rows: Tensor) -> Tensor:
     q = torch.linalg.qr(rows.T if rows.shape[0] <= rows.shape[1] else rows)[0]
     frame = q.T if rows.shape[0] <= rows.shape[1] else q
     return frame * math.sqrt(max(rows.shape) / rows.shape[0])
-
-
-def _refine(delta: LSRDelta, target: LowRank, iterations: int) -> float:
-    """Lower ‖c·B·A − M‖_F by L-BFGS in float64, through r x r Gram matrices only; returns the
-    relative error."""
-    factors = [f for s in SIDES for f in delta.side(s)]
-    free = [f.detach().double().requires_grad_() for f in factors]
-    A0, B0 = target.A.detach().double(), target.B.detach().double()
-    total = LowRank(A0, B0).norm().square().clamp_min(torch.finfo(torch.float64).tiny)
-
-    def error() -> Tensor:
-        A, B = delta.trim(kron_sum(*free[:2]), kron_sum(*free[2:]))
-        B = B * delta.scale
-        own = ((B.T @ B) * (A @ A.T)).sum()
-        cross = ((B.T @ B0) * (A @ A0.T)).sum()
-        return (own - 2 * cross + total) / total
-
-    if iterations:
-        optimizer = torch.optim.LBFGS(free, max_iter=iterations, line_search_fn="strong_wolfe")
-
-        def closure() -> float:
-            optimizer.zero_grad()
-            loss = error()
-            loss.backward()
-            return float(loss)
-
-        optimizer.step(closure)
-        for own, new in zip(factors, free):
-            own.data.copy_(new.detach())
-    return float(error().detach().clamp_min(0).sqrt())
