@@ -54,7 +54,7 @@ def _fit(matrix: Tensor, terms: int, rows: Sequence[int], columns: Sequence[int]
 
 
 def _refine(target: LowRank, A: Pair, B: Pair, iterations: int) -> Separable:
-    free = [f.detach().clone().requires_grad_(iterations > 0) for f in (*A, *B)]
+    free = [f.detach().contiguous().clone().requires_grad_(iterations > 0) for f in (*A, *B)]
     A0, B0 = target.A.detach().double(), target.B.detach().double()
     size = LowRank(A0, B0).norm().square().clamp_min(torch.finfo(torch.float64).tiny)
 
@@ -72,7 +72,7 @@ def _refine(target: LowRank, A: Pair, B: Pair, iterations: int) -> Separable:
             optimizer.zero_grad()
             loss = error()
             loss.backward()
-            return float(loss)
+            return float(loss.detach())
 
         optimizer.step(closure)
     A1, A2, B1, B2 = (f.detach() for f in free)

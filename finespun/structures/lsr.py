@@ -276,10 +276,9 @@ class LSRDelta(Delta):
         return the relative error ‖ΔW_lsr − ΔW‖/‖ΔW‖."""
         if self.count == 3:
             raise InputError("three Kronecker factors have no best approximation; use two")
+        c = self.choice
         best = nearest_separable(
-            update * (1 / self.scale),
-            *(self.choice[key] for key in ("ranks", "down", "up", "terms")),
-            refine,
+            update * (1 / self.scale), c["ranks"], c["down"], c["up"], c["terms"], refine
         )
         with torch.no_grad():
             for side, pair in (("A", best.A), ("B", best.B)):
