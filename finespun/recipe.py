@@ -102,6 +102,7 @@ class Training(Section):
 
     epochs: int = Field(3, ge=1)
     batch_size: int = Field(32, ge=1)
+    accumulate: int = Field(1, ge=1, description="batches to a step")
     rate: float | None = Field(None, gt=0, description="null: 1e-3, and 3e-3 for LSR")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_share: float = Field(0.06, ge=0, lt=1, description="the share of steps of rising rate")
@@ -110,6 +111,7 @@ class Training(Section):
     max_length: int = Field(128, ge=1, description="tokens of a row; the rest is cut")
     seed: int = Field(0, ge=0, description="the head's start, the order of rows, dropout")
     threads: int | None = Field(None, ge=1, description="null: as many as torch takes")
+    device: str | None = Field(None, description="cpu, cuda, ...; null: a GPU where there is one")
     eval_batch_size: int = Field(64, ge=1)
     checkpoint_every: int | None = Field(None, ge=1, description="steps; null: every epoch")
 
