@@ -21,8 +21,8 @@ def macro_f1(predicted: Tensor, expected: Tensor) -> float:
     scores = []
     for kind in torch.unique(torch.cat([predicted, expected])):
         said, true = predicted == kind, expected == kind
-        scores.append(2 * (said & true).sum() / (said.sum() + true.sum()))
-    return float(torch.stack(scores).double().mean())
+        scores.append(2 * (said & true).sum().double() / (said.sum() + true.sum()))
+    return float(torch.stack(scores).mean())
 
 
 def mean_squared_error(predicted: Tensor, expected: Tensor) -> float:
