@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finespun import hosts
-from finespun.errors import InputError, StateError
+from finespun.errors import InputError, StateError, TargetError
 from finespun.hosts.targets import Targets
 from finespun.linalg import LowRank
 from finespun.structures import Delta, Structure, calculus
@@ -27,13 +27,16 @@ def adapt(
 ) -> "Adapter":
     """Attach a new trainable adapter; the model stays the object and the class it was.
 
-    `targets`: names, suffixes, a regular expression, or "all-linear". `train`: modules of which the
-    adapter trains its own copy; None means the task head that the model's class announces.
+    `targets`: names, suffixes, a regular expression, or "all-linear"; an empty list leaves all layers
+    alone, so that only modules are trained. `train`: modules of which the adapter trains its own
+    copy; None means the task head that the model's class announces.
     `exact_start` makes a start that is not zero equal the base. Every other number of the model is
     frozen until `detach`. Raises TargetError, PlanError or InputError; the model stays untouched.
     """
     trained = hosts.find_head(model) if train is None else tuple(train)
     names = [n for n in hosts.find(model, targets) if not _inside(n, trained)]
+    if not names and not trained:
+        raise TargetError('no layer and no module to train; name layers, or use "all-linear"')
     entry = hosts.new_entry(model, name, structure, names, trained, scores)
     adapter = Adapter(model, name)
     if exact_start and not structure.starts_at_zero:
@@ -191,10 +194,11 @@ class Adapter:
         kinds = sorted({f"{s.out_features}x{s.in_features}" for s in sites})
         leaves = sorted({s.name.rsplit(".", 1)[-1] for s in sites})
         trained = f", trains {', '.join(self.entry.trained)}" if self.entry.trained else ""
+        where = f" ({', '.join(leaves)}; {', '.join(kinds)})" if sites else ""
         return (
             f"Adapter {self.name!r}: {self.structure}\n"
-            f"  {len(sites)} sites ({', '.join(leaves)}; {', '.join(kinds)}){trained}\n"
+            f"  {len(sites)} sites{where}{trained}\n"
             f"  {self.num_parameters:,} trained numbers"
             + (f" and {self.num_trained:,} in trained modules" if self.num_trained else "")
-            + f", ‖ΔW‖ {min(norms):.3g} to {max(norms):.3g}"
+            + (f", ‖ΔW‖ {min(norms):.3g} to {max(norms):.3g}" if norms else "")
         )

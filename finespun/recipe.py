@@ -122,8 +122,8 @@ class Recipe(Section):
     model: str = Field(description="minilm-l6, minilm-l3, a local folder or a hub model")
     data: Data
     structure: AnyStructure = Field(LSR(), description="how the update is written")
-    targets: str | tuple[str, ...] = Field(
-        "all-linear", min_length=1, description="layers by name or suffix, a regex, or all-linear"
+    targets: Annotated[str, Field(min_length=1)] | tuple[str, ...] = Field(
+        "all-linear", description="layers by name or suffix, a regex, all-linear, or [] for none"
     )
     train: tuple[str, ...] | None = Field(
         None, description="other modules to train; null: the untrained head"

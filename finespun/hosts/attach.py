@@ -151,7 +151,8 @@ def materialise(model: nn.Module, entry: Entry) -> None:
 def replace(entry: Entry, structure: Structure, plan: Plan, deltas: dict[str, Delta]) -> None:
     """Let the entry hold these deltas, which sit in the layers already."""
     entry.structure, entry.plan, entry.deltas = structure, plan, deltas
-    entry.former = Former(structure, list(deltas.values())) if structure.forms_together else None
+    forms = deltas and structure.forms_together
+    entry.former = Former(structure, list(deltas.values())) if forms else None
 
 
 def _add_copy(model: nn.Module, name: str, board: Board, adapter: str) -> nn.Module:

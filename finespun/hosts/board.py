@@ -39,7 +39,7 @@ class Entry:
     @property
     def live(self) -> bool:
         """Whether the modules exist."""
-        return bool(self.deltas)
+        return bool(self.deltas or self.copies)
 
 
 class Board:

@@ -25,8 +25,8 @@ def find(model: nn.Module, targets: Targets) -> list[str]:
     """Names of the modules that `targets` means, in model order.
 
     A string is "all-linear" (every linear layer but the output head) or a regular expression that
-    must match the whole name; a list holds exact names or dotted suffixes. Raises TargetError, with
-    the nearest names, where an entry matches nothing.
+    must match the whole name; a list holds exact names or dotted suffixes, an empty one means no
+    layer. Raises TargetError, with the nearest names, where an entry matches nothing.
     """
     known = modules(model)
     if isinstance(targets, str):
@@ -41,8 +41,6 @@ def find(model: nn.Module, targets: Targets) -> list[str]:
         if not found:
             raise TargetError(f"targets={targets!r} matches no module; {_suggest(targets, known)}")
         return found
-    if not targets:
-        raise TargetError('targets is empty; name layers, or use "all-linear"')
     for target in targets:
         if not any(_ends(name, target) for name in known):
             raise TargetError(f"no module is called {target!r}; {_suggest(target, known)}")
