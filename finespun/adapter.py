@@ -27,8 +27,8 @@ def adapt(
 ) -> "Adapter":
     """Attach a new trainable adapter; the model stays the object and the class it was.
 
-    `targets`: names, suffixes, a regular expression, or "all-linear"; an empty list leaves all layers
-    alone, so that only modules are trained. `train`: modules of which the adapter trains its own
+    `targets`: names, suffixes, a regular expression, or "all-linear"; an empty list leaves layers
+    alone: only modules are trained. `train`: modules of which the adapter trains its own
     copy; None means the task head that the model's class announces.
     `exact_start` makes a start that is not zero equal the base. Every other number of the model is
     frozen until `detach`. Raises TargetError, PlanError or InputError; the model stays untouched.
