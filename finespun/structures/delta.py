@@ -13,7 +13,7 @@ start) follows from what is written.
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,23 @@ Factors = tuple[Tensor, Tensor]
 Base = Callable[[Tensor], Tensor]
 
 
-class Bank(nn.Module):
-    """Trained numbers that several deltas share; owned by the adapter and saved once."""
+class _Precise(nn.Module):
+    """Follows the model to another device or a higher precision, never to a lower one."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if not tensor.is_floating_point() or moved.dtype.itemsize >= tensor.dtype.itemsize:
+                return moved
+            return tensor.to(moved.device)
+
+        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class Bank(_Precise):
+    """Trained numbers that several deltas share; owned by the adapter and saved once. They keep
+    their precision as a delta's do."""
 
     def keep_start(self) -> "Bank":
         """A frozen copy of today's numbers, made once, saved with the bank."""
@@ -38,7 +53,7 @@ class Bank(nn.Module):
         return self._modules["start"]  # type: ignore[return-value]
 
 
-class Delta(nn.Module):
+class Delta(_Precise):
     """ΔW of one site: `forward(x) = ΔW x` for x (..., in_features) is the definition.
 
     `scale` multiplies B A of `low_rank` (alpha / r in LoRA). Trained numbers are float32 unless
@@ -229,18 +244,6 @@ class Delta(nn.Module):
         return [group for group in self.groups(kind) if alive(group)]
 
     # --- nn.Module behaviour --------------------------------------------------------------------
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Delta":
-        """Follow the model to another device or a higher precision, never to a lower one."""
-
-        def keep(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if not tensor.is_floating_point() or moved.dtype.itemsize >= tensor.dtype.itemsize:
-                return moved
-            return tensor.to(moved.device)
-
-        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
-        return self
-
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         for key, value in state_dict.items():
             name = key.removeprefix(prefix)
