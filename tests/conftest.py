@@ -1,0 +1,18 @@
+"""What every test shares: one thread, a fixed seed, and a registry that no test can change."""
+
+import pytest
+import torch
+
+from finespun.structures import STRUCTURES
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_start():
+    """Every test draws the same numbers and leaves the registry of structures as it was."""
+    torch.manual_seed(0)
+    known = dict(STRUCTURES)
+    yield
+    STRUCTURES.clear()
+    STRUCTURES.update(known)
