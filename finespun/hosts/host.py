@@ -211,7 +211,7 @@ class LinearHost(Host):
     def _alone(self, base: Base, x: Tensor, delta: Delta, strength: float) -> Tensor:
         """The fused kernel, base product included, where the layer's own forward is nn.Linear's."""
         own = plain_class(self.layer).forward is nn.Linear.forward
-        if "low_rank" not in delta.written or not own or self._drops(delta) or hooked(delta):
+        if "low_rank" not in delta.written or not own or hooked(delta):
             return super()._alone(base, x, delta, strength)
         former = self.board.entries[self._owner(delta)].former
         pair = None if former is None else former.factors(delta)
@@ -219,7 +219,8 @@ class LinearHost(Host):
             return super()._alone(base, x, delta, strength)
         A, B = delta.factors() if pair is None else pair  # type: ignore[misc]
         s = delta.scale * strength
-        y = low_rank_linear(x, self.layer.weight, self.layer.bias, A, B, s, self.gain)
+        drop = self._dropout(delta) if delta.training else 0.0
+        y = low_rank_linear(x, self.layer.weight, self.layer.bias, A, B, s, self.gain, drop)
         moved = delta.bias_change() if "map_bias" in delta.written else None
         return y if moved is None else y + (moved * strength).to(y.dtype)
 

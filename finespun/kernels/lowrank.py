@@ -39,20 +39,49 @@ def low_rank_reference(x: Tensor, A: Tensor, B: Tensor, s: float, gain: Tensor |
 
 
 def low_rank_linear(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, gain: Tensor | None
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    s: float,
+    gain: Tensor | None = None,
+    drop: float = 0.0,
 ) -> Tensor:
-    """x Wᵀ + b + s·(x Aᵀ) Bᵀ for x (..., in), W (out, in), A (r, in), B (out, r) -> (..., out)."""
+    """x Wᵀ + b + s·(drop(x) Aᵀ) Bᵀ: x (..., in), W (out, in), A (r, in), B (out, r) -> (..., out).
+
+    Dropout keeps one byte a number for the backward pass, where the dropped x is rebuilt; its rate
+    is rounded to 1/256 there and the rescaling follows the rounded rate.
+    """
     if plain(x, W, A, B):
-        return _LowRankLinear.apply(x, W, b, A, B, s, gain)  # type: ignore[no-untyped-call]
-    return low_rank_linear_reference(x, W, b, A, B, s, gain)
+        mask, s = (None, s) if drop == 0.0 else _byte_mask(x, drop, s)
+        return _LowRankLinear.apply(x, W, b, A, B, s, gain, mask)  # type: ignore[no-untyped-call]
+    return low_rank_linear_reference(x, W, b, A, B, s, gain, drop)
 
 
 def low_rank_linear_reference(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, gain: Tensor | None
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    s: float,
+    gain: Tensor | None = None,
+    drop: float = 0.0,
 ) -> Tensor:
     """The same in plain PyTorch, for any dtypes and tensor types."""
     y = F.linear(x, W, b)
-    return y + low_rank_reference(x, A, B, s, gain).to(y.dtype)
+    dropped = F.dropout(x, drop) if drop else x
+    return y + low_rank_reference(dropped, A, B, s, gain).to(y.dtype)
+
+
+def _byte_mask(x: Tensor, drop: float, s: float) -> tuple[Tensor, float]:
+    """A boolean mask of the rows of x, True with probability 1 − k/256, and s / (1 − k/256)."""
+    k = min(max(round(drop * 256), 1), 255)
+    n = x.numel()
+    words = torch.empty(-(-n // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    mask = words.view(torch.uint8)[:n].view(-1, x.shape[-1]) >= k
+    return mask, s / (1 - k / 256)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -66,31 +95,38 @@ class _LowRankLinear(torch.autograd.Function):
         B: Tensor,
         s: float,
         gain: Tensor | None,
+        mask: Tensor | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        h = rows @ A.T
+        h = (rows if mask is None else rows * mask.to(rows.dtype)) @ A.T
         y = F.linear(rows, W, b).addmm_(h, B.T, alpha=s)
-        ctx.save_for_backward(rows, h, W, A, B, gain)
+        ctx.save_for_backward(rows, h, W, A, B, gain, mask)
         ctx.s, ctx.shape = s, x.shape
         return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, h, W, A, B, gain = ctx.saved_tensors
+        rows, h, W, A, B, gain, mask = ctx.saved_tensors
         dy = dy.reshape(-1, dy.shape[-1])
         own = dy if gain is None else dy * gain
         need_x, need_W, need_b, need_A, need_B = ctx.needs_input_grad[:5]
         dx = dW = db = dA = dB = None
         dh = (own @ B).mul_(ctx.s) if need_A or (need_x and gain is None) else None
         if need_A and dh is not None:
-            dA = dh.T @ rows
+            dA = dh.T @ (rows if mask is None else rows * mask.to(rows.dtype))
         if need_B:
             dB = (own.T @ h).mul_(ctx.s)
         if need_x:
             through = dh if gain is None else (dy @ B).mul_(ctx.s)
-            dx = (dy @ W).addmm_(through, A).view(ctx.shape)
+            dx = dy @ W
+            dx = (
+                dx.addmm_(through, A)
+                if mask is None
+                else dx.addcmul_(through @ A, mask.to(A.dtype))
+            )
+            dx = dx.view(ctx.shape)
         if need_W:
             dW = dy.T @ rows
         if need_b:
             db = dy.sum(0)
-        return dx, dW, db, dA, dB, None, None
+        return dx, dW, db, dA, dB, None, None, None
