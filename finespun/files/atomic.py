@@ -1,0 +1,253 @@
+"""Folders and files that are written whole or not at all.
+
+A write goes to a temporary sibling, is flushed to the disk and takes its name by rename. Where a
+folder with that name stands already, it steps aside first, under a hidden name, and goes only when
+the new one is in place: a crash at any moment leaves the old or the new one, whole.
+"""
+
+import errno
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from finespun.errors import FileError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "permission is denied",
+    errno.EPERM: "permission is denied",
+    errno.EROFS: "the file system is read-only",
+    errno.EBUSY: "the folder is a mount point or in use; name a folder inside it",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EIO: "the disk reports an error",
+}
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike[str], bytes_needed: int = 0) -> Iterator[Path]:
+    """Yield an empty folder to fill; on leaving, its files take their place in `path` at once.
+
+    Other files that `path` holds stay in it. On an exception nothing changes. Raises FileError
+    where `path` cannot be written, has less than `bytes_needed` free, or is not a folder.
+    """
+    target = located(path)
+    if target.exists() and not target.is_dir():
+        raise FileError(f"{target} is a file; name a folder")
+    if target in (Path.cwd(), *Path.cwd().parents):
+        raise FileError(
+            f"{target} holds the folder you are working in; name a folder of its own, such as "
+            f"{target / 'adapter'}"
+        )
+    check_writable(target, bytes_needed)
+    with _told(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        recover(target)
+        _sweep(target)
+        work = _temporary(target)
+        os.mkdir(work)
+        lock = _hold(work)
+        try:
+            yield work
+            _swap(work, target)
+        finally:
+            if lock is not None:
+                os.close(lock)
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def write_file(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write one file whole or not at all; text as UTF-8. Raises FileError like `whole_folder`."""
+    target = located(path)
+    if target.is_dir():
+        raise FileError(f"{target} is a folder; name a file")
+    content = data.encode() if isinstance(data, str) else data
+    check_writable(target, len(content))
+    with _told(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = _temporary(target)
+        try:
+            work.write_bytes(content)
+            _flush(work)
+            os.replace(work, target)
+        finally:
+            work.unlink(missing_ok=True)
+        _flush(target.parent)
+
+
+def check_writable(path: str | os.PathLike[str], bytes_needed: int = 0) -> None:
+    """Raise FileError now if writing `path` later would fail: no permission, a read-only file
+    system, a file where a folder should be, or less than `bytes_needed` bytes free."""
+    target = located(path)
+    with _told(target):
+        above = next(p for p in target.parents if p.exists())
+    if not above.is_dir():
+        raise FileError(f"{target} cannot be made: {above} is a file")
+    probe = above / f".finespun-{secrets.token_hex(8)}"
+    with _told(target):
+        probe.touch(exist_ok=False)
+        probe.unlink()
+        free = shutil.disk_usage(above).free
+    if free < bytes_needed:
+        raise FileError(
+            f"{target} needs {bytes_needed:,} bytes and the disk has {free:,} free; make room or "
+            "name another disk"
+        )
+
+
+def located(path: str | os.PathLike[str]) -> Path:
+    """The absolute path, links followed and ~ expanded."""
+    return Path(path).expanduser().resolve()
+
+
+def settled(path: str | os.PathLike[str]) -> Path:
+    """Where to read the folder `path`: itself, or what a crash left of it under the hidden name."""
+    target = located(path)
+    aside = _aside(target)
+    return aside if aside.is_dir() and not target.exists() else target
+
+
+def recover(path: str | os.PathLike[str]) -> None:
+    """Give a folder its name back if a crash came between the two renames of a replacement."""
+    target = located(path)
+    if settled(target) != target:
+        os.rename(_aside(target), target)
+
+
+def put_aside(folder: Path) -> list[Path]:
+    """The folders below `folder` that a crash left without their name, by that name."""
+    hidden = [p for p in folder.glob(".?*.previous") if p.is_dir()]
+    names = [folder / p.name.removeprefix(".").removesuffix(".previous") for p in hidden]
+    return [n for n in names if not n.exists()]
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder that nobody may see half deleted."""
+    work = _temporary(folder)
+    os.rename(folder, work)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _swap(work: Path, target: Path) -> None:
+    if not target.exists() or not any(target.iterdir()):
+        _flush_all(work)
+        os.rename(work, target)
+    else:
+        aside = _aside(target)
+        if aside.exists():
+            remove_folder(aside)
+        _carry(target, work)
+        _flush_all(work)
+        os.rename(target, aside)
+        try:
+            os.rename(work, target)
+        except OSError:
+            os.rename(aside, target)
+            raise
+        _carry(aside, target)
+        remove_folder(aside)
+    _flush(target.parent)
+
+
+def _carry(old: Path, new: Path) -> None:
+    """Give `new` what only `old` holds, by hard links where the file system has them."""
+    for item in old.iterdir():
+        place = new / item.name
+        if os.path.lexists(place):
+            continue
+        if item.is_dir() and not item.is_symlink():
+            shutil.copytree(item, place, symlinks=True, copy_function=_link)
+        else:
+            _link(item, place)
+
+
+def _link(old: str | Path, new: str | Path) -> None:
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(old, new, follow_symlinks=False)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.previous")
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.writing-{secrets.token_hex(6)}")
+
+
+def _sweep(target: Path) -> None:
+    """Delete temporary folders of writers that are gone."""
+    for folder in target.parent.glob(f".{target.name}.writing-*"):
+        if _abandoned(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+if sys.platform == "win32":
+
+    def _hold(folder: Path) -> int | None:
+        """Folders cannot be locked here."""
+        return None
+
+    def _abandoned(folder: Path) -> bool:
+        return time.time() - folder.stat().st_mtime > 86400
+
+    def _flush(path: Path) -> None:
+        if path.is_file():
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
+
+else:
+    import fcntl
+
+    def _hold(folder: Path) -> int | None:
+        """An open lock on the folder, which ends with the process; None if another holds it."""
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def _abandoned(folder: Path) -> bool:
+        lock = _hold(folder)
+        if lock is not None:
+            os.close(lock)
+        return lock is not None
+
+    def _flush(path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _flush_all(folder: Path) -> None:
+    for place, _, files in os.walk(folder):
+        for name in files:
+            file = Path(place, name)
+            if file.is_file() and not file.is_symlink():
+                _flush(file)
+        _flush(Path(place))
+
+
+@contextmanager
+def _told(target: Path) -> Iterator[None]:
+    """Say what the operating system's refusal means for this path."""
+    try:
+        yield
+    except OSError as error:
+        reason = _REASONS.get(error.errno or 0)
+        if reason is None:
+            raise
+        raise FileError(
+            f"{target} cannot be written: {reason} ({error.strerror}). What was there before is "
+            "untouched"
+        ) from error
