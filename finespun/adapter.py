@@ -141,7 +141,8 @@ class Adapter:
         structure, plan, small = compact(entry.structure, entry.plan, self.deltas)
         for name, delta in small.items():
             delta.__dict__["owner"] = self.name
-            delta.requires_grad_(next(iter(entry.deltas[name].numbers())).requires_grad)
+            old = entry.deltas[name]
+            delta.train(old.training).requires_grad_(next(iter(old.numbers())).requires_grad)
             hosts.hosts_of(self.model, self.name)[name].deltas()[self.name] = delta
         hosts.replace(entry, structure, plan, small)
         return self

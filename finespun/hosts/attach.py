@@ -91,6 +91,8 @@ def site(model: nn.Module, target: str, structure: Structure) -> Host:
     own = module.__dict__.get("_finespun")
     if isinstance(own, Host):
         return own
+    if own is not None:
+        raise TargetError(f"{target!r} is trained whole by another adapter: no delta can go there")
     parent = known.get(target.rpartition(".")[0], model)
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         raise TargetError(
@@ -135,7 +137,7 @@ def materialise(model: nn.Module, entry: Entry) -> None:
             model.add_module(BANKS, nn.ModuleDict())
         _children(model, BANKS)[entry.name] = entry.bank
     for name, host in hosts.items():
-        delta = structure.build(host, entry.plan, entry.bank)
+        delta = structure.build(host, entry.plan, entry.bank).train(host.layer.training)
         delta.__dict__["owner"] = entry.name
         _seat(host.layer, host, "deltas")[entry.name] = delta
         host.board = board
@@ -196,9 +198,9 @@ def tensors_of(entry: Entry) -> dict[str, Tensor]:
 def load_tensors(entry: Entry, tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors into the entry's modules. Raises InputError naming the first key that is
     missing, unknown or of another shape; nothing is written then."""
+    starts = {k.partition("/start.")[0] for k in tensors if "/start." in k}
     for name, delta in entry.deltas.items():
-        own = {k.removeprefix(f"delta/{name}/") for k in tensors if k.startswith(f"delta/{name}/")}
-        if any(k.startswith("start.") for k in own) and "start" not in delta._modules:
+        if starts & {"bank", f"delta/{name}"} and delta.origin is None:
             delta.keep_start()
     expected = {k: v.shape for k, v in tensors_of(entry).items()}
     extra = {k for k in tensors if k.rsplit("/", 1)[-1].split("_")[0] in ("gate", "alive")}
