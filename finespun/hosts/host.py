@@ -106,14 +106,14 @@ class Host:
             y = base(x)
             for delta, strength in active:
                 y = y + self.change(delta, strength, x, base).to(y.dtype)
-        if self.overlay is not None:
+        if self.overlay is not None and self.board.active:
             y = y + self.overlay(x).to(y.dtype)
         return y
 
     def _alone(self, base: Base, x: Tensor, delta: Delta, strength: float) -> Tensor:
         """One active delta: the cheapest way to the whole output."""
-        simple = strength == 1.0 and self.gain is None and not self._drops(delta)
-        if "through" in delta.written and simple and not hooked(delta):
+        simple = strength == 1.0 and not self._drops(delta) and not hooked(delta)
+        if simple and self._goes_through(delta):
             return delta.through(x, base)
         y = base(x)
         return y + self.change(delta, strength, x, base).to(y.dtype)
@@ -138,13 +138,17 @@ class Host:
         """c [ drop(x) ΔWᵀ + (b − b0) ] for one delta, in the precision of its numbers."""
         if self._drops(delta):
             x = F.dropout(x, self._dropout(delta), training=True)
-        moved = delta.bias_change() if "map_bias" in delta.written else None
+        moved = self._bias_change(delta)
         if hooked(delta):
+            if self.gain is not None:
+                raise StateError(
+                    f"a gain at {self.name!r} needs a delta without hooks; remove them"
+                )
             change = delta(x)
         elif "low_rank" in delta.written:
             former = self.board.entries[self._owner(delta)].former
             change = self._low_rank(delta, x, None if former is None else former.factors(delta))
-        elif "through" in delta.written and self.gain is None:
+        elif self._goes_through(delta):
             return (delta.through(x, base) - base(x)) * strength
         else:
             w0 = delta.base_weight()
@@ -152,7 +156,8 @@ class Host:
         return (change if moved is None else change + moved) * strength
 
     def _low_rank(self, delta: Delta, x: Tensor, formed: tuple[Tensor, Tensor] | None) -> Tensor:
-        if delta.direct(x.numel() // x.shape[-1], formed is not None):
+        tokens = x.numel() // max(x.shape[-1], 1)
+        if self.gain is None and delta.direct(tokens, formed is not None):
             return delta.forward(x)
         A, B = delta.factors() if formed is None else formed  # type: ignore[misc]
         return low_rank_reference(x, A, B, delta.scale, self.gain)
@@ -162,6 +167,16 @@ class Host:
             return self.multiply(x, W)
         own = self.multiply(x.detach(), W) * self.gain
         return self.multiply(x, W.detach()) + (own - own.detach())
+
+    def _bias_change(self, delta: Delta) -> Tensor | None:
+        moved = delta.bias_change() if "map_bias" in delta.written else None
+        if moved is None or self.gain is None:
+            return moved
+        own = moved * self.gain
+        return moved.detach() + (own - own.detach())
+
+    def _goes_through(self, delta: Delta) -> bool:
+        return "through" in delta.written and self.gain is None and delta.origin is None
 
     def _owner(self, delta: Delta) -> str:
         return str(delta.__dict__["owner"])
@@ -215,13 +230,14 @@ class LinearHost(Host):
             return super()._alone(base, x, delta, strength)
         former = self.board.entries[self._owner(delta)].former
         pair = None if former is None else former.factors(delta)
-        if delta.direct(x.numel() // max(x.shape[-1], 1), pair is not None):
+        tokens = x.numel() // max(x.shape[-1], 1)
+        if self.gain is None and delta.direct(tokens, pair is not None):
             return super()._alone(base, x, delta, strength)
         A, B = delta.factors() if pair is None else pair  # type: ignore[misc]
         s = delta.scale * strength
         drop = self._dropout(delta) if delta.training else 0.0
         y = low_rank_linear(x, self.layer.weight, self.layer.bias, A, B, s, self.gain, drop)
-        moved = delta.bias_change() if "map_bias" in delta.written else None
+        moved = self._bias_change(delta)
         return y if moved is None else y + (moved * strength).to(y.dtype)
 
 
