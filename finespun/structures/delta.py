@@ -87,6 +87,11 @@ class Delta(_Precise):
         """The frozen copy that `keep_start` made."""
         return self._modules.get("start")  # type: ignore[return-value]
 
+    @property
+    def adjusted(self) -> bool:
+        """Whether a gate or an exact start stands between the numbers and the update."""
+        return "gate" in self._buffers or "start" in self._modules
+
     # --- what a method writes -------------------------------------------------------------------
     def low_rank(self) -> Factors | None:
         """A (r, in) and B (out, r) with ΔW = scale · B A, or None: there are no such factors."""

@@ -207,11 +207,6 @@ class LSRDelta(Delta):
         h = kron_apply(A[0], A[1], F.pad(x, (0, padding)) if padding else x)
         return kron_apply(B[0], B[1], h)[..., : shape.out_features] * self.scale
 
-    @property
-    def adjusted(self) -> bool:
-        """Whether a gate or an exact start stands between the factors and the update."""
-        return "gate" in self._buffers or "start" in self._modules
-
     def direct(self, tokens: int, formed: bool) -> bool:
         if self.count == 3 or self.path == "formed" or self.adjusted:
             return False

@@ -149,10 +149,12 @@ class Structure:
 @dataclass(frozen=True, kw_only=True)
 class Ranked(Structure):
     """A structure with a rank. The update is multiplied by alpha / rank; alpha is 2·rank unless
-    given."""
+    given (`usual_scale` where a method's own scale is another)."""
 
     rank: int = 8
     alpha: float | None = None
+
+    usual_scale: ClassVar[float] = 2.0
 
     aliases: ClassVar[Mapping[str, str]] = {
         "r": "rank",
@@ -170,7 +172,7 @@ class Ranked(Structure):
     @property
     def scale(self) -> float:
         """c = alpha / rank, the factor in front of the update."""
-        return (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
+        return self.usual_scale if self.alpha is None else self.alpha / self.rank
 
     def choose(self, site: Site) -> dict[str, Any]:
         shape = site.shape
