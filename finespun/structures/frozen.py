@@ -10,15 +10,20 @@ from torch import Tensor
 from finespun.linalg import streams
 
 Draw = Callable[[tuple[int, int], tuple[int, ...]], Tensor]
-DRAWS: dict[str, Draw] = {"normal": streams.normal, "uniform": streams.uniform}
+DRAWS: dict[str, Draw] = {
+    "normal": streams.normal,
+    "uniform": streams.uniform,
+    "symmetric": lambda key, shape: 2 * streams.uniform(key, shape) - 1,
+}
 _drawn: "WeakValueDictionary[tuple[Any, ...], Tensor]" = WeakValueDictionary()
 
 
 class Frozen:
     """A tensor of `shape` fixed by (law, seed, stream): equal keys share one tensor per device.
 
-    `law` is "normal" (mean 0, variance 1) or "uniform" ([0, 1)); `stream` is a (site, purpose)
-    pair as in `linalg.streams.key`. Read it with `on(device)`. Copies and pickles hold the key only.
+    `law` is "normal" (mean 0, variance 1), "uniform" ([0, 1)) or "symmetric" ([-1, 1)); `stream` is
+    a (site, purpose) pair as in `linalg.streams.key`. Read it with `on(device)` or `like(tensor)`.
+    Copies and pickles hold the key only.
     """
 
     def __init__(
@@ -41,6 +46,10 @@ class Frozen:
             _drawn[place] = held
         self._held = held
         return held
+
+    def like(self, other: Tensor) -> Tensor:
+        """The tensor on the device and in the dtype of another."""
+        return self.on(other.device).to(other.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Frozen, self.key
