@@ -77,20 +77,25 @@ class Former:
         return bool(self.versions) and self.versions[place] == _version(self.deltas[place])
 
     def _form(self) -> None:
-        parameters = (p for delta in self.deltas for p in delta.parameters())
-        sharded = any(type(p) is not nn.Parameter for p in parameters)
+        sharded = any(type(p) is not nn.Parameter for d in self.deltas for p in _numbers(d))
         self.formed = [] if sharded else self.structure.form(self.deltas)
         self.unread = set(range(len(self.deltas)))
         keep = not torch.is_grad_enabled() and not sharded
         self.versions = [_version(delta) for delta in self.deltas] if keep else []
 
 
+def _numbers(delta: Delta) -> list[nn.Parameter]:
+    """The parameters that the delta's factors are made of, its bank's included."""
+    return [*delta.parameters(), *(() if delta.bank is None else delta.bank.parameters())]
+
+
 def _version(delta: Delta) -> tuple[object, ...]:
     """Changes whenever a number of the delta is written, moved or replaced; inference tensors
     count no writes, so that they never compare equal."""
-    mode = object() if any(p.is_inference() for p in delta.parameters()) else None
+    numbers = _numbers(delta)
+    mode = object() if any(p.is_inference() for p in numbers) else None
     return (
         mode,
         torch.is_inference_mode_enabled(),
-        *((id(p), p._version, p.device) for p in delta.parameters() if mode is None),
+        *((id(p), p._version, p.device) for p in numbers if mode is None),
     )
