@@ -100,13 +100,16 @@ class _LowRankLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         h = (rows if mask is None else rows * mask.to(rows.dtype)) @ A.T
         y = F.linear(rows, W, b).addmm_(h, B.T, alpha=s)
-        ctx.save_for_backward(rows, h, W, A, B, gain, mask)
-        ctx.s, ctx.shape = s, x.shape
+        ctx.save_for_backward(x, h, W, A, B, gain, mask)
+        ctx.s = s
         return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, h, W, A, B, gain, mask = ctx.saved_tensors
+        x, h, W, A, B, gain, mask = ctx.saved_tensors
+        rows = x.reshape(-1, x.shape[-1])
+        if torch.is_grad_enabled():  # a second derivative is wanted: h must depend on x and A
+            h = (rows if mask is None else rows * mask.to(rows.dtype)) @ A.T
         dy = dy.reshape(-1, dy.shape[-1])
         own = dy if gain is None else dy * gain
         need_x, need_W, need_b, need_A, need_B = ctx.needs_input_grad[:5]
@@ -124,7 +127,7 @@ class _LowRankLinear(torch.autograd.Function):
                 if mask is None
                 else dx.addcmul_(through @ A, mask.to(A.dtype))
             )
-            dx = dx.view(ctx.shape)
+            dx = dx.view(x.shape)
         if need_W:
             dW = dy.T @ rows
         if need_b:
