@@ -122,8 +122,10 @@ class Adapter:
         return own + [p for m in self.entry.copies.values() for p in m.parameters()]
 
     def push(self, v: Mapping[str, Mapping[str, Tensor]]) -> dict[str, LowRank | Tensor]:
-        """J v at every site, for a change v[site][name] of the trained numbers."""
-        return {name: calculus.push(d, v.get(name, {})) for name, d in self.deltas.items()}
+        """J v at every site, for a change v[site][name] of the trained numbers, those of the bank
+        under v["bank"]: the keys that `pull` returns."""
+        shared = v.get("bank", {})
+        return {n: calculus.push(d, {**v.get(n, {}), **shared}) for n, d in self.deltas.items()}
 
     def pull(self, M: Mapping[str, LowRank | Tensor]) -> dict[str, dict[str, Tensor]]:
         """Jᵀ M: by site and, summed over the sites, for the bank under the key "bank"."""
