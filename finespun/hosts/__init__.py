@@ -16,8 +16,9 @@ from finespun.hosts.attach import (
 )
 from finespun.hosts.board import Board, Entry
 from finespun.hosts.flat import FlatState
-from finespun.hosts.host import Host, LinearHost
+from finespun.hosts.host import Host
 from finespun.hosts.layer import Adapted, adapted_class, plain_class
+from finespun.hosts.linear import LinearHost
 from finespun.hosts.merging import disabled, merge, unmerge
 from finespun.hosts.targets import find, find_head, modules
 

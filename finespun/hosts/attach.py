@@ -7,18 +7,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from finespun.errors import InputError, StateError, TargetError, nearest
-from finespun.hosts.block import BlockHost
 from finespun.hosts.board import Board, Entry
 from finespun.hosts.copies import CopyHost
 from finespun.hosts.flat import FlatState
 from finespun.hosts.forming import Former
-from finespun.hosts.host import Host, LinearHost
-from finespun.hosts.layer import Adapted, adapted_class, plain_class
+from finespun.hosts.host import Host
+from finespun.hosts.kinds import site
+from finespun.hosts.seat import all_hosts, bare, children, front, seat, unseat
 from finespun.hosts.targets import modules
-from finespun.structures import Delta, Plan, SiteShape, Structure
+from finespun.structures import Delta, Plan, Structure
 
 BANKS = "finespun_banks"
-HOSTS: tuple[tuple[type[nn.Module], type[Host]], ...] = ((nn.Linear, LinearHost),)
 
 
 def board_of(model: nn.Module) -> Board:
@@ -31,12 +30,7 @@ def board_of(model: nn.Module) -> Board:
 
 def hosts_of(model: nn.Module, name: str | None = None) -> dict[str, Host]:
     """Site name -> host of every adapted layer, or of those that hold adapter `name`."""
-    found = {}
-    for module in model.modules():
-        host = module.__dict__.get("_finespun")
-        if isinstance(host, Host) and (name is None or name in host.deltas()):
-            found[host.name] = host
-    return found
+    return {h.name: h for h in all_hosts(model) if name is None or name in h.deltas()}
 
 
 def new_entry(
@@ -79,36 +73,6 @@ def register(model: nn.Module, entry: Entry) -> None:
     board.entries[entry.name] = entry
 
 
-def site(model: nn.Module, target: str, structure: Structure) -> Host:
-    """The host of a module, made but not yet attached unless the module is adapted already.
-
-    Raises TargetError for modules that cannot carry a delta, or would carry it in vain.
-    """
-    known = modules(model)
-    if target not in known:
-        raise TargetError(f"no module is called {target!r}; {nearest(target, known)}")
-    module = known[target]
-    own = module.__dict__.get("_finespun")
-    if isinstance(own, Host):
-        return own
-    if own is not None:
-        raise TargetError(f"{target!r} is trained whole by another adapter: no delta can go there")
-    parent = known.get(target.rpartition(".")[0], model)
-    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-        raise TargetError(
-            f"{target!r} lies in a {plain_class(parent).__name__}, whose fast path reads the "
-            "weight without calling the layer: an adapter there would do nothing"
-        )
-    board = model.__dict__.get("_finespun_board") or Board()
-    if structure.site_kind == "block":
-        return BlockHost(module, target, board)
-    for kind, host in HOSTS:
-        if isinstance(module, kind):
-            return host(module, target, board)
-    can = ", ".join(kind.__name__ for kind, _ in HOSTS)
-    raise TargetError(f"{target!r} is a {type(module).__name__}; {can} can be adapted")
-
-
 def check_trained(model: nn.Module, targets: Sequence[str], trained: Sequence[str]) -> None:
     """Raise TargetError unless every trained module exists and holds no target."""
     known = modules(model)
@@ -135,12 +99,17 @@ def materialise(model: nn.Module, entry: Entry) -> None:
     if entry.bank is not None:
         if BANKS not in model._modules:
             model.add_module(BANKS, nn.ModuleDict())
-        _children(model, BANKS)[entry.name] = entry.bank
+        children(model, BANKS)[entry.name] = entry.bank
     for name, host in hosts.items():
         delta = structure.build(host, entry.plan, entry.bank).train(host.layer.training)
         delta.__dict__["owner"] = entry.name
-        _seat(host.layer, host, "deltas")[entry.name] = delta
+        if host.kind == "embedding" and "low_rank" not in delta.written:
+            raise TargetError(
+                f"{structure.kind} has no factors: at {name!r} its dense update would hold "
+                f"{host.shape.out_features * host.shape.in_features:,} numbers; use lora or lsr"
+            )
         host.board = board
+        seat(host, entry.name, delta)
         entry.deltas[name] = delta
     for name in entry.trained:
         entry.copies[name] = _add_copy(model, name, board, entry.name)
@@ -163,24 +132,8 @@ def _add_copy(model: nn.Module, name: str, board: Board, adapter: str) -> nn.Mod
     if not isinstance(host, CopyHost):
         raise TargetError(f"{name!r} is adapted already and cannot also be trained whole")
     twin = host.original()
-    _seat(module, host, "copies")[adapter] = twin
+    front(module, host, "copies")[adapter] = twin
     return twin
-
-
-def _seat(module: nn.Module, host: Any, child: str) -> nn.ModuleDict:
-    """Put the adapted class in front, once, and return the dictionary for the adapters' modules."""
-    if not isinstance(module, Adapted):
-        module._modules[child] = nn.ModuleDict().train(module.training)
-        module.__dict__["_finespun"] = host
-        module.__class__ = adapted_class(type(module))
-    return _children(module, child)
-
-
-def _children(module: nn.Module, child: str) -> nn.ModuleDict:
-    found = module._modules[child]
-    if not isinstance(found, nn.ModuleDict):
-        raise StateError(f"{type(module).__name__} has a child {child!r} of its own")
-    return found
 
 
 def tensors_of(entry: Entry) -> dict[str, Tensor]:
@@ -253,27 +206,23 @@ def remove(model: nn.Module, name: str) -> None:
 
 
 def _take_out(model: nn.Module, entry: Entry) -> None:
+    hosts = hosts_of(model, entry.name)
+    for shape in entry.plan.sites:
+        if shape.name in hosts:
+            unseat(hosts[shape.name], entry.name)
     known = modules(model)
-    for child, names in (("deltas", entry.plan.sites), ("copies", entry.trained)):
-        for named in names:
-            module = known[named.name if isinstance(named, SiteShape) else named]
-            held = module._modules.get(child)
-            if isinstance(held, nn.ModuleDict):
-                held.pop(entry.name) if entry.name in held else None
-                if not held:
-                    _unseat(module, child)
+    for name in entry.trained:
+        held = known[name]._modules.get("copies")
+        if isinstance(held, nn.ModuleDict) and entry.name in held:
+            del held[entry.name]
+            if not held:
+                bare(known[name], "copies")
     banks = model._modules.get(BANKS)
     if isinstance(banks, nn.ModuleDict) and entry.name in banks:
         del banks[entry.name]
         if not banks:
             del model._modules[BANKS]
     entry.deltas, entry.copies, entry.bank, entry.former = {}, {}, None, None
-
-
-def _unseat(module: nn.Module, child: str) -> None:
-    module.__class__ = plain_class(module)
-    del module._modules[child]
-    del module.__dict__["_finespun"]
 
 
 def _former(model: nn.Module) -> list[Former]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from finespun.errors import StateError, TargetError
-from finespun.hosts.host import Base, Host
+from finespun.hosts.host import Base, Host, Stored
 from finespun.structures import SiteShape
 
 
@@ -40,6 +40,9 @@ class BlockHost(Host):
     def device(self) -> torch.device:
         return self._first().device
 
+    def stored(self) -> Stored:
+        return self.weight(), None
+
     def weight(self) -> Tensor:
         raise StateError(f"{self.name!r} is a block: it has no weight of its own")
 
@@ -48,6 +51,9 @@ class BlockHost(Host):
 
     def multiply(self, x: Tensor, W: Tensor) -> Tensor:
         return nn.functional.linear(x, W)
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        return nn.functional.linear(x.to(A.dtype), A)
 
     def up(self, h: Tensor, B: Tensor) -> Tensor:
         return nn.functional.linear(h, B)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from finespun.errors import StateError
 from finespun.hosts.board import Board
-from finespun.hosts.layer import plain_class
-from finespun.kernels.lowrank import low_rank_linear, low_rank_reference
 from finespun.structures import Delta, SiteShape
+from finespun.structures.delta import Factors
 
 Base = Callable[..., Any]
+Stored = tuple[Tensor, Tensor | None]
 _GLOBAL = nn.modules.module
 
 
@@ -29,9 +29,14 @@ class Host:
     A host is also the Site that its deltas see. Five verbs hide the kind of layer: `weight()` as
     (out, in), `multiply(x, W)`, `down(x, A)`, `up(h, B)` and `write(W)`. `gain` (scalar or (out,))
     scales what reaches the trained numbers; `overlay` adds a term that is never saved or merged.
+    `featured` says that the last dimension of x and y holds the features, `writable` that what
+    `read` returns is a view of the stored numbers.
     """
 
     kind: ClassVar[str] = ""
+    featured: ClassVar[bool] = True
+    writable: ClassVar[bool] = True
+    layer: Any
     gain: Tensor | None = None
     overlay: Callable[[Tensor], Tensor] | None = None
 
@@ -49,13 +54,38 @@ class Host:
 
     @property
     def device(self) -> torch.device:
-        return self.weight().device
+        return self.stored()[0].device
+
+    def stored(self) -> Stored:
+        """The layer's present weight and bias as they lie in memory, to be kept by pointer."""
+        bias = getattr(self.layer, "bias", None)
+        return self.layer.weight.data, bias.data if isinstance(bias, Tensor) else None
+
+    def restore(self, stored: Stored) -> None:
+        """Put `stored` back, the very tensors."""
+        self.layer.weight.data = stored[0]
+        if stored[1] is not None:
+            self.layer.bias.data = stored[1]
+
+    def read(self, stored: Stored) -> Tensor:
+        """What is stored, as a weight (out, in)."""
+        return stored[0]
+
+    def _original(self) -> Stored:
+        """What was stored before any merge."""
+        if not self.board.merged:
+            return self.stored()
+        if self.board.kept is None:
+            raise StateError(f"{self.name!r} was merged with undo='none': its base weight is gone")
+        return self.board.kept.get(self.name) or self.stored()
 
     def weight(self) -> Tensor:
-        raise NotImplementedError
+        """W0 (out, in), whatever is merged."""
+        return self.read(self._original())
 
     def bias(self) -> Tensor | None:
-        raise NotImplementedError
+        """b0 (out,), whatever is merged."""
+        return self._original()[1]
 
     def multiply(self, x: Tensor, W: Tensor) -> Tensor:
         """x times W (out, in), without the bias."""
@@ -72,6 +102,10 @@ class Host:
     def write(self, W: Tensor, bias: Tensor | None = None) -> None:
         """Make W (out, in) and, where given, bias (out,) the layer's own."""
         raise NotImplementedError
+
+    def spread(self, v: Tensor) -> Tensor:
+        """v (out,) in a shape that broadcasts over the layer's output."""
+        return v
 
     def deltas(self) -> "nn.ModuleDict":
         """Adapter name -> Delta, registered in the layer."""
@@ -113,7 +147,7 @@ class Host:
     def _alone(self, base: Base, x: Tensor, delta: Delta, strength: float) -> Tensor:
         """One active delta: the cheapest way to the whole output."""
         simple = strength == 1.0 and not self._drops(delta) and not hooked(delta)
-        if simple and self._goes_through(delta):
+        if simple and self._around(delta) and not hooked(delta):
             return delta.through(x, base)
         y = base(x)
         return y + self.change(delta, strength, x, base).to(y.dtype)
@@ -136,37 +170,52 @@ class Host:
 
     def change(self, delta: Delta, strength: float, x: Tensor, base: Base) -> Tensor:
         """c [ drop(x) ΔWᵀ + (b − b0) ] for one delta, in the precision of its numbers."""
-        if self._drops(delta):
+        if self._drops(delta) and x.is_floating_point():
             x = F.dropout(x, self._dropout(delta), training=True)
         moved = self._bias_change(delta)
         if hooked(delta):
-            if self.gain is not None:
-                raise StateError(
-                    f"a gain at {self.name!r} needs a delta without hooks; remove them"
-                )
-            change = delta(x)
+            change = self._watched(delta, x)
         elif "low_rank" in delta.written:
-            former = self.board.entries[self._owner(delta)].former
-            change = self._low_rank(delta, x, None if former is None else former.factors(delta))
-        elif self._goes_through(delta):
+            change = self._low_rank(delta, x, self._formed(delta))
+        elif self._around(delta):
             return (delta.through(x, base) - base(x)) * strength
         else:
-            w0 = delta.base_weight()
-            change = self._dense(x.to(w0.dtype), delta.dense(w0))
-        return (change if moved is None else change + moved) * strength
+            change = self._gained(self.multiply, x, delta.dense(delta.base_weight()))
+        return (change if moved is None else change + self.spread(moved)) * strength
 
-    def _low_rank(self, delta: Delta, x: Tensor, formed: tuple[Tensor, Tensor] | None) -> Tensor:
-        tokens = x.numel() // max(x.shape[-1], 1)
-        if self.gain is None and delta.direct(tokens, formed is not None):
-            return delta.forward(x)
+    def _around(self, delta: Delta) -> bool:
+        """Whether `through` may be used: features last, the whole update, the original's base."""
+        whole = self.gain is None and delta.origin is None and not self.board.merged
+        return "through" in delta.written and self.featured and whole
+
+    def _watched(self, delta: Delta, x: Tensor) -> Tensor:
+        """The delta called as a module, so that hooks on it see x and ΔW x."""
+        if not self.featured:
+            raise StateError(f"hooks on {self.name!r}, a {self.kind}, would see no features")
+        if self.gain is not None:
+            raise StateError(f"a gain at {self.name!r} needs an update without hooks; remove them")
+        change: Tensor = delta(x)
+        return change
+
+    def _formed(self, delta: Delta) -> Factors | None:
+        former = self.board.entries[self._owner(delta)].former
+        return None if former is None else former.factors(delta)
+
+    def _low_rank(self, delta: Delta, x: Tensor, formed: Factors | None) -> Tensor:
         A, B = delta.factors() if formed is None else formed  # type: ignore[misc]
-        return low_rank_reference(x, A, B, delta.scale, self.gain)
-
-    def _dense(self, x: Tensor, W: Tensor) -> Tensor:
         if self.gain is None:
-            return self.multiply(x, W)
-        own = self.multiply(x.detach(), W) * self.gain
-        return self.multiply(x, W.detach()) + (own - own.detach())
+            return self.up(self.down(x, A), B) * delta.scale
+        value = self.up(self.down(x, A.detach()), B.detach())
+        own = self.up(self.down(x.detach(), A), B) * self.spread(self.gain)
+        return (value + (own - own.detach())) * delta.scale
+
+    def _gained(self, product: Callable[[Tensor, Tensor], Tensor], x: Tensor, W: Tensor) -> Tensor:
+        if x.is_floating_point():
+            x = x.to(W.dtype)
+        if self.gain is None:
+            return product(x, W)
+        own = product(x.detach(), W) * self.spread(self.gain)
+        return product(x, W.detach()) + (own - own.detach())
 
     def _bias_change(self, delta: Delta) -> Tensor | None:
         moved = delta.bias_change() if "map_bias" in delta.written else None
@@ -174,9 +223,6 @@ class Host:
             return moved
         own = moved * self.gain
         return moved.detach() + (own - own.detach())
-
-    def _goes_through(self, delta: Delta) -> bool:
-        return "through" in delta.written and self.gain is None and delta.origin is None
 
     def _owner(self, delta: Delta) -> str:
         return str(delta.__dict__["owner"])
@@ -186,59 +232,6 @@ class Host:
 
     def _drops(self, delta: Delta) -> bool:
         return delta.training and self._dropout(delta) > 0.0
-
-
-class LinearHost(Host):
-    """A linear layer, y = x Wᵀ + b with W (out, in); quantised ones through `dequantize`."""
-
-    kind: ClassVar[str] = "linear"
-    layer: nn.Linear
-
-    @property
-    def shape(self) -> SiteShape:
-        return SiteShape(self.name, self.layer.out_features, self.layer.in_features)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layer.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.layer.weight.device
-
-    def weight(self) -> Tensor:
-        return self.layer.weight
-
-    def bias(self) -> Tensor | None:
-        return self.layer.bias
-
-    def multiply(self, x: Tensor, W: Tensor) -> Tensor:
-        return F.linear(x, W)
-
-    def up(self, h: Tensor, B: Tensor) -> Tensor:
-        return F.linear(h, B)
-
-    def write(self, W: Tensor, bias: Tensor | None = None) -> None:
-        self.layer.weight.data = W
-        if bias is not None:
-            self.layer.bias.data = bias
-
-    def _alone(self, base: Base, x: Tensor, delta: Delta, strength: float) -> Tensor:
-        """The fused kernel, base product included, where the layer's own forward is nn.Linear's."""
-        own = plain_class(self.layer).forward is nn.Linear.forward
-        if "low_rank" not in delta.written or not own or hooked(delta):
-            return super()._alone(base, x, delta, strength)
-        former = self.board.entries[self._owner(delta)].former
-        pair = None if former is None else former.factors(delta)
-        tokens = x.numel() // max(x.shape[-1], 1)
-        if self.gain is None and delta.direct(tokens, pair is not None):
-            return super()._alone(base, x, delta, strength)
-        A, B = delta.factors() if pair is None else pair  # type: ignore[misc]
-        s = delta.scale * strength
-        drop = self._dropout(delta) if delta.training else 0.0
-        y = low_rank_linear(x, self.layer.weight, self.layer.bias, A, B, s, self.gain, drop)
-        moved = self._bias_change(delta)
-        return y if moved is None else y + (moved * strength).to(y.dtype)
 
 
 def hooked(module: nn.Module) -> bool:

@@ -5,14 +5,13 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finespun.errors import InputError, StateError
 from finespun.hosts.attach import board_of, hosts_of, materialise
-from finespun.hosts.host import Host
+from finespun.hosts.host import Host, Stored
 
 Undo = Literal["memory", "none"]
-Kept = tuple[Tensor, Tensor | None]
 
 
 def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") -> int:
@@ -32,11 +31,11 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
     hosts = {n: h for n, h in hosts_of(model).items() if any(w in h.deltas() for w in weights)}
     strengths = {name: w * board[name].scale for name, w in weights.items()}
     _check(model, hosts, weights)
-    kept: dict[str, Kept] = {}
+    kept: dict[str, Stored] = {}
     try:
         with torch.no_grad():
             for name, host in hosts.items():
-                kept[name] = (host.weight().data, None if host.bias() is None else host.bias().data)  # type: ignore[union-attr]
+                kept[name] = host.stored()
                 _fold(host, strengths, in_place=undo == "none")
     except BaseException:
         if undo == "memory":
@@ -66,11 +65,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
     board = board_of(model)
     before = board.active, board.rows, board.merged, board.kept
     hosts = hosts_of(model)
-    merged: dict[str, Kept] = {}
+    merged: dict[str, Stored] = {}
     if board.merged:
         if board.kept is None:
             raise StateError("merged with undo='none': the base cannot be shown; reload the model")
-        merged = {n: _now(hosts[n]) for n in board.kept}
+        merged = {n: hosts[n].stored() for n in board.kept}
         _restore(hosts, board.kept)
     board.active, board.rows, board.merged, board.kept = (), None, {}, None
     try:
@@ -80,14 +79,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
         board.active, board.rows, board.merged, board.kept = before
 
 
-def _now(host: Host) -> Kept:
-    bias = host.bias()
-    return host.weight().data, None if bias is None else bias.data
-
-
-def _restore(hosts: dict[str, Host], kept: dict[str, Kept]) -> None:
-    for name, (weight, bias) in kept.items():
-        hosts[name].write(weight, bias)
+def _restore(hosts: dict[str, Host], kept: dict[str, Stored]) -> None:
+    for name, stored in reversed(kept.items()):
+        hosts[name].restore(stored)
 
 
 def _check(model: nn.Module, hosts: dict[str, Host], weights: dict[str, float]) -> None:
@@ -103,7 +97,7 @@ def _check(model: nn.Module, hosts: dict[str, Host], weights: dict[str, float]) 
                 raise StateError(
                     f"{adapter!r} adds around {name!r}, not into a weight: it cannot be merged"
                 )
-        if uses.get(id(host.weight()), 0) > 1:
+        if uses.get(id(host.layer._parameters.get("weight")), 0) > 1:
             raise StateError(
                 f"{name!r} shares its weight with another module: untie them before merging "
                 "(tie_word_embeddings=False)"
@@ -111,28 +105,27 @@ def _check(model: nn.Module, hosts: dict[str, Host], weights: dict[str, float]) 
 
 
 def _fold(host: Host, strengths: dict[str, float], in_place: bool) -> None:
-    deltas = host.deltas()
+    deltas, stored = host.deltas(), host.stored()
     active = [(host.delta(n), c) for n, c in strengths.items() if n in deltas]
-    weight, bias = host.weight(), host.bias()
-    if in_place and len(active) == 1 and weight.dtype == torch.float32:
-        delta, c = active[0]
-        pair = delta.factors()
-        if pair is not None and "map_bias" not in delta.written:
-            weight.data.addmm_(pair[1], pair[0], alpha=delta.scale * c)
-            return
-    w0 = weight.detach().float()
-    total, moved = w0.clone(), None
+    weight, bias = host.read(stored), stored[1]
+    plain = in_place and host.writable
+    total = weight if plain and weight.dtype == torch.float32 else weight.float()
+    own = plain and total is weight
     for delta, c in active:
-        total.add_(delta.dense(w0), alpha=c)
-        change = delta.bias_change()
-        if change is not None:
-            moved = change * c if moved is None else moved + change * c
-    new_bias = (
-        None if moved is None or bias is None else (bias.detach().float() + moved).to(bias.dtype)
-    )
-    if in_place:
-        weight.data.copy_(total)
-        if bias is not None and new_bias is not None:
-            bias.data.copy_(new_bias)
+        pair = delta.factors()
+        if pair is None:
+            change = delta.dense(delta.base_weight())
+            total = total.add_(change, alpha=c) if own else total.add(change, alpha=c)
+        else:
+            add = total.addmm_ if own else total.addmm
+            total = add(pair[1], pair[0], alpha=delta.scale * c)
+        own = own or total is not weight
+    moves = [m * c for d, c in active if (m := d.bias_change()) is not None]
+    moved = None if not moves or bias is None else (bias.float() + sum(moves)).to(bias.dtype)
+    if plain:
+        if total is not weight:
+            weight.copy_(total)
+        if moved is not None and bias is not None:
+            bias.copy_(moved)
         return
-    host.write(total.to(weight.dtype), new_bias)
+    host.write(total.to(weight.dtype), moved)

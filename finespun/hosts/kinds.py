@@ -1,0 +1,62 @@
+"""Which host speaks for which kind of module."""
+
+from torch import nn
+
+from finespun.errors import TargetError, nearest
+from finespun.hosts.block import BlockHost
+from finespun.hosts.board import Board
+from finespun.hosts.conv import ConvHost
+from finespun.hosts.embedding import EmbeddingHost
+from finespun.hosts.host import Host
+from finespun.hosts.layer import plain_class
+from finespun.hosts.linear import LinearHost, QuantisedHost, TransposedHost
+from finespun.hosts.parts import PartHost
+from finespun.hosts.quantised import quantised
+from finespun.hosts.seat import host_at
+from finespun.hosts.targets import modules
+from finespun.structures import Structure
+
+KINDS = "nn.Linear, Conv1d to Conv3d, Embedding, transformers' Conv1D and quantised linears"
+
+
+def site(model: nn.Module, target: str, structure: Structure) -> Host:
+    """The host of a module or, as NAME:PART, of a slice of a fused one; made but not yet attached
+    unless the module is adapted already.
+
+    Raises TargetError for modules that cannot carry a delta, or would carry it in vain.
+    """
+    name, _, part = target.partition(":")
+    known, board = modules(model), model.__dict__.get("_finespun_board") or Board()
+    if name not in known:
+        raise TargetError(f"no module is called {name!r}; {nearest(name, known)}")
+    module = known[name]
+    own = host_at(module, part)
+    if own is not None:
+        return own
+    parent = known.get(name.rpartition(".")[0], model)
+    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        raise TargetError(
+            f"{name!r} lies in a {plain_class(parent).__name__}, whose fast path reads the "
+            "weight without calling the layer: an adapter there would do nothing"
+        )
+    if structure.site_kind == "block":
+        return BlockHost(module, name, board)
+    host = _host(module, name, board)
+    if not part:
+        return host
+    if not isinstance(host, LinearHost) or isinstance(host, QuantisedHost):
+        raise TargetError(f"{name!r} is no plain linear layer: it has no parts such as {part!r}")
+    return PartHost(host, part)
+
+
+def _host(module: nn.Module, name: str, board: Board) -> Host:
+    cls = plain_class(module)
+    if issubclass(cls, nn.Linear):
+        return (QuantisedHost if quantised(module) else LinearHost)(module, name, board)
+    if cls.__name__ == "Conv1D" and hasattr(module, "nf"):
+        return TransposedHost(module, name, board)
+    if issubclass(cls, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return ConvHost(module, name, board)
+    if issubclass(cls, nn.Embedding):
+        return EmbeddingHost(module, name, board)
+    raise TargetError(f"{name!r} is a {cls.__name__}; what can be adapted: {KINDS}")

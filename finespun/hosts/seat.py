@@ -1,0 +1,93 @@
+"""Seating: putting modules of adapters into the layers of a model, and taking them out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from finespun.errors import StateError, TargetError
+from finespun.hosts.copies import CopyHost
+from finespun.hosts.host import Host
+from finespun.hosts.layer import Adapted, adapted_class, plain_class
+from finespun.hosts.parts import PartHost, PartsHost
+from finespun.structures import Delta
+
+
+def host_at(module: nn.Module, part: str = "") -> Host | None:
+    """The host that stands beside a module, or beside one of its parts; None where there is none.
+
+    Raises TargetError where whole and parts, or update and trained copy, would meet.
+    """
+    own = module.__dict__.get("_finespun")
+    if isinstance(own, CopyHost):
+        raise TargetError(f"{own.name!r} is trained whole by another adapter: no delta fits")
+    if isinstance(own, PartsHost):
+        if not part:
+            raise TargetError(f"parts of {own.whole.name!r} are adapted: name parts, not the whole")
+        return own.parts.get(part)
+    if isinstance(own, Host) and part:
+        raise TargetError(f"{own.name!r} is adapted as a whole: its part {part!r} cannot be")
+    return own
+
+
+def all_hosts(model: nn.Module) -> Iterator[Host]:
+    """Every host of the model, parts one by one."""
+    for module in model.modules():
+        own = module.__dict__.get("_finespun")
+        if isinstance(own, Host):
+            yield own
+        elif isinstance(own, PartsHost):
+            yield from own.parts.values()
+
+
+def seat(host: Host, adapter: str, delta: Delta) -> None:
+    """Put a delta into its layer; the adapted class comes in front with the first one."""
+    if not isinstance(host, PartHost):
+        front(host.layer, host, "deltas")[adapter] = delta
+        return
+    beside = host.layer.__dict__.get("_finespun") or PartsHost(host.whole)
+    if host.part not in beside.parts:
+        beside.add(host)
+    parts = front(host.layer, beside, "deltas")
+    if host.part not in parts:
+        parts[host.part] = nn.ModuleDict().train(host.layer.training)
+    host.deltas()[adapter] = delta
+
+
+def unseat(host: Host, adapter: str) -> None:
+    """Take a delta out; the last one restores the layer's class."""
+    held = host.deltas()
+    if adapter in held:
+        del held[adapter]
+    if held:
+        return
+    if isinstance(host, PartHost):
+        beside = host.layer.__dict__["_finespun"]
+        del beside.parts[host.part], children(host.layer, "deltas")[host.part]
+        if beside.parts:
+            return
+    bare(host.layer, "deltas")
+
+
+def front(module: nn.Module, host: Any, child: str) -> nn.ModuleDict:
+    """Put the adapted class in front, once, and return the dictionary for the adapters' modules."""
+    if not isinstance(module, Adapted):
+        module._modules[child] = nn.ModuleDict().train(module.training)
+        module.__dict__["_finespun"] = host
+        module.__class__ = adapted_class(type(module))
+    return children(module, child)
+
+
+def bare(module: nn.Module, child: str) -> None:
+    """Give the module its own class back."""
+    module.__class__ = plain_class(module)
+    del module._modules[child]
+    del module.__dict__["_finespun"]
+
+
+def children(module: nn.Module, child: str) -> nn.ModuleDict:
+    """A module's dictionary of adapters' modules."""
+    found = module._modules[child]
+    if not isinstance(found, nn.ModuleDict):
+        raise StateError(f"{type(module).__name__} has a child {child!r} of its own")
+    return found
