@@ -1,5 +1,6 @@
 # Every target installs what it needs into .venv first; a second run installs nothing.
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 .PHONY: help install check format lint types imports quick slow docs test demo clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -38,7 +39,7 @@ slow: $(READY)
 	$(PYTEST) -m slow
 
 docs: $(READY) ## the documentation, into site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: lint types imports quick ## format, lint, types, floors, quick tests
 
