@@ -89,6 +89,8 @@ CASES = (
     Case("uni", UniLoRA(rank=2), kind="bank"),
     Case("uni-shadow", UniLoRA(rank=2), exact_start=True),
     Case("bypass", Bypass(rank=2), kind="block"),
+    Case("gralora", structures.GraLoRA(rank=4, k=2), kind="direct"),
+    Case("gralora-hybrid", structures.GraLoRA(rank=4, k=4, hybrid_rank=2)),
 )
 
 

@@ -1,6 +1,8 @@
 """How ΔW is written: one file a method, pure mathematics on tensors and shapes."""
 
 from finespun.structures.delta import Bank, Bypass, Delta
+from finespun.structures.frozen import Frozen
+from finespun.structures.gralora import GraLoRA
 from finespun.structures.groups import Group, module_group
 from finespun.structures.lora import LoRA
 from finespun.structures.lsr import LSR
@@ -20,6 +22,8 @@ __all__ = [
     "Bank",
     "Bypass",
     "Delta",
+    "Frozen",
+    "GraLoRA",
     "Group",
     "LoRA",
     "Plan",

@@ -44,11 +44,10 @@ class LoRA(Ranked):
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "LoRADelta":
         choice = plan.choices[site.shape.name]
         delta = LoRADelta(site, choice["rank"], choice["scale"])
-        g = self.generator(site.shape.name, "A")
         if self.start == "kaiming":
-            drawn = torch.rand(delta.A.shape, generator=g) * 2 - 1
-            drawn /= math.sqrt(site.shape.in_features)
+            drawn = self.kaiming(site.shape.name, "A", delta.A.shape)
         else:
+            g = self.generator(site.shape.name, "A")
             drawn = torch.randn(delta.A.shape, generator=g) / self.rank
         delta.A.data.copy_(drawn)
         return delta

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import Tensor
 
 from finespun.errors import InputError, PlanError, nearest
 from finespun.structures.delta import Bank, Delta, Factors
@@ -145,6 +146,11 @@ class Structure:
         digest = hashlib.blake2b(f"{self.seed}\0{site}\0{purpose}".encode(), digest_size=8)
         return torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big") >> 1)
 
+    def kaiming(self, site: str, purpose: str, shape: Sequence[int]) -> Tensor:
+        """LoRA's A of this shape: uniform, variance 1/(3·n) for n = shape[-1] inputs."""
+        drawn = torch.rand(tuple(shape), generator=self.generator(site, purpose)) * 2 - 1
+        return drawn / math.sqrt(shape[-1])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ranked(Structure):
@@ -183,6 +189,20 @@ class Ranked(Structure):
                 f"({shape.out_features}x{shape.in_features}) can hold; at most {limit}"
             )
         return {"rank": self.rank, "scale": self.scale}
+
+
+def must_divide(option: str, value: int, site: SiteShape, *more: int) -> None:
+    """Raise PlanError unless `value` divides both sides of the site and the numbers in `more`."""
+    sides = {"out": site.out_features, "in": site.in_features}
+    wrong = [f"{side}={n}" for side, n in sides.items() if n % value]
+    if wrong:
+        common = math.gcd(*sides.values(), *more)
+        fits = [d for d in range(1, common + 1) if common % d == 0]
+        best = min(fits, key=lambda d: (abs(d - value), -d))
+        raise PlanError(
+            f"{option}={value} does not divide {' and '.join(wrong)} of {site.name!r}; "
+            f"nearest that does: {best}"
+        )
 
 
 STRUCTURES: dict[str, type[Structure]] = {}

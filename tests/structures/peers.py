@@ -1,0 +1,83 @@
+"""What the tests of single methods share: sites, stirred deltas, PEFT's layers, fingerprints."""
+
+import hashlib
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+
+from finespun.structures import Bank, Delta, Frozen, Plan, Structure, TensorSite
+
+
+def site(out: int, inner: int, name: str = "site", seed: int = 7) -> TensorSite:
+    """A site whose weight (out, inner) is normal, in float64."""
+    g = torch.Generator().manual_seed(seed)
+    return TensorSite(name, torch.randn(out, inner, generator=g, dtype=torch.float64))
+
+
+def built(form: Structure, *sites: TensorSite) -> tuple[list[Delta], Bank | None, Plan]:
+    """The deltas of all sites, their bank and their plan, at the start."""
+    plan = form.plan(sites)
+    bank = form.bank(plan)
+    return [form.build(s, plan, bank) for s in sites], bank, plan
+
+
+def moved(form: Structure, *sites: TensorSite) -> list[Delta]:
+    """As `built`, in float64, with every trained number normal."""
+    deltas, bank, _ = built(form, *sites)
+    g = torch.Generator().manual_seed(11)
+    for module in [*deltas, *([] if bank is None else [bank])]:
+        module.double()
+        for p in module.parameters():
+            p.data = torch.randn(p.shape, generator=g, dtype=torch.float64)
+    return deltas
+
+
+def update(delta: Delta) -> Tensor:
+    """ΔW of a float64 delta."""
+    return delta.dense(delta.base_weight()).detach()
+
+
+def rank(delta: Delta) -> int:
+    """The numerical rank of ΔW."""
+    return int(torch.linalg.matrix_rank(update(delta)))
+
+
+def give(frozen: Frozen, tensor: Tensor) -> None:
+    """Let frozen numbers be these instead of what their stream says."""
+    frozen._held = tensor.detach().clone()
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """Sixteen hexadecimal digits of SHA-256 over the bytes of a tensor."""
+    return hashlib.sha256(tensor.detach().contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+class Layers(nn.Module):
+    """Linear layers called fc0, fc1, ... of the given (out, in)."""
+
+    def __init__(self, *shapes: tuple[int, int]) -> None:
+        super().__init__()
+        for i, (out, inner) in enumerate(shapes):
+            self.add_module(f"fc{i}", nn.Linear(inner, out, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def peft(config: PeftConfig, *shapes: tuple[int, int]) -> nn.Module:
+    """PEFT's model around `Layers`; its layers are .fc0, .fc1, ..."""
+    torch.manual_seed(3)
+    config.target_modules = [f"fc{i}" for i in range(len(shapes))]
+    wrapped = get_peft_model(Layers(*shapes), config)
+    for name, p in wrapped.named_parameters():
+        if p.requires_grad and "base_layer" not in name:
+            nn.init.normal_(p, std=0.3)
+    return wrapped.base_model.model
+
+
+def agrees(delta: Delta, layer: nn.Module) -> float:
+    """The greatest relative difference between PEFT's change of the output and ours."""
+    x = torch.randn(5, layer.in_features)
+    theirs = layer(x) - layer.base_layer(x)
+    return float(((delta(x) - theirs).norm() / theirs.norm()).detach())
