@@ -1,6 +1,6 @@
 """Finespun: adapt pretrained models with very few trained numbers."""
 
-from finespun.adapter import Adapter, adapt
+from finespun.adapter import Adapter, adapt, load
 from finespun.errors import FinespunError
 from finespun.hosts import activate, disabled, evict, rows
 from finespun.structures import LSR, STRUCTURES, LoRA, Structure, structure
@@ -17,6 +17,7 @@ __all__ = [
     "adapt",
     "disabled",
     "evict",
+    "load",
     "rows",
     "structure",
 ]

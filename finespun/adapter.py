@@ -1,14 +1,16 @@
 """The object a user holds: one adapter on one model, for the rest of its life."""
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from finespun import hosts
+from finespun import files, hosts
 from finespun.errors import InputError, StateError, TargetError
 from finespun.hosts.targets import Targets
 from finespun.linalg import LowRank
@@ -24,6 +26,8 @@ def adapt(
     name: str = "default",
     exact_start: bool = False,
     scores: Mapping[str, float] | None = None,
+    exclude: Targets = (),
+    layers: Iterable[int] | None = None,
 ) -> "Adapter":
     """Attach a new trainable adapter; the model stays the object and the class it was.
 
@@ -34,7 +38,7 @@ def adapt(
     frozen until `detach`. Raises TargetError, PlanError or InputError; the model stays untouched.
     """
     trained = hosts.find_head(model) if train is None else tuple(train)
-    names = [n for n in hosts.find(model, targets) if not _inside(n, trained)]
+    names = [n for n in hosts.find(model, targets, exclude, layers) if not _inside(n, trained)]
     if not names and not trained:
         raise TargetError('no layer and no module to train; name layers, or use "all-linear"')
     entry = hosts.new_entry(model, name, structure, names, trained, scores)
@@ -44,6 +48,40 @@ def adapt(
             delta.keep_start()
     adapter.train()
     hosts.activate(model, name)
+    return adapter
+
+
+def load(
+    model: nn.Module,
+    folder: str | Path,
+    name: str | None = None,
+    force: bool = False,
+    trainable: bool = False,
+    strict: bool = True,
+) -> "Adapter":
+    """Load an adapter that Finespun or PEFT wrote, and activate it.
+
+    `name` replaces the name it was saved under; `trainable` lets it be trained further, else its
+    numbers are frozen. `force` loads on another base, `strict=False` passes over unknown keys; both
+    warn of what they passed over. Raises FileError, BaseMismatch, TargetError or PlanError naming
+    every file, key or site that is wrong, and leaves the model untouched.
+    """
+    saved = files.read_adapter(folder, strict).named(name)
+    notes = files.register_saved(model, saved, force)
+    try:
+        hosts.activate(model, saved.entry.name)
+    except BaseException:
+        hosts.remove(model, saved.entry.name)
+        raise
+    adapter = Adapter(model, saved.entry.name)
+    adapter.lineage = saved.lineage
+    if trainable:
+        adapter.train()
+    else:
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(False)
+    for note in notes:
+        warnings.warn(f"{folder}: {note}", stacklevel=2)
     return adapter
 
 
@@ -57,6 +95,7 @@ class Adapter:
     def __init__(self, model: nn.Module, name: str) -> None:
         hosts.board_of(model)[name]
         self.model, self.name = model, name
+        self.lineage: files.Lineage | None = None
 
     @property
     def entry(self) -> hosts.Entry:
@@ -122,7 +161,7 @@ class Adapter:
         return own + [p for m in self.entry.copies.values() for p in m.parameters()]
 
     def push(self, v: Mapping[str, Mapping[str, Tensor]]) -> dict[str, LowRank | Tensor]:
-        """J v at every site, for a change v[site][name] of the trained numbers, those of the bank
+        """J v at every site, for a change `v[site][name]` of the trained numbers, those of the bank
         under v["bank"]: the keys that `pull` returns."""
         shared = v.get("bank", {})
         return {n: calculus.push(d, {**v.get(n, {}), **shared}) for n, d in self.deltas.items()}
@@ -148,6 +187,13 @@ class Adapter:
             hosts.hosts_of(self.model, self.name)[name].deltas()[self.name] = delta
         hosts.replace(entry, structure, plan, small)
         return self
+
+    # --- files ------------------------------------------------------------------------------------
+    def save(self, folder: str | Path, lineage: files.Lineage | None = None) -> None:
+        """Write adapter.safetensors and adapter.json, whole or not at all; other files in the
+        folder stay. `lineage` says who made the adapter; without it, that of the file it came from.
+        Raises FileError where the folder cannot be written, StateError for NaN."""
+        files.save(self.model, self.name, folder, lineage or self.lineage)
 
     # --- using -----------------------------------------------------------------------------------
     def activate(self) -> "Adapter":

@@ -8,12 +8,28 @@ from finespun.files.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
+from finespun.files.fingerprint import Fingerprint, check_base, fingerprint
+from finespun.files.fitting import check_fit, register_saved
+from finespun.files.lineage import Lineage, Parent, lineage_of
+from finespun.files.native import Saved, save
+from finespun.files.reading import read_adapter
 
 __all__ = [
+    "Fingerprint",
+    "Lineage",
+    "Parent",
+    "Saved",
+    "check_base",
+    "check_fit",
     "check_writable",
     "checkpoints",
+    "fingerprint",
+    "lineage_of",
     "load_checkpoint",
     "random_state",
+    "read_adapter",
+    "register_saved",
+    "save",
     "save_checkpoint",
     "set_random_state",
     "settled",

@@ -23,6 +23,7 @@ HEADER_LIMIT = 32 << 20
 JSON_LIMIT = 64 << 20
 DEPTH_LIMIT = 64
 KEY_LIMIT = 1024
+LINE = 100
 ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
@@ -135,8 +136,26 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON, keys in the order given. Raises ValueError for NaN and for non-JSON values."""
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """JSON a person can read: one line for what fits in a line, keys in the order given. Raises
+    ValueError for NaN, TypeError for values that JSON lacks."""
+    path.write_text(_lay_out(content, "") + "\n", encoding="utf-8")
+
+
+def _lay_out(value: Any, indent: str) -> str:
+    short = json.dumps(value, allow_nan=False)
+    nested = isinstance(value, list | dict) and value
+    if not nested or len(short) <= LINE or _flat_list(value):
+        return short
+    inner = indent + "  "
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(str(k))}: {_lay_out(v, inner)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(inner + p for p in parts) + f"\n{indent}}}"
+    parts = [_lay_out(v, inner) for v in value]
+    return "[\n" + ",\n".join(inner + p for p in parts) + f"\n{indent}]"
+
+
+def _flat_list(value: Any) -> bool:
+    return isinstance(value, list) and not any(isinstance(v, list | dict) for v in value)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -1,0 +1,162 @@
+"""Whether an adapter from a file fits a model: every tensor looked at before anything changes."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Size, Tensor, nn
+
+from finespun.errors import FileError, nearest
+from finespun.files.fingerprint import check_base
+from finespun.files.native import Saved, plan_as_json
+from finespun.hosts import Entry, modules, register, tensors_of
+from finespun.hosts.attach import check_trained
+from finespun.hosts.kinds import site
+from finespun.hosts.targets import OWN
+from finespun.structures import Bank
+
+SHOWN = 12
+REMEMBERED = 16
+
+
+class Form(NamedTuple):
+    """What one tensor must look like."""
+
+    shape: Size
+    floating: bool
+
+
+class Forms(NamedTuple):
+    """All tensors that an adapter must have, and each site's rank where it has factors."""
+
+    tensors: dict[str, Form]
+    ranks: dict[str, int]
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, dict[str, Forms]] = WeakKeyDictionary()
+
+
+def register_saved(model: nn.Module, saved: Saved, force: bool = False) -> list[str]:
+    """Make an adapter that was read from files known to the model, flat: only its bytes are held
+    until it is activated. Returns notes for a person to hear.
+
+    Raises FileError naming every missing, unknown or ill-shaped tensor, TargetError or PlanError
+    where the model lacks a site, BaseMismatch for another base unless `force`. The model is then
+    untouched.
+    """
+    check_fit(model, saved.entry)
+    notes = list(saved.notes)
+    if saved.base is not None:
+        notes += check_base(saved.base, model, force)
+    else:
+        notes.append(
+            f"{saved.entry.name!r} carries no fingerprint of its base: only names and shapes were "
+            "checked"
+        )
+    register(model, saved.entry)
+    return notes
+
+
+def check_fit(model: nn.Module, entry: Entry) -> None:
+    """Raise unless the entry's plan fits the model and its tensors fit the plan."""
+    forms = _forms(model, entry)
+    tensors = tensors_of(entry)
+    problems = list(_problems(forms, tensors))
+    if problems:
+        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise FileError(
+            f"adapter {entry.name!r} does not fit: " + "; ".join(problems[:SHOWN]) + more
+        )
+
+
+def _forms(model: nn.Module, entry: Entry) -> Forms:
+    """The forms are worked out once for each model and plan."""
+    plan = json.dumps([entry.structure.kind, entry.structure.options(), plan_as_json(entry.plan)])
+    key = hashlib.sha256(f"{plan}{entry.trained}".encode()).hexdigest()
+    known = _KNOWN.setdefault(model, {})
+    if key not in known:
+        while len(known) >= REMEMBERED:
+            del known[next(iter(known))]
+        known[key] = _work_out(model, entry)
+    return known[key]
+
+
+def _work_out(model: nn.Module, entry: Entry) -> Forms:
+    structure, plan, present = entry.structure, entry.plan, modules(model)
+    hosts = {s.name: site(model, s.name, structure) for s in plan.sites}
+    plan.fit(h.shape for h in hosts.values())
+    check_trained(model, list(hosts), entry.trained)
+    parts: dict[str, Mapping[str, Tensor]] = {}
+    ranks: dict[str, int] = {}
+    try:
+        bank: Bank | None = structure.bank(plan)
+        if bank is not None:
+            parts["bank"] = bank.state_dict()
+        for name, host in hosts.items():
+            delta = structure.build(host, plan, bank)
+            parts[f"delta/{name}"] = delta.state_dict()
+            with torch.no_grad():
+                pair = delta.low_rank()
+            if pair is not None:
+                ranks[name] = pair[0].shape[0]
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, MemoryError) as error:
+        raise FileError(f"adapter {entry.name!r}: its plan cannot be built: {error!r}") from error
+    for name in entry.trained:
+        state = present[name].state_dict()
+        parts[f"trained/{name}"] = {
+            k: v for k, v in state.items() if not any(part in OWN for part in k.split("."))
+        }
+    tensors = {
+        f"{part}/{key}": Form(v.shape, v.is_floating_point())
+        for part, state in parts.items()
+        for key, v in state.items()
+    }
+    return Forms(tensors, ranks)
+
+
+def _problems(forms: Forms, tensors: Mapping[str, Tensor]) -> Iterable[str]:
+    expected = dict(forms.tensors)
+    for key in tensors.keys() - expected.keys():
+        form = _optional(key, forms)
+        if form is None:
+            yield f"{key!r} belongs to nothing; {nearest(key, forms.tensors)}"
+        else:
+            expected[key] = form
+            expected |= _with_start(key, forms)
+    for key, form in sorted(expected.items()):
+        if key not in tensors:
+            yield f"{key!r} is missing"
+        elif tensors[key].shape != form.shape:
+            yield f"{key!r} is {tuple(tensors[key].shape)}, expected {tuple(form.shape)}"
+        elif tensors[key].is_floating_point() != form.floating:
+            yield f"{key!r} is {tensors[key].dtype}"
+
+
+def _optional(key: str, forms: Forms) -> Form | None:
+    """The form of a tensor that an adapter may have: an exact start, a gate, a mask."""
+    place, _, name = key.rpartition("/")
+    own = f"{place}/{name.removeprefix('start.')}"
+    if own in forms.tensors:
+        return forms.tensors[own]
+    name = name.removeprefix("start.")
+    if name == "gate" and place.removeprefix("delta/") in forms.ranks:
+        return Form(Size([forms.ranks[place.removeprefix("delta/")]]), True)
+    masked = f"{place}/{name.removeprefix('alive_')}"
+    if name.startswith("alive_") and masked in forms.tensors:
+        return Form(forms.tensors[masked].shape, False)
+    return None
+
+
+def _with_start(key: str, forms: Forms) -> dict[str, Form]:
+    """Where one number of an exact start is given, all must be."""
+    place, _, name = key.rpartition("/")
+    if not name.startswith("start."):
+        return {}
+    return {
+        f"{place}/start.{k.removeprefix(place + '/')}": form
+        for k, form in forms.tensors.items()
+        if k.startswith(place + "/")
+    }

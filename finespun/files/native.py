@@ -1,0 +1,220 @@
+"""Finespun's own format: `adapter.safetensors` and `adapter.json`, number 1.
+
+The JSON says structure and options, the plan, trained modules, strength, base and lineage; the
+tensors have the keys of `hosts.tensors_of`. Every key is checked; an unknown one is an error.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from finespun.errors import FileError, InputError, StateError, nearest
+from finespun.files.atomic import settled, whole_folder
+from finespun.files.fingerprint import Fingerprint, fingerprint
+from finespun.files.lineage import Lineage, lineage_of
+from finespun.files.safe import check_finite, read_json, read_tensors, write_json, write_tensors
+from finespun.hosts import Entry, FlatState, board_of, tensors_of
+from finespun.structures import STRUCTURES, Plan, SiteShape, Structure, structure
+
+FORMAT = 1
+TENSORS, CONFIG = "adapter.safetensors", "adapter.json"
+KEYS = ("format", "name", "structure", "plan", "trained", "strength", "dtypes", "base", "lineage")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An adapter read from files: a flat entry that no model knows yet, and what is told of it.
+
+    `notes` are things that a person should hear; `sha256` is that of the file of tensors.
+    """
+
+    entry: Entry
+    base: Fingerprint | None
+    lineage: Lineage | None
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+    def named(self, name: str | None) -> "Saved":
+        """The same adapter under another name; under its own where `name` is None."""
+        if name is None:
+            return self
+        return dataclasses.replace(self, entry=dataclasses.replace(self.entry, name=name))
+
+
+def save(
+    model: nn.Module, name: str, folder: str | Path, lineage: Lineage | None = None
+) -> dict[str, Any]:
+    """Write adapter `name` of the model to a folder, whole or not at all; returns adapter.json.
+
+    Raises StateError for numbers that are NaN, infinite or sharded away, FileError where the folder
+    cannot be written.
+    """
+    entry = board_of(model)[name]
+    tensors = checked_tensors(entry)
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "name": name,
+        "structure": {"kind": entry.structure.kind, "options": entry.structure.options()},
+        "plan": plan_as_json(entry.plan),
+        "trained": list(entry.trained),
+        "strength": entry.scale,
+        "dtypes": Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values()),
+        "base": fingerprint(model, entry.trained).as_json(),
+        "lineage": (lineage or lineage_of(entry.structure)).as_json(),
+    }
+    with whole_folder(folder, sum(t.nbytes for t in tensors.values()) + (1 << 20)) as work:
+        content["sha256"] = write_tensors(work / TENSORS, tensors, {"format": "finespun"})
+        write_json(work / CONFIG, content)
+    return content
+
+
+def read(folder: str | Path, strict: bool = True) -> Saved:
+    """The adapter in a folder that `save` wrote. With `strict` off, unknown keys and a file of
+    tensors that was changed since become notes. Raises FileError naming file and key."""
+    place = settled(folder)
+    path = place / CONFIG
+    content = read_json(path)
+    notes: list[str] = []
+    number = content.get("format")
+    if number != FORMAT:
+        raise FileError(f"{path} has format {number!r}; this version reads {FORMAT}")
+    _only(content, (*KEYS, "sha256"), str(path), strict, notes)
+    held = read_tensors(place / TENSORS)
+    if held.sha256 != content["sha256"]:
+        told = f"{place / TENSORS} is not the file that {CONFIG} was written with"
+        if strict:
+            raise FileError(f"{told}; strict=False reads it all the same")
+        notes.append(told)
+    with blame(path):
+        entry = Entry(
+            name=_text(content["name"], "name"),
+            structure=_structure(content["structure"], strict, notes),
+            plan=plan_from_json(content["plan"], strict, notes),
+            trained=tuple(_text(t, "trained") for t in _list(content["trained"], "trained")),
+            scale=_number(content["strength"], "strength"),
+            flat=FlatState.pack(held.tensors),
+        )
+    base = Fingerprint.from_json(_object(content["base"], "base"), str(path))
+    lineage = Lineage.from_json(_object(content["lineage"], "lineage"), str(path))
+    return Saved(entry, base, lineage, held.sha256, tuple(notes))
+
+
+def checked_tensors(entry: Entry) -> dict[str, Tensor]:
+    """The entry's tensors. Raises StateError for one that holds NaN, infinity or nothing."""
+    tensors = tensors_of(entry)
+    for key, tensor in tensors.items():
+        if not tensor.numel():
+            raise StateError(
+                f"{key!r} holds no numbers here; gather sharded parameters before saving"
+            )
+        try:
+            check_finite(tensor, repr(key))
+        except FileError as error:
+            raise StateError(f"{entry.name!r} is not saved: {error}") from error
+    return tensors
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """Sites as [name, out, in, kind], choices site by site, and what is shared."""
+    return {
+        "sites": [[s.name, s.out_features, s.in_features, s.kind] for s in plan.sites],
+        "choices": {name: dict(choice) for name, choice in plan.choices.items()},
+        "shared": dict(plan.shared),
+    }
+
+
+def plan_from_json(content: Any, strict: bool = True, notes: list[str] | None = None) -> Plan:
+    """Raises FileError for anything that `plan_as_json` does not write."""
+    content = _object(content, "plan")
+    _only(content, ("sites", "choices", "shared"), "plan", strict, [] if notes is None else notes)
+    sites = tuple(_site(s) for s in _list(content["sites"], "plan.sites"))
+    names = {s.name for s in sites}
+    if not sites or len(names) != len(sites):
+        raise FileError("plan.sites must name at least one site, and none twice")
+    choices = _object(content["choices"], "plan.choices")
+    for name in choices:
+        if name not in names:
+            raise FileError(f"plan.choices speaks of {name!r}, no site; {nearest(name, names)}")
+        _object(choices[name], f"plan.choices.{name}")
+    return Plan(sites, choices, _object(content["shared"], "plan.shared"))
+
+
+def _site(content: Any) -> SiteShape:
+    name, out, size, kind = _list(content, "plan.sites", 4)
+    for number in (out, size):
+        if type(number) is not int or not 0 < number < 2**31:
+            raise FileError(f"plan.sites: {name!r} has a size of {number!r}")
+    return SiteShape(_text(name, "plan.sites"), out, size, _text(kind, "plan.sites"))
+
+
+def _structure(content: Any, strict: bool, notes: list[str]) -> Structure:
+    content = _object(content, "structure")
+    _only(content, ("kind", "options"), "structure", strict, notes)
+    kind = _text(content["kind"], "structure.kind")
+    options = _object(content["options"], "structure.options")
+    if not strict and kind in STRUCTURES:
+        known = {f.name for f in dataclasses.fields(STRUCTURES[kind])}
+        extra = sorted(options.keys() - known)
+        notes += [f"{CONFIG}: option {e!r} of {kind!r} is unknown and left out" for e in extra]
+        options = {k: v for k, v in options.items() if k in known}
+    return structure(kind, **options)
+
+
+def _only(
+    content: Mapping[str, Any], known: tuple[str, ...], where: str, strict: bool, notes: list[str]
+) -> None:
+    """Every known key is there and, if strict, no other."""
+    for key in known:
+        if key not in content:
+            raise FileError(f"{where}: {key!r} is missing; {nearest(key, content)}")
+    for key in content.keys() - set(known):
+        told = f"{where}: {key!r} is unknown; {nearest(key, known)}"
+        if strict:
+            raise FileError(f"{told}; strict=False leaves it out")
+        notes.append(told)
+
+
+@contextmanager
+def blame(path: Path) -> Iterator[None]:
+    """Name the file in errors about its content."""
+    try:
+        yield
+    except (FileError, InputError) as error:
+        raise FileError(f"{path}: {error}") from error
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise FileError(f"{path} is damaged: {error!r}") from error
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    return _typed(value, where, "an object", lambda v: isinstance(v, dict))
+
+
+def _list(value: Any, where: str, length: int | None = None) -> list[Any]:
+    def fits(v: Any) -> bool:
+        return isinstance(v, list) and length in (None, len(v))
+
+    return _typed(value, where, "a list" if length is None else f"a list of {length}", fits)
+
+
+def _text(value: Any, where: str) -> str:
+    return _typed(value, where, "text", lambda v: isinstance(v, str) and 0 < len(v) <= 1024)
+
+
+def _number(value: Any, where: str) -> float:
+    def fits(v: Any) -> bool:
+        return type(v) in (int, float) and math.isfinite(v)
+
+    return float(_typed(value, where, "a finite number", fits))
+
+
+def _typed(value: Any, where: str, what: str, fits: Callable[[Any], bool]) -> Any:
+    if not fits(value):
+        raise FileError(f"{where} must be {what}, got {str(value)[:80]!r}")
+    return value
