@@ -14,9 +14,9 @@ Factors = tuple[Tensor, Tensor]
 class Former:
     """Forms A and B of all deltas of one adapter by `structure.form`, once per forward pass.
 
-    With gradients they are formed when the root module is entered; where it is not (generate of an
-    encoder-decoder, a method beside forward), when the first layer asks, and again as soon as a
-    layer asks twice. Recomputation inside a backward pass reuses what its forward pass formed.
+    With gradients they are formed when the root module is entered, and recomputation inside a
+    backward pass reuses them; where the root is not entered (a method beside forward, a part called
+    on its own) every layer forms its own, as it does under compilation and torch.func transforms.
     Without gradients they stay until a trained number changes.
     """
 
@@ -32,12 +32,11 @@ class Former:
         self.place = {id(delta): i for i, delta in enumerate(self.deltas)}
         self.formed: list[Factors] = []
         self.versions: list[tuple[object, ...]] = []
-        self.unread: set[int] = set()
         self.inside = False
 
     def enter(self) -> None:
         """The root module begins a forward pass."""
-        if torch.compiler.is_compiling():
+        if _traced():
             return
         if torch.is_grad_enabled() or not all(map(self._current, range(len(self.deltas)))):
             self._form()
@@ -46,18 +45,15 @@ class Former:
     def leave(self) -> None:
         """The root module has ended a forward pass, normally or by an exception."""
         self.inside = False
-        self.unread.clear()
 
     def factors(self, delta: Delta) -> Factors | None:
         """A and B of one delta, gate and exact start applied, or None: form it alone."""
-        if torch.compiler.is_compiling():
+        if _traced():
             return None
         place = self.place[id(delta)]
         if not self.inside and not self._recomputing():
             if torch.is_grad_enabled():
-                if place not in self.unread:
-                    self._form()
-                self.unread.discard(place)
+                self.formed, self.versions = [], []
             elif not self._current(place):
                 self._form()
         if not self.formed:
@@ -79,9 +75,13 @@ class Former:
     def _form(self) -> None:
         sharded = any(type(p) is not nn.Parameter for d in self.deltas for p in _numbers(d))
         self.formed = [] if sharded else self.structure.form(self.deltas)
-        self.unread = set(range(len(self.deltas)))
         keep = not torch.is_grad_enabled() and not sharded
         self.versions = [_version(delta) for delta in self.deltas] if keep else []
+
+
+def _traced() -> bool:
+    """Whether tensors stand for others: under compilation or a torch.func transform."""
+    return torch.compiler.is_compiling() or bool(torch._C._functorch.maybe_current_level())
 
 
 def _numbers(delta: Delta) -> list[nn.Parameter]:
@@ -97,5 +97,5 @@ def _version(delta: Delta) -> tuple[object, ...]:
     return (
         mode,
         torch.is_inference_mode_enabled(),
-        *((id(p), p._version, p.device) for p in numbers if mode is None),
+        *((id(p), p._version, p.data_ptr(), p.device) for p in numbers if mode is None),
     )
