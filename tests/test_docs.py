@@ -1,0 +1,261 @@
+"""README and docs: every block runs and prints what is shown, links lead somewhere, the site is
+whole and needs nothing from elsewhere.
+
+The blocks of a page run in order in one folder that holds a copy of `examples`, as a reader would
+run them. `sh` and `python` blocks run; a `text` block right below is what they print (`...` stands
+for anything); a block with a title is a file; `yaml` must be a recipe. Comments right above a block
+change that, each said to the reader of the source:
+
+    <!-- slow -->              the page runs with the slow tests
+    <!-- in tests: A => B -->  A, which must occur, is replaced by B before it runs
+    <!-- exit 2 -->            the command's last line ends with this code
+    <!-- not run: reason -->   it is not run; such blocks are counted below
+"""
+
+import contextlib
+import doctest
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from finespun.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOT_RUN = {
+    "it would run the tests that run it": 1,
+    "a line of tests/suite.py, which runs it": 1,
+}
+
+FENCE = re.compile(r"^( *)```(\S*)(.*)$")
+COMMENT = re.compile(r"<!-- (slow|in tests: .+? => .*?|exit \d|not run: .+?) -->")
+TITLE = re.compile(r'title="([^"]+)"')
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+SAME = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text, the comments above it and the output below it."""
+
+    page: Path
+    line: int
+    language: str
+    title: str | None
+    text: str
+    comments: tuple[str, ...]
+    output: str | None = None
+
+    @property
+    def place(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is not run, if it is not."""
+        return next((c[9:] for c in self.comments if c.startswith("not run: ")), None)
+
+    @property
+    def exit_code(self) -> int:
+        return next((int(c[5:]) for c in self.comments if c.startswith("exit ")), 0)
+
+    def for_tests(self) -> str:
+        """The text at the size of a test."""
+        text = self.text
+        for comment in self.comments:
+            if comment.startswith("in tests: "):
+                old, new = comment.removeprefix("in tests: ").split(" => ")
+                assert old in text, f"{self.place} does not hold {old!r}"
+                text = text.replace(old, new)
+        return text
+
+
+def parse(page: Path) -> list[Block]:
+    """The blocks of a page; a `text` block right below a block that runs becomes its output."""
+    blocks: list[Block] = []
+    comments: list[str] = []
+    lines = iter(enumerate(page.read_text(encoding="utf-8").splitlines(), start=1))
+    adjacent = False
+    for number, line in lines:
+        if fence := FENCE.match(line):
+            text = "\n".join(_until_closed(lines, fence[1])) + "\n"
+            title = TITLE.search(fence[3])
+            block = Block(page, number, fence[2], title and title[1], text, tuple(comments))
+            if block.language == "text" and adjacent and not comments:
+                before = blocks.pop()
+                block = Block(**{**before.__dict__, "output": text})
+            blocks.append(block)
+            adjacent = block.language in ("sh", "python") and block.output is None
+            comments = []
+        elif line.strip().startswith("<!--"):
+            found = COMMENT.fullmatch(line.strip())
+            assert found, f"{page.name}:{number}: {line} is no comment that the tests know"
+            comments.append(found[1])
+            adjacent = False
+        elif line.strip():
+            assert not comments, f"{page.name}:{number}: the comment above stands over no block"
+            adjacent = False
+    return blocks
+
+
+def _until_closed(lines: Iterator[tuple[int, str]], indent: str) -> Iterator[str]:
+    for _, line in lines:
+        if line.strip() == "```":
+            return
+        yield line.removeprefix(indent)
+    raise AssertionError("a block is never closed")
+
+
+BLOCKS = {page: parse(page) for page in PAGES}
+
+
+def runs(page: Path) -> bool:
+    return any(b.reason is None and b.language in ("sh", "python") for b in BLOCKS[page])
+
+
+def cases() -> list[object]:
+    """A test for every page with something to run; slow where a block says so."""
+    return [
+        pytest.param(
+            page,
+            id=page.stem,
+            marks=[pytest.mark.slow] if any("slow" in b.comments for b in BLOCKS[page]) else [],
+        )
+        for page in PAGES
+        if runs(page)
+    ]
+
+
+@pytest.mark.parametrize("page", cases())
+def test_every_block_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    for block in BLOCKS[page]:
+        if block.reason is not None:
+            continue
+        text = block.for_tests()
+        if block.title is not None:
+            Path(block.title).parent.mkdir(parents=True, exist_ok=True)
+            Path(block.title).write_text(text, encoding="utf-8")
+        elif block.language == "sh":
+            same(block, run_shell(block, text))
+        elif block.language == "python":
+            same(block, run_python(block, text, module))
+
+
+def run_shell(block: Block, text: str) -> str:
+    """What a terminal would show."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-eu", "-o", "pipefail", "-c", text],
+        env={**os.environ, "PATH": path, "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "100"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == block.exit_code, f"{block.place}\n{done.stdout}"
+    return done.stdout
+
+
+def run_python(block: Block, text: str, module: types.ModuleType) -> str:
+    """What the block prints; later blocks of the page see its names."""
+    printed = io.StringIO()
+    code = compile("\n" * block.line + text, str(block.page), "exec")
+    with contextlib.redirect_stdout(printed):
+        exec(code, module.__dict__)
+    return printed.getvalue()
+
+
+def same(block: Block, printed: str) -> None:
+    if block.output is not None and block.output.strip() != "...":
+        checker = doctest.OutputChecker()
+        shown = f"{block.place}\nshown:\n{block.output}\nprinted:\n{printed}"
+        assert checker.check_output(block.output, printed, SAME), shown
+
+
+def every_block() -> list[Block]:
+    return [block for page in PAGES for block in BLOCKS[page]]
+
+
+def test_every_block_has_a_part_in_the_tests():
+    known = ("sh", "python", "yaml", "csv")
+    astray = [
+        b.place
+        for b in every_block()
+        if b.reason is None and b.language not in known and b.title is None
+    ]
+    assert not astray, f"neither run, nor an output, nor marked: {astray}"
+    marked: dict[str, int] = {}
+    for block in every_block():
+        if block.reason is not None:
+            marked[block.reason] = marked.get(block.reason, 0) + 1
+    assert marked == NOT_RUN
+
+
+def test_recipes_in_the_docs_are_recipes():
+    for block in every_block():
+        if block.language == "yaml" and block.reason is None:
+            Recipe.parse(block.for_tests(), source=block.place)
+
+
+def test_links_lead_somewhere():
+    pages = [*PAGES, ROOT / "CHANGELOG.md"]
+    broken = []
+    for page in pages:
+        for target in LINK.findall(page.read_text(encoding="utf-8")):
+            file, _, anchor = target.partition("#")
+            if re.match(r"https?:", target):
+                continue
+            place = (page.parent / file).resolve() if file else page
+            if not place.exists() or (anchor and anchor not in anchors(place)):
+                broken.append(f"{page.name}: {target}")
+    assert not broken
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = [re.sub(r"[`*]", "", heading).lower() for heading in headings]
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", h)).strip("-") for h in plain}
+
+
+def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr.strip()
+    fetched = re.compile(r'<(?:script|link|img|iframe)\b[^>]*?(?:src|href)="((?:https?:)?//[^"]+)')
+    texts = {page: page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
+    assert {page.name: found for page, t in texts.items() if (found := fetched.findall(t))} == {}
+    assert "<math" in texts[tmp_path / "lsr.html"]
+    assert not [page.name for page, text in texts.items() if 'class="arithmatex"' in text]
+
+
+def test_the_picture_is_what_its_script_draws(tmp_path):
+    script = ROOT / "docs" / "assets" / "lsr.py"
+    drawn = tmp_path / "lsr.svg"
+    subprocess.run([sys.executable, str(script), str(drawn)], check=True)
+    words = [
+        re.findall(r"<text[^>]*>([^<]*)</text>", file.read_text(encoding="utf-8"))
+        for file in (drawn, script.with_suffix(".svg"))
+    ]
+    assert words[0] == words[1]
+    assert "3,584" in words[0]
