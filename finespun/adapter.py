@@ -31,7 +31,7 @@ def adapt(
 ) -> "Adapter":
     """Attach a new trainable adapter; the model stays the object and the class it was.
 
-    `targets`: names, suffixes, a regular expression, or "all-linear"; an empty list leaves layers
+    `targets`, `exclude` and `layers` are those of `hosts.find`; an empty list leaves layers
     alone: only modules are trained. `train`: modules of which the adapter trains its own
     copy; None means the task head that the model's class announces.
     `exact_start` makes a start that is not zero equal the base. Every other number of the model is

@@ -42,6 +42,7 @@ def all_hosts(model: nn.Module) -> Iterator[Host]:
 
 def seat(host: Host, adapter: str, delta: Delta) -> None:
     """Put a delta into its layer; the adapted class comes in front with the first one."""
+    host_at(host.layer, host.part if isinstance(host, PartHost) else "")
     if not isinstance(host, PartHost):
         front(host.layer, host, "deltas")[adapter] = delta
         return

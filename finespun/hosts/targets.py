@@ -1,15 +1,17 @@
-"""Which modules are meant: names, suffixes, a regular expression, or "all-linear"."""
+"""Which modules are meant: names, suffixes, a regular expression, or a word for a kind of layer."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from finespun.errors import TargetError, nearest
 
 Targets = str | Sequence[str]
+WORDS = ("all-linear", "attention", "mlp")
 OWN = ("deltas", "copies", "finespun_banks")
 HEADS = ("classifier", "score", "qa_outputs", "classification_head", "head", "fc")
+ATTENTION = re.compile(r"att(ention|n)", re.IGNORECASE)
 
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -21,30 +23,74 @@ def modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def find(model: nn.Module, targets: Targets) -> list[str]:
+def find(
+    model: nn.Module,
+    targets: Targets,
+    exclude: Targets = (),
+    layers: Iterable[int] | None = None,
+) -> list[str]:
     """Names of the modules that `targets` means, in model order.
 
-    A string is "all-linear" (every linear layer but the output head) or a regular expression that
-    must match the whole name; a list holds exact names or dotted suffixes, an empty one means no
-    layer. Raises TargetError, with the nearest names, where an entry matches nothing.
+    A string is "all-linear" (every linear layer but the output head), "attention" or "mlp" (those
+    in or beside attention, inside repeated layers), or a regular expression that must match the
+    whole name; a list holds these words, exact names or dotted suffixes, each with :PART for a
+    slice of a fused projection. An empty list means no layer. `exclude` takes names away in
+    the same language; `layers` keeps those whose first number in the name is among them. Raises TargetError,
+    with the nearest names, where an entry matches nothing.
     """
     known = modules(model)
-    if isinstance(targets, str):
-        if targets == "all-linear":
-            found = [
-                n
-                for n, m in known.items()
-                if isinstance(m, nn.Linear) and not _is_head(model, n, m)
-            ]
-        else:
-            found = [n for n in known if _pattern(targets).fullmatch(n)]
-        if not found:
-            raise TargetError(f"targets={targets!r} matches no module; {_suggest(targets, known)}")
-        return found
-    for target in targets:
-        if not any(_ends(name, target) for name in known):
-            raise TargetError(f"no module is called {target!r}; {_suggest(target, known)}")
-    return [name for name in known if any(_ends(name, target) for target in targets)]
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    regex = isinstance(targets, str) and targets not in WORDS
+    found = [set(_match(model, known, target, regex)) for target in wanted]
+    named = set().union(*found)
+    away: set[str] = set()
+    for target in [exclude] if isinstance(exclude, str) else exclude:
+        away.update(_match(model, known, target, isinstance(exclude, str) and exclude not in WORDS))
+    kept = None if layers is None else set(layers)
+    order = {name: i for i, name in enumerate(known)}
+    chosen = [
+        name
+        for name in sorted(named - away, key=lambda n: (order[n.partition(":")[0]], n))
+        if kept is None or _layer(name) in kept
+    ]
+    if named and not chosen:
+        raise TargetError(
+            f"targets={targets!r} leaves no module after exclude={exclude!r} and "
+            f"layers={None if kept is None else sorted(kept)}; without them {len(named)} match"
+        )
+    return chosen
+
+
+def _match(model: nn.Module, known: dict[str, nn.Module], target: str, regex: bool) -> list[str]:
+    base, colon, part = target.partition(":")
+    if target in WORDS:
+        found = [n for n, m in known.items() if _is_kind(model, known, n, m, target)]
+    elif regex:
+        found = [n for n in known if _pattern(target).fullmatch(n)]
+    else:
+        found = [n + colon + part for n in known if _ends(n, base)]
+    if not found:
+        raise TargetError(f"no module is called {target!r}; {_suggest(model, base, known)}")
+    return found
+
+
+def _is_kind(
+    model: nn.Module, known: dict[str, nn.Module], name: str, module: nn.Module, word: str
+) -> bool:
+    linear = isinstance(module, nn.Linear) or type(module).__name__.endswith("Conv1D")
+    parent = known.get(name.rpartition(".")[0], model)
+    unread = isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+    if not linear or unread or _is_head(model, name, module):
+        return False
+    if word == "all-linear":
+        return True
+    repeated = _layer(name) is not None
+    return repeated and (ATTENTION.search(name) is not None) == (word == "attention")
+
+
+def _layer(name: str) -> int | None:
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(number[1]) if number else None
 
 
 def find_head(model: nn.Module) -> tuple[str, ...]:
@@ -67,9 +113,15 @@ def _pattern(text: str) -> re.Pattern[str]:
         raise TargetError(f"targets={text!r} is no regular expression: {error}") from error
 
 
-def _suggest(target: str, known: dict[str, nn.Module]) -> str:
-    leaves = {n.rsplit(".", 1)[-1] for n, m in known.items() if isinstance(m, nn.Linear)}
-    return nearest(target.rsplit(".", 1)[-1], leaves)
+def _suggest(model: nn.Module, target: str, known: dict[str, nn.Module]) -> str:
+    for name, parameter in model.named_parameters():
+        if _ends(name, target):
+            return (
+                f"{name!r} is a bare parameter {tuple(parameter.shape)}, no module: fused "
+                "weights cannot be adapted"
+            )
+    leaves = {n.rsplit(".", 1)[-1] for n, m in known.items() if "weight" in m._parameters}
+    return nearest(target.rsplit(".", 1)[-1], leaves | set(WORDS))
 
 
 def _is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
