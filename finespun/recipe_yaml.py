@@ -105,7 +105,7 @@ def _reason(item: Mapping[str, Any], key: str, owner: type[BaseModel]) -> str:
     if kind == "missing":
         return f"{key} is missing"
     if kind == "value_error":
-        return f"{key}: {item['ctx']['error']}"
+        return f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
     if kind == "literal_error":
         known = re.findall(r"'([^']*)'", item["ctx"]["expected"])
         return f"{key} = {value!r} is not known; {nearest(str(value), known)}"

@@ -1,0 +1,189 @@
+"""A bench from file to table: members fitted, rates searched, all seeds trained, all written."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import finespun
+from finespun.bench.budget import fit
+from finespun.bench.picture import draw
+from finespun.bench.search import Choice, Score, choose_rate
+from finespun.bench.spec import BenchSpec, Member, describe
+from finespun.bench.summary import Row, Summary
+from finespun.bench.tables import csv_text, markdown
+from finespun.bench.trials import Outcome, Results, Trial
+from finespun.bench.workbench import Workbench
+from finespun.errors import InputError
+from finespun.files.atomic import write_file
+from finespun.recipe import Recipe
+from finespun.structures import Structure
+
+TABLE, SHEET, PICTURE = "table.md", "table.csv", "picture"
+Teller = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A member at one size; `recipe` has everything but its rate and its seed."""
+
+    name: str
+    recipe: Recipe
+    rates: tuple[float, ...]
+    budget: int | None
+
+    def trial(self, rate: float, seed: int, epochs: int, held: float | None = None) -> Trial:
+        """The trial at one rate and seed; `held`: measured on that share of the training rows."""
+        training = self.recipe.training.model_copy(
+            update={"rate": rate, "seed": seed, "epochs": epochs}
+        )
+        structure = dataclasses.replace(self.recipe.structure, seed=seed)
+        recipe = self.recipe.model_copy(update={"training": training, "structure": structure})
+        return Trial(self.name, recipe, None if held is None else (held, seed))
+
+
+class Bench:
+    """Carries out a spec: what is in `results.jsonl` of its folder already is not run again.
+
+    `tell` hears one line for every trial.
+    """
+
+    def __init__(self, spec: BenchSpec, command: str, tell: Teller = lambda line: None) -> None:
+        self.spec, self.command, self.tell = spec, command, tell
+        self.folder = Path(spec.output).expanduser()
+        self.workbench = Workbench()
+        self.results = Results(self.folder)
+
+    def run(self) -> Summary:
+        """Search, train and sum up; then table.md, table.csv and the picture are in the folder.
+
+        Raises InputError and FileError before the first trial where that can be known.
+        """
+        summary = self.measure()
+        write_file(self.folder / TABLE, markdown(summary))
+        write_file(self.folder / SHEET, csv_text(summary))
+        draw(summary, self.folder / PICTURE)
+        return summary
+
+    def measure(self) -> Summary:
+        """All trials that are still missing, and what they say."""
+        contenders = self.contenders()
+        choices = {one.name: self.search(one) for one in contenders}
+        epochs = self.spec.recipe.training.epochs
+        found: dict[str, list[Outcome]] = {one.name: [] for one in contenders}
+        for seed in self.spec.seeds:
+            for one in contenders:
+                if (rate := choices[one.name].rate) is not None:
+                    found[one.name].append(self.outcome(one.trial(rate, seed, epochs)))
+        rows = [self.row(one, choices[one.name], found[one.name]) for one in contenders]
+        _, test = self.workbench.data(self.spec.recipe.data)
+        return Summary(tuple(rows), self.metric, self.spec.seeds, len(test), self.command)
+
+    @property
+    def metric(self) -> str:
+        """What decides: the spec's metric, else accuracy for classes and pearson for numbers."""
+        train, _ = self.workbench.data(self.spec.recipe.data)
+        return self.spec.metric or ("pearson" if train.classes is None else "accuracy")
+
+    def contenders(self) -> list[Contender]:
+        """Every member at every size. Raises InputError where a size or a name cannot be had."""
+        found: list[Contender] = []
+        for member in self.spec.members:
+            targets = member.targets or self.spec.recipe.targets
+            recipe = self.spec.recipe.model_copy(
+                update={"targets": targets, "structure": member.structure}
+            )
+            for budget in member.numbers or (None,):
+                sized = recipe.model_copy(update={"structure": self.fitted(member, recipe, budget)})
+                name = self.name(member, sized.structure, budget)
+                found.append(Contender(name, sized, member.rates or self.spec.rates, budget))
+        names = [one.name for one in found]
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f"two members are called {name!r}; give one of them a name")
+        return found
+
+    def fitted(self, member: Member, recipe: Recipe, budget: int | None) -> Structure:
+        """The member's structure at a budget; as it is without one."""
+        sites = self.workbench.sites(recipe, member.structure)
+        if budget is None:
+            member.structure.plan(sites)
+            return member.structure
+        return fit(member.structure, member.given, sites, budget)
+
+    def name(self, member: Member, structure: Structure, budget: int | None) -> str:
+        """The member's name, its size added where it has several."""
+        if member.name is not None:
+            return member.name if len(member.numbers) < 2 else f"{member.name} {budget:,}"
+        name = describe(structure)
+        if member.targets is not None:
+            only = member.targets if isinstance(member.targets, str) else ", ".join(member.targets)
+            name += f" on {only}"
+        return name
+
+    def search(self, one: Contender) -> Choice:
+        """The contender's rate, by the spec's search."""
+        search = self.spec.search
+
+        def measure(rate: float, epochs: int) -> Score | None:
+            outcome = self.outcome(one.trial(rate, search.seed, epochs, search.rows))
+            score = outcome.score(self.metric)
+            return None if score is None else (score, -outcome.metrics["loss"])
+
+        return choose_rate(one.rates, self.spec.rungs, search.keep, self.spec.extend, measure)
+
+    def outcome(self, trial: Trial) -> Outcome:
+        """What the trial came to: from the results, or by running it now."""
+        known = self.results.get(trial)
+        if known is None:
+            outcome = self.workbench.run(trial)
+            if outcome.status == "ok" and self.metric not in outcome.metrics:
+                raise InputError(
+                    f"metric {self.metric!r} is not measured; "
+                    f"one of {', '.join(map(repr, outcome.metrics))}"
+                )
+            about = {"versions": {"finespun": finespun.__version__, "torch": torch.__version__}}
+            self.results.add(trial, outcome, about)
+        else:
+            outcome = known
+        self.tell(self.line(trial, outcome, known is not None))
+        return outcome
+
+    def line(self, trial: Trial, outcome: Outcome, known: bool) -> str:
+        """One line about a trial."""
+        training = trial.recipe.training
+        score = outcome.score(self.metric)
+        what = "diverged" if score is None else f"{self.metric} {score:.4f}"
+        stage = "search" if trial.held else f"seed {training.seed}"
+        when = "known already" if known else f"{outcome.seconds:.1f} s"
+        plural = "" if training.epochs == 1 else "s"
+        return (
+            f"{trial.member}, {stage}, rate {trial.recipe.rate:g}, "
+            f"{training.epochs} epoch{plural}: {what} ({when})"
+        )
+
+    def row(self, one: Contender, choice: Choice, outcomes: list[Outcome]) -> Row:
+        """The contender's row, from one outcome a seed; none if every rate diverged."""
+
+        def mean(name: str) -> float:
+            values = [getattr(outcome, name) for outcome in outcomes]
+            return round(sum(values) / len(values), 3) if values else 0.0
+
+        return Row(
+            name=one.name,
+            structure=one.recipe.structure,
+            targets=one.recipe.targets,
+            budget=one.budget,
+            update_numbers=outcomes[0].update_numbers if outcomes else 0,
+            module_numbers=outcomes[0].module_numbers if outcomes else 0,
+            bytes=outcomes[0].bytes if outcomes else 0,
+            rate=choice.rate,
+            rates=choice.rates,
+            at_edge=choice.at_edge,
+            scores=tuple(outcome.score(self.metric) for outcome in outcomes)
+            or (None,) * len(self.spec.seeds),
+            seconds=mean("seconds"),
+            cpu_seconds=mean("cpu_seconds"),
+        )

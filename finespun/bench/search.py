@@ -1,0 +1,61 @@
+"""Finding a member's rate: successive halving, then a look beyond the edges of the grid."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from finespun.bench.spec import rounded
+
+MOST_EXTENSIONS = 4
+
+Score = tuple[float, float]
+Measure = Callable[[float, int], Score | None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best rate, None when every rate diverged; all rates tried; whether the best one is the
+    lowest or the highest of them, so that a better one may lie outside."""
+
+    rate: float | None
+    rates: tuple[float, ...]
+    at_edge: bool
+
+
+def choose_rate(
+    rates: Sequence[float], rungs: Sequence[int], keep: float, extend: bool, measure: Measure
+) -> Choice:
+    """The rate with the highest score after `rungs[-1]` epochs.
+
+    `measure(rate, epochs)` gives a score, larger is better, or None for a run that diverged. All
+    rates run for `rungs[0]` epochs and the best ⌈keep·n⌉ go on to the next rung. With `extend`, a
+    best rate at an edge is followed outwards by the grid's own ratio, at most `MOST_EXTENSIONS`
+    times.
+    """
+    grid = sorted(rates)
+    alive: list[float] = list(grid)
+    for epochs in rungs[:-1]:
+        ran = {rate: s for rate in alive if (s := measure(rate, epochs)) is not None}
+        best_first = sorted(ran, key=ran.__getitem__, reverse=True)
+        alive = best_first[: math.ceil(keep * len(alive))]
+    final = {rate: measure(rate, rungs[-1]) for rate in alive}
+    for _ in range(MOST_EXTENSIONS if extend else 0):
+        best = _best(final)
+        if best not in (grid[0], grid[-1]):
+            break
+        new = _outside(grid, best)
+        grid = sorted([*grid, new])
+        final[new] = measure(new, rungs[-1])
+    best = _best(final)
+    return Choice(best, tuple(grid), best in (grid[0], grid[-1]))
+
+
+def _best(scores: dict[float, Score | None]) -> float | None:
+    known = {rate: score for rate, score in scores.items() if score is not None}
+    return max(known, key=lambda rate: known[rate]) if known else None
+
+
+def _outside(grid: Sequence[float], edge: float) -> float:
+    """One step beyond an edge of an increasing grid, by the ratio of the last two rates there."""
+    inner = grid[1] if edge == grid[0] else grid[-2]
+    return rounded(edge * edge / inner)

@@ -1,0 +1,234 @@
+"""A bench file: what all members share, the members, the rates, the seeds, and how to search."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    PlainSerializer,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+
+from finespun.bench.head_only import HeadOnly
+from finespun.errors import FileError, InputError, nearest
+from finespun.recipe import Recipe, Section, read_structure, write_structure
+from finespun.recipe_yaml import apply_override, explain, read_yaml
+from finespun.structures import STRUCTURES, Structure
+
+FEWEST_RATES = 3
+
+
+class Grid(Section):
+    """Rates from `low` to `high` with equal ratios."""
+
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+    count: int = Field(ge=FEWEST_RATES)
+
+
+def read_rates(value: Any) -> tuple[float, ...]:
+    """Increasing rates, from a list or from `{low, high, count}`; three digits each.
+
+    Raises InputError where fewer than three different ones are left: with two, each is an edge.
+    """
+    if isinstance(value, Mapping):
+        try:
+            grid = Grid.model_validate(value)
+        except ValidationError as error:
+            raise InputError(explain(error, Grid, {}, "grid")) from error
+        ratio = (grid.high / grid.low) ** (1 / (grid.count - 1))
+        value = [grid.low * ratio**i for i in range(grid.count)]
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise InputError(f"{value!r} is neither a list of rates nor low, high and count")
+    for rate in value:
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0:
+            raise InputError(f"{rate!r} is no rate; it is a number above 0, for example 1e-3")
+    rates = tuple(sorted({rounded(rate) for rate in value}))
+    if len(rates) < FEWEST_RATES:
+        raise InputError(
+            f"{len(rates)} rates are too few: the best must have a neighbour on both sides; "
+            f"try {', '.join(f'{rates[0] * 3**i:.3g}' for i in (-1, 0, 1))}"
+            if rates
+            else "no rates; try [3e-4, 1e-3, 3e-3, 1e-2]"
+        )
+    return rates
+
+
+def rounded(rate: float) -> float:
+    """Three digits, so that a rate prints as what it is."""
+    return float(f"{rate:.3g}")
+
+
+def read_member_structure(value: Any) -> Structure:
+    """A structure, or `{kind: none}` for a frozen model with a trained head."""
+    if isinstance(value, Mapping) and value.get("kind") == HeadOnly.kind:
+        return HeadOnly.from_options(**{k: v for k, v in value.items() if k != "kind"})
+    if isinstance(value, Mapping) and value.get("kind") not in STRUCTURES and "kind" in value:
+        known = [*STRUCTURES, HeadOnly.kind]
+        raise InputError(
+            f"kind {value['kind']!r} is not known; {nearest(str(value['kind']), known)}"
+        )
+    return read_structure(value)
+
+
+Rates = Annotated[tuple[float, ...], BeforeValidator(read_rates)]
+
+
+class Member(Section):
+    """One structure to compare, at one size or at several."""
+
+    structure: Annotated[
+        Structure, BeforeValidator(read_member_structure), PlainSerializer(write_structure)
+    ]
+    numbers: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="budgets of trained numbers; options that are not given are fitted to each"
+    )
+    name: str | None = Field(None, min_length=1, description="null: made from the options")
+    targets: str | tuple[str, ...] | None = Field(None, description="null: the recipe's")
+    rates: Rates | None = Field(None, description="null: the bench's")
+
+    _given: frozenset[str] = PrivateAttr(frozenset())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _note_options(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(values, Member):
+            return handler(values)
+        if not isinstance(values, Mapping):
+            raise InputError(f"{values!r} needs a structure, for example structure: {{kind: lora}}")
+        member = handler(values)
+        options = values["structure"]
+        if isinstance(options, Mapping):
+            aliases = type(member.structure).aliases
+            member._given = frozenset(aliases.get(key, key) for key in options)
+        return member
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the structure's options that the file sets."""
+        return self._given
+
+
+def read_members(value: Any) -> tuple[Member, ...]:
+    """Members from a list, each error led by its place in it."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise InputError("is a list of members, for example - structure: {kind: lora, rank: 8}")
+    members = []
+    for place, item in enumerate(value, start=1):
+        if isinstance(item, Member):
+            members.append(item)
+            continue
+        try:
+            members.append(Member.model_validate(item))
+        except ValidationError as error:
+            raise InputError(explain(error, Member, {}, f"member {place}")) from error
+    return tuple(members)
+
+
+class Search(Section):
+    """How the rate of each member is found: successive halving on one seed.
+
+    Every rate trains for `epochs[0]` epochs, the best share `keep` for `epochs[1]`, and so on; the
+    survivors for the recipe's own number. What decides is the metric on a share `rows` of the
+    training rows, which these runs leave out: rows held out for the result are never looked at.
+    """
+
+    seed: int = Field(0, ge=0)
+    epochs: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    keep: float = Field(0.5, gt=0, lt=1)
+    rows: float = Field(0.2, gt=0, lt=1)
+
+
+class BenchSpec(Section):
+    """A comparison, whole. Every member is trained at its own best rate with every seed.
+
+    A seed sets the head's start, the structure's draw, the order of rows and dropout.
+    """
+
+    recipe: Recipe = Field(description="what all members share")
+    members: Annotated[tuple[Member, ...], BeforeValidator(read_members)]
+    rates: Rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
+    search: Search = Search()
+    extend: bool = Field(True, description="a best rate at an edge of its grid widens the grid")
+    metric: str | None = Field(None, description="null: accuracy for classes, pearson for numbers")
+    output: str = Field("out/bench", min_length=1, description="the folder that the bench writes")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        recipe = self.recipe
+        for section, key in ((recipe, "structure"), (recipe, "output"), (recipe.training, "rate")):
+            if key in section.model_fields_set:
+                other = {"structure": "members", "rate": "rates"}.get(key, "output")
+                raise InputError(f"recipe must not set {key}; a bench has {other} of its own")
+        rungs = (*self.search.epochs, recipe.training.epochs)
+        if list(rungs) != sorted(set(rungs)):
+            raise InputError(
+                f"search.epochs = {list(self.search.epochs)} must rise and stay below the "
+                f"{recipe.training.epochs} epochs of the recipe"
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds = {list(self.seeds)} repeats a seed")
+        return self
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Epochs of every stage of the search, the recipe's own number last."""
+        return (*self.search.epochs, self.recipe.training.epochs)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file and apply `section.key=value` overrides.
+
+        Raises FileError if it is missing, InputError for anything in it that cannot work.
+        """
+        file = Path(path).expanduser()
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            near = [p.name for p in file.parent.glob("*.y*ml")]
+            raise FileError(
+                f"bench file {str(path)!r} cannot be read ({error}); "
+                f"in {str(file.parent)!r} {nearest(file.name, near)}"
+            ) from error
+        return cls.parse(text, overrides, source=str(path))
+
+    @classmethod
+    def parse(cls, text: str, overrides: Sequence[str] = (), source: str = "bench") -> Self:
+        """Read YAML text; `source` names it in errors. Raises InputError."""
+        values, lines = read_yaml(text, source)
+        for override in overrides:
+            apply_override(values, override)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            overridden = [override.partition("=")[0] for override in overrides]
+            where = {key: line for key, line in lines.items() if key not in overridden}
+            raise InputError(explain(error, cls, where, source)) from error
+
+
+def describe(structure: Structure) -> str:
+    """A short name: the kind and every option that is not its default, sizes first.
+
+    >>> from finespun.structures import LSR
+    >>> describe(LSR(rank=4, separation_rank=16))
+    'LSR r=4 s=16'
+    """
+    if isinstance(structure, HeadOnly):
+        return "head only"
+    sizes = {"rank": "r", "separation_rank": "s"}
+    title = {"lora": "LoRA", "lsr": "LSR"}.get(structure.kind, structure.kind)
+    parts = [
+        f"{short}={getattr(structure, n)}" for n, short in sizes.items() if hasattr(structure, n)
+    ]
+    for field in dataclasses.fields(structure):
+        value = getattr(structure, field.name)
+        if field.name not in (*sizes, "seed") and value != field.default:
+            parts.append(f"{field.name}={value}")
+    return " ".join([title, *parts])
