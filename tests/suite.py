@@ -90,6 +90,7 @@ CASES = (
     Case("uni-shadow", UniLoRA(rank=2), exact_start=True),
     Case("bypass", Bypass(rank=2), kind="block"),
     Case("gralora", structures.GraLoRA(rank=4, k=2), kind="direct"),
+    Case("vera", structures.VeRA(rank=6), kind="frozen"),
     Case("gralora-hybrid", structures.GraLoRA(rank=4, k=4, hybrid_rank=2)),
 )
 

@@ -15,6 +15,7 @@ from finespun.structures.structure import (
     register,
     structure,
 )
+from finespun.structures.vera import VeRA
 
 __all__ = [
     "LSR",
@@ -32,6 +33,7 @@ __all__ = [
     "SiteShape",
     "Structure",
     "TensorSite",
+    "VeRA",
     "module_group",
     "register",
     "structure",

@@ -32,6 +32,10 @@ class Frozen:
         self.key = (law, seed, stream, tuple(shape))
         self._held: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.key[3]
+
     def on(self, device: torch.device | str = "cpu") -> Tensor:
         """The tensor on a device, drawn once and kept while anybody holds this object."""
         device = torch.device(device)
