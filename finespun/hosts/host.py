@@ -179,6 +179,8 @@ class Host:
             change = self._low_rank(delta, x, self._formed(delta))
         elif self._around(delta):
             return (delta.through(x, base) - base(x)) * strength
+        elif self._direct(delta, x):
+            change = delta.forward(x)
         else:
             change = self._gained(self.multiply, x, delta.dense(delta.base_weight()))
         return (change if moved is None else change + self.spread(moved)) * strength
@@ -187,6 +189,11 @@ class Host:
         """Whether `through` may be used: features last, the whole update, the original's base."""
         whole = self.gain is None and delta.origin is None and not self.board.merged
         return "through" in delta.written and self.featured and whole
+
+    def _direct(self, delta: Delta, x: Tensor, formed: Factors | None = None) -> bool:
+        """Whether the delta's own `forward` beats multiplying by what would have to be formed."""
+        rows = x.numel() // max(x.shape[-1], 1)
+        return self.featured and self.gain is None and delta.direct(rows, formed is not None)
 
     def _watched(self, delta: Delta, x: Tensor) -> Tensor:
         """The delta called as a module, so that hooks on it see x and ΔW x."""

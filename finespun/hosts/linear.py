@@ -44,10 +44,6 @@ class LinearHost(Host):
         A, B = delta.factors() if formed is None else formed  # type: ignore[misc]
         return low_rank_reference(x, A, B, delta.scale, self.gain)
 
-    def _direct(self, delta: Delta, x: Tensor, formed: Factors | None) -> bool:
-        rows = x.numel() // max(x.shape[-1], 1)
-        return self.gain is None and delta.direct(rows, formed is not None)
-
     def _alone(self, base: Base, x: Tensor, delta: Delta, strength: float) -> Tensor:
         """The fused kernel, base product included, where the layer's own forward is nn.Linear's."""
         own = plain_class(self.layer).forward is nn.Linear.forward

@@ -128,8 +128,8 @@ class Delta(_Precise):
         return F.linear(x.to(w0.dtype), self.dense(w0))
 
     def direct(self, tokens: int, formed: bool) -> bool:
-        """Whether `forward` beats forming A and B for this many rows of x (`formed`: they are
-        already at hand)."""
+        """Whether `forward` beats forming A and B, or ΔW where there are none, for this many rows
+        of x (`formed`: they are already at hand)."""
         return False
 
     def groups(self, kind: str) -> list[Group]:
