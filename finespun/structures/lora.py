@@ -86,10 +86,11 @@ class LoRADelta(Delta):
     def compact(self) -> tuple["LoRADelta", dict[str, Any]]:
         A, B = (t.detach() for t in self.complete((self.A, self.B)))
         alive = torch.ones(len(A), dtype=torch.bool)
+        own = alive[: len(self.A)]
         if (mask := self.masks().get("A")) is not None:
-            alive &= mask.any(1).cpu().repeat(len(A) // len(mask))
+            own &= mask.any(1).cpu()
         if (gate := self._buffers.get("gate")) is not None:
-            alive &= gate.cpu().ne(0).repeat(len(A) // len(gate))
+            own &= gate.cpu().ne(0)
         alive[0] |= not alive.any()
         return lora_of(self.site, LowRank(A[alive], B[:, alive]), self.scale)
 
