@@ -91,6 +91,8 @@ CASES = (
     Case("bypass", Bypass(rank=2), kind="block"),
     Case("gralora", structures.GraLoRA(rank=4, k=2), kind="direct"),
     Case("vera", structures.VeRA(rank=6), kind="frozen"),
+    Case("lora_xs", structures.LoRAXS(rank=5)),
+    Case("lora_xs-noise", structures.LoRAXS(rank=4, noise=0.3)),
     Case("gralora-hybrid", structures.GraLoRA(rank=4, k=4, hybrid_rank=2)),
 )
 

@@ -5,6 +5,7 @@ from finespun.structures.frozen import Frozen
 from finespun.structures.gralora import GraLoRA
 from finespun.structures.groups import Group, module_group
 from finespun.structures.lora import LoRA
+from finespun.structures.lora_xs import LoRAXS
 from finespun.structures.lsr import LSR
 from finespun.structures.site import Site, SiteShape, TensorSite
 from finespun.structures.structure import (
@@ -27,6 +28,7 @@ __all__ = [
     "GraLoRA",
     "Group",
     "LoRA",
+    "LoRAXS",
     "Plan",
     "Ranked",
     "Site",
