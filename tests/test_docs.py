@@ -8,7 +8,8 @@ change that, each said to the reader of the source:
 
     <!-- slow -->              the page runs with the slow tests
     <!-- in tests: A => B -->  A, which must occur, is replaced by B before it runs
-    <!-- exit 2 -->            the command's last line ends with this code
+    <!-- exit 2 -->            its last line ends with this code
+    <!-- figures vary -->      numbers in the output differ from machine to machine
     <!-- not run: reason -->   it is not run; such blocks are counted below
 """
 
@@ -37,7 +38,7 @@ NOT_RUN = {
 }
 
 FENCE = re.compile(r"^( *)```(\S*)(.*)$")
-COMMENT = re.compile(r"<!-- (slow|in tests: .+? => .*?|exit \d|not run: .+?) -->")
+COMMENT = re.compile(r"<!-- (slow|figures vary|in tests: .+? => .*?|exit \d+|not run: .+?) -->")
 TITLE = re.compile(r'title="([^"]+)"')
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 SAME = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -180,9 +181,11 @@ def run_python(block: Block, text: str, module: types.ModuleType) -> str:
 
 def same(block: Block, printed: str) -> None:
     if block.output is not None and block.output.strip() != "...":
-        checker = doctest.OutputChecker()
+        both = [block.output, printed]
+        if "figures vary" in block.comments:
+            both = [re.sub(r"\d[\d,.]*(e-?\d+)?", "0", text) for text in both]
         shown = f"{block.place}\nshown:\n{block.output}\nprinted:\n{printed}"
-        assert checker.check_output(block.output, printed, SAME), shown
+        assert doctest.OutputChecker().check_output(*both, SAME), shown
 
 
 def every_block() -> list[Block]:
