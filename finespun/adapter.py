@@ -195,6 +195,25 @@ class Adapter:
         Raises FileError where the folder cannot be written, StateError for NaN."""
         files.save(self.model, self.name, folder, lineage or self.lineage)
 
+    def export(
+        self,
+        folder: str | Path,
+        rank: int | None = None,
+        max_error: float | None = None,
+        allow_full: bool = True,
+    ) -> files.Exported:
+        """Write PEFT's LoRA files, which PEFT, vLLM, llama.cpp and others load unchanged.
+
+        Exact where the structure has factors and `rank` is not below theirs, else the best
+        approximation, with a warning that says how far off it is; InputError beyond `max_error`.
+        `allow_full=False` leaves trained modules out. Printing the result tells all.
+        """
+        lineage = self.lineage
+        done = files.export(self.model, self.name, folder, rank, max_error, allow_full, lineage)
+        if done.error or done.dropped:
+            warnings.warn(str(done), stacklevel=2)
+        return done
+
     # --- using -----------------------------------------------------------------------------------
     def activate(self) -> "Adapter":
         """Make this the one active adapter."""

@@ -8,6 +8,7 @@ from finespun.files.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
+from finespun.files.export import Exported, export
 from finespun.files.fingerprint import Fingerprint, check_base, fingerprint
 from finespun.files.fitting import check_fit, register_saved
 from finespun.files.lineage import Lineage, Parent, lineage_of
@@ -15,6 +16,7 @@ from finespun.files.native import Saved, save
 from finespun.files.reading import read_adapter
 
 __all__ = [
+    "Exported",
     "Fingerprint",
     "Lineage",
     "Parent",
@@ -23,6 +25,7 @@ __all__ = [
     "check_fit",
     "check_writable",
     "checkpoints",
+    "export",
     "fingerprint",
     "lineage_of",
     "load_checkpoint",

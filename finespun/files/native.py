@@ -101,6 +101,8 @@ def read(folder: str | Path, strict: bool = True) -> Saved:
             scale=_number(content["strength"], "strength"),
             flat=FlatState.pack(held.tensors),
         )
+        if not entry.plan.sites and not entry.trained:
+            raise FileError("neither a site nor a trained module is named")
     base = Fingerprint.from_json(_object(content["base"], "base"), str(path))
     lineage = Lineage.from_json(_object(content["lineage"], "lineage"), str(path))
     return Saved(entry, base, lineage, held.sha256, tuple(notes))
@@ -136,8 +138,8 @@ def plan_from_json(content: Any, strict: bool = True, notes: list[str] | None = 
     _only(content, ("sites", "choices", "shared"), "plan", strict, [] if notes is None else notes)
     sites = tuple(_site(s) for s in _list(content["sites"], "plan.sites"))
     names = {s.name for s in sites}
-    if not sites or len(names) != len(sites):
-        raise FileError("plan.sites must name at least one site, and none twice")
+    if len(names) != len(sites):
+        raise FileError("plan.sites must name no site twice")
     choices = _object(content["choices"], "plan.choices")
     for name in choices:
         if name not in names:

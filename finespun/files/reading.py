@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from finespun.errors import FileError
-from finespun.files import native
+from finespun.files import native, peft
 from finespun.files.atomic import settled
 from finespun.files.native import Saved
 
@@ -16,8 +16,11 @@ def read_adapter(folder: str | Path, strict: bool = True) -> Saved:
     place = settled(folder)
     if (place / native.CONFIG).is_file():
         return native.read(place, strict)
+    if (place / peft.CONFIG).is_file():
+        return peft.read_peft(place, strict)
     if not place.is_dir():
         raise FileError(f"{place} is no folder")
-    below = sorted(p.name for p in place.iterdir() if (p / native.CONFIG).is_file())
-    hint = f"; below it lie {', '.join(below)}" if below else ""
-    raise FileError(f"{place} holds neither {native.CONFIG}{hint}")
+    names = native.CONFIG, peft.CONFIG
+    below = sorted(p.name for p in place.iterdir() if any((p / n).is_file() for n in names))
+    hint = f"; its folders {', '.join(below[:5])} do" if below else ""
+    raise FileError(f"{place} holds neither {names[0]} nor {names[1]}{hint}")

@@ -1,0 +1,263 @@
+"""Writing LoRA folders that PEFT and the servers built on its format load unchanged.
+
+The portable profile: every scale folded into B and lora_alpha = r, one rank for all sites (zeros
+fill up), plain keys, float32. Then PEFT, vLLM, SGLang, LoRAX, llama.cpp and diffusers, which differ
+in how they read alpha and patterns, all compute ΔW = B A.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finespun.errors import InputError
+from finespun.files.atomic import whole_folder
+from finespun.files.fingerprint import fingerprint
+from finespun.files.lineage import Lineage, lineage_of
+from finespun.files.native import checked_tensors
+from finespun.files.peft import CONFIG, PREFIX, SIDE, TENSORS
+from finespun.files.safe import write_json, write_tensors
+from finespun.hosts import Entry, board_of, materialise, modules, plain_class
+from finespun.hosts.parts import PartHost
+from finespun.linalg import LowRank
+from finespun.structures import Delta
+
+SERVED_RANK = 16  # the most that vLLM serves unless told otherwise
+HEADS = {
+    "SEQ_CLS": ("ForSequenceClassification", ("classifier", "score")),
+    "TOKEN_CLS": ("ForTokenClassification", ("classifier", "score")),
+    "QUESTION_ANS": ("ForQuestionAnswering", ("qa_outputs",)),
+    "CAUSAL_LM": ("ForCausalLM", ()),
+    "SEQ_2_SEQ_LM": ("ForConditionalGeneration", ()),
+}  # PEFT's task, the end of the class's name, modules that PEFT then saves unasked
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote. `errors` is ‖ΔW − B A‖ / ‖ΔW‖ at each site; `trained` are the modules
+    written whole, `dropped` those left out."""
+
+    folder: Path
+    rank: int
+    errors: Mapping[str, float]
+    trained: tuple[str, ...]
+    dropped: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def error(self) -> float:
+        """The largest of `errors`; 0.0 where the export is exact."""
+        return max(self.errors.values())
+
+    def __str__(self) -> str:
+        how = "exact" if self.error == 0 else f"relative error up to {self.error:.2%}"
+        head = f"{self.folder}: LoRA of rank {self.rank} at {len(self.errors)} layers, {how}"
+        return "\n  ".join((head, *self.notes))
+
+
+@torch.no_grad()
+def export(
+    model: nn.Module,
+    name: str,
+    folder: str | Path,
+    rank: int | None = None,
+    max_error: float | None = None,
+    allow_full: bool = True,
+    lineage: Lineage | None = None,
+) -> Exported:
+    """Write adapter `name`, its strength included, as a PEFT LoRA folder.
+
+    Exact where the structure has factors and `rank` is not below theirs; else the best `rank` of
+    each ΔW. Without `rank`, an update that has no factors gets the smallest rank that keeps
+    `max_error`, or 16. Trained modules (a head) are written in full, because without them the
+    adapter computes something else; `allow_full=False` leaves them out for servers that refuse
+    them. Raises InputError where the error would exceed `max_error` or a site is no linear layer,
+    FileError where the folder cannot be written.
+    """
+    if rank is not None and rank < 1:
+        raise InputError(f"rank={rank} must be at least 1; try {SERVED_RANK}")
+    if max_error is not None and not 0 <= max_error < 1:
+        raise InputError(f"max_error={max_error} must lie in [0, 1); try 0.01")
+    entry = board_of(model)[name]
+    materialise(model, entry)
+    checked_tensors(entry)
+    updates = _updates(entry)
+    falling = {n: _errors(u) for n, u in updates.items()}
+    chosen = _rank(entry, falling, rank, max_error)
+    errors = {n: e[min(chosen, len(e) - 1)] for n, e in falling.items()}
+    worst = max(errors, key=lambda n: errors[n])
+    if max_error is not None and errors[worst] > max_error:
+        enough = max(_enough(e, max_error) for e in falling.values())
+        raise InputError(
+            f"at rank {chosen} the update of {worst!r} is off by {errors[worst]:.2%}, more than "
+            f"max_error={max_error}; rank={enough} keeps it"
+        )
+    trained = entry.trained if allow_full else ()
+    tensors = _tensors(entry, updates, chosen, trained)
+    config = _config(model, list(updates), chosen, trained)
+    with whole_folder(folder, sum(t.nbytes for t in tensors.values()) + (1 << 20)) as work:
+        digest = write_tensors(work / TENSORS, tensors, {"format": "pt"})
+        write_json(work / CONFIG, config)
+        side = {"format": 1, "name": name, "sha256": digest, "relative_error": errors[worst]}
+        side["base"] = fingerprint(model, entry.trained).as_json()
+        side["lineage"] = (lineage or lineage_of(entry.structure)).as_json()
+        write_json(work / SIDE, side)
+    dropped = () if allow_full else entry.trained
+    notes = _notes(chosen, trained, dropped)
+    return Exported(Path(folder), chosen, errors, trained, dropped, notes)
+
+
+def _updates(entry: Entry) -> dict[str, LowRank]:
+    """ΔW of every linear layer, strength included; parts of one layer are put together."""
+    found: dict[str, LowRank] = {}
+    for name, delta in entry.deltas.items():
+        site = delta.site
+        if not delta.mergeable or site.shape.kind != "linear":
+            raise InputError(
+                f"{name!r} is a {site.shape.kind}: a portable LoRA speaks of linear layers only"
+            )
+        _check_bias(name, delta)
+        update = delta.as_low_rank() * entry.scale
+        if isinstance(site, PartHost):
+            below = site.whole.shape.out_features - site.end
+            update = LowRank(update.A, F.pad(update.B, (0, 0, site.start, below)))
+            name = site.whole.name
+        found[name] = found[name] + update if name in found else update
+    return found
+
+
+def _check_bias(name: str, delta: Delta) -> None:
+    moved = delta.bias_change() if "map_bias" in delta.written else None
+    if moved is not None and bool(moved.any()):
+        raise InputError(f"the adapter moves the bias of {name!r}, which a plain LoRA cannot say")
+
+
+def _errors(update: LowRank) -> list[float]:
+    """The relative error of the best approximation of rank 0, 1, ..., r; the last is 0."""
+    values = update.singular_values().double()
+    tails = values.square().flip(0).cumsum(0).flip(0).sqrt()
+    if not len(tails) or tails[0] == 0:
+        return [0.0] * (update.rank + 1)
+    return [*(tails / tails[0]).tolist(), *[0.0] * (1 + update.rank - len(tails))]
+
+
+def _rank(
+    entry: Entry, falling: Mapping[str, list[float]], rank: int | None, max_error: float | None
+) -> int:
+    if rank is not None:
+        return rank
+    whole = max(1, *(len(e) - 1 for e in falling.values()))
+    if all(d.factors() is not None for d in entry.deltas.values()):
+        return whole
+    if max_error is not None:
+        return max(_enough(e, max_error) for e in falling.values())
+    return min(SERVED_RANK, whole)
+
+
+def _enough(errors: list[float], max_error: float) -> int:
+    """The smallest rank whose error is within the bound."""
+    return max(1, next(rank for rank, error in enumerate(errors) if error <= max_error))
+
+
+def _tensors(
+    entry: Entry, updates: Mapping[str, LowRank], rank: int, trained: tuple[str, ...]
+) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, update in updates.items():
+        small = update.squeeze(rank) if update.rank > rank else update
+        empty = rank - small.rank
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = F.pad(small.A.float(), (0, 0, 0, empty))
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = F.pad(small.B.float(), (0, empty))
+    for name in trained:
+        for key, value in entry.copies[name].state_dict().items():
+            full = value.float() if value.is_floating_point() else value
+            tensors[f"{PREFIX}{name}.{key}"] = full
+    return tensors
+
+
+def _config(
+    model: nn.Module, sites: list[str], rank: int, trained: tuple[str, ...]
+) -> dict[str, Any]:
+    known = modules(model)
+    source = getattr(getattr(model, "config", None), "name_or_path", "") or ""
+    transposed = any(plain_class(known[s]).__name__ == "Conv1D" for s in sites)
+    return {
+        "alpha_pattern": {},
+        "auto_mapping": None,
+        "base_model_name_or_path": str(source),
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "modules_to_save": [_module_name(n, trained, list(known)) for n in trained] or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {},
+        "revision": None,
+        "target_modules": _target_modules(sites, list(known), trained),
+        "task_type": _task(model, list(known), trained),
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _target_modules(sites: list[str], known: list[str], trained: tuple[str, ...]) -> Any:
+    """Leaf names where they mean these sites and no others, else whole names, else a pattern."""
+    others = [n for n in known if n not in sites and not _inside(n, trained)]
+    leaves = sorted({s.rpartition(".")[2] for s in sites})
+    for names in (leaves, sorted(sites)):
+        if not any(o == n or o.endswith("." + n) for o in others for n in names):
+            return names
+    return "|".join(re.escape(s) for s in sorted(sites))
+
+
+def _module_name(name: str, trained: tuple[str, ...], known: list[str]) -> str:
+    """PEFT takes every module whose path ends with the name, so that "classifier" would take
+    "pre_classifier" too: then the path from PEFT's own root is given."""
+    twins = [n for n in known if n.endswith(name) and n != name and not _inside(n, trained)]
+    return f"model.{name}" if twins else name
+
+
+def _task(model: nn.Module, known: list[str], trained: tuple[str, ...]) -> str | None:
+    """PEFT's task type, unless PEFT would then expect modules that are not in the file."""
+    for task, (ending, heads) in HEADS.items():
+        if type_name(model).endswith(ending):
+            saved = [n for n in known if n.endswith(heads)] if heads else []
+            return task if all(_inside(n, trained) for n in saved) else None
+    return None
+
+
+def type_name(model: nn.Module) -> str:
+    """The name of the model's own class."""
+    return plain_class(model).__name__
+
+
+def _inside(name: str, trained: tuple[str, ...]) -> bool:
+    return any(name == t or name.startswith(t + ".") for t in trained)
+
+
+def _notes(rank: int, trained: tuple[str, ...], dropped: tuple[str, ...]) -> tuple[str, ...]:
+    notes = []
+    if rank > SERVED_RANK:
+        notes.append(
+            f"rank {rank}: vLLM serves at most {SERVED_RANK} unless max_lora_rank is raised"
+        )
+    if rank > 512:
+        notes.append("above 512 no setting of vLLM's admits it; export with a smaller rank")
+    if trained:
+        notes.append(
+            f"{', '.join(trained)} written in full, for PEFT; vLLM, SGLang and llama.cpp refuse "
+            "that: allow_full=False leaves it out"
+        )
+    if dropped:
+        notes.append(f"{', '.join(dropped)} left out: the folder alone does not compute the same")
+    return tuple(notes)
