@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from finespun import hosts
 from finespun.adapter import Adapter
 from finespun.driver import Driver, Moments
-from finespun.errors import InputError, StateError, TrainingError
+from finespun.errors import InputError, TrainingError
+from finespun.files import random_state, set_random_state
 from finespun.recipe import Training
 from finespun.train.progress import Reporter
 from finespun.train.text import Batch, Batches, Position
@@ -161,12 +162,8 @@ class Loop:
 
     # --- state -----------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on: JSON values and tensors, keys are texts."""
+        """All that the rest of the run depends on, in the form that a checkpoint takes."""
         position = self.batches.position
-        moments = self.optimizer.state_dict()["state"]
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
             "step": self.step,
             "epoch": position.epoch,
@@ -174,33 +171,26 @@ class Loop:
             "seconds": self.seconds,
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "adapter": hosts.tensors_of(self.adapter.entry),
-            "optimizer": {str(number): state for number, state in moments.items()},
+            "optimizer": self.optimizer.state_dict(),
             "driver": self.driver.state_dict(),
-            "random": random,
+            "random": random_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Stand where `state_dict` was taken. Raises StateError or InputError where it does not
+        """Stand where `state_dict` was taken. Raises InputError or StateError where it does not
         fit this adapter or this data."""
-        groups = self.optimizer.state_dict()["param_groups"]
-        count = sum(len(group["params"]) for group in groups)
-        moments = {int(number): values for number, values in state["optimizer"].items()}
-        if moments and max(moments) >= count:
-            raise StateError(
-                f"the checkpoint's optimiser holds {max(moments) + 1} tensors, this run {count}"
-            )
         hosts.load_tensors(self.adapter.entry, state["adapter"])
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.optimizer.load_state_dict(state["optimizer"])
         self.driver.load_state_dict(state["driver"])
         self.batches.restore(Position(state["epoch"], state["batch"]))
         self.losses = [float(loss) for loss in state["losses"]]
         self.seconds, self.saved = state["seconds"], self.step
-        torch.set_rng_state(state["random"]["cpu"])
-        if "cuda" in state["random"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        set_random_state(state["random"])
 
 
-def adamw(parameters: Sequence[nn.Parameter], rate: float, weight_decay: float) -> torch.optim.AdamW:
+def adamw(
+    parameters: Sequence[nn.Parameter], rate: float, weight_decay: float
+) -> torch.optim.AdamW:
     """AdamW, fused where the device allows it; vectors (biases, norms, magnitudes) do not decay.
 
     Raises InputError when there is nothing to train.
@@ -259,7 +249,7 @@ def caught_interrupt() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield pressed
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
 
     def note(number: int, frame: FrameType | None) -> None:
         pressed.set()

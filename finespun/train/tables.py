@@ -123,14 +123,8 @@ def read_examples(
     class.
     """
     table = read_table(path)
-    for name in (columns.text, columns.label, columns.pair):
-        if name is not None and name not in table.columns:
-            raise InputError(
-                f"{str(path)!r} has no column {name!r}; {nearest(name, table.columns)}"
-            )
-    texts = _texts(table, columns.text, path)
-    pairs = None if columns.pair is None else _texts(table, columns.pair, path)
-    column = table[columns.label]
+    column = _column(table, columns.label, path)
+    texts, pairs = _text_columns(table, columns, path)
     missing = column.is_null() | (column.is_nan() if column.dtype.is_float() else False)
     _refuse(missing, "label", columns.label, path)
     if classes is None and (labels or guess_labels(column)) == "numbers":
@@ -145,6 +139,16 @@ def read_examples(
         )
     index = {name: number for number, name in enumerate(classes)}
     return Examples(texts, pairs, tuple(index[name] for name in names), classes)
+
+
+def read_texts(
+    path: str | Path, columns: Columns = Columns()
+) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """The texts of a table and, for pairs, the second texts; labels are not looked at.
+
+    Raises FileError for the file, InputError for missing columns or texts.
+    """
+    return _text_columns(read_table(path), columns, path)
 
 
 def guess_labels(column: pl.Series) -> LabelKind:
@@ -214,8 +218,21 @@ def _keys(examples: Examples) -> list[tuple[str, str]]:
     return list(zip(examples.texts, examples.pairs or [""] * len(examples), strict=True))
 
 
+def _text_columns(
+    table: pl.DataFrame, columns: Columns, path: str | Path
+) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    texts = _texts(table, columns.text, path)
+    return texts, None if columns.pair is None else _texts(table, columns.pair, path)
+
+
+def _column(table: pl.DataFrame, name: str, path: str | Path) -> pl.Series:
+    if name not in table.columns:
+        raise InputError(f"{str(path)!r} has no column {name!r}; {nearest(name, table.columns)}")
+    return table[name]
+
+
 def _texts(table: pl.DataFrame, name: str, path: str | Path) -> tuple[str, ...]:
-    column = table[name].cast(pl.String)
+    column = _column(table, name, path).cast(pl.String)
     _refuse(column.is_null() | (column.str.strip_chars() == ""), "text", name, path)
     return tuple(column)
 

@@ -1,0 +1,68 @@
+"""The `finespun` command: its subcommands, and how errors become one line and an exit code."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+import typer
+
+from finespun.cli import bench, env, evaluate, init, methods, predict, train
+from finespun.errors import FinespunError
+
+INTERRUPTED, FILES, OTHER = 130, 3, 1
+CODES = (
+    "Exit codes: 0 done, 1 other error, 2 wrong input, 3 files, 4 training failed, "
+    "5 no ranking (bench), 130 interrupted."
+)
+
+app = typer.Typer(
+    name="finespun",
+    help="Adapt pretrained models with very few trained numbers.",
+    epilog=f"Example: finespun train examples/trec-lsr-small.yaml\n\n{CODES}",
+    no_args_is_help=True,
+    suggest_commands=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# One module a command, in the order that help shows them; each has `command` and `EXAMPLE`.
+COMMANDS = (train, bench, init, evaluate, predict, methods, env)
+for module in COMMANDS:
+    name = module.__name__.rpartition(".")[2]
+    app.command(name, epilog=f"Example: {module.EXAMPLE}")(module.command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave the process with its exit code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; what the user did wrong is told in one line."""
+    try:
+        code = app(list(arguments), prog_name="finespun", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except FinespunError as error:
+        return told(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        place = getattr(error, "ctx", None)
+        command = "finespun" if place is None else place.command_path
+        return told(f"{error.format_message()} Try: {command} --help", error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return told("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OTHER
+    except OSError as error:
+        return told(str(error), FILES)
+
+
+def told(message: str, code: int) -> int:
+    """Print `error: message` on stderr and return the code."""
+    typer.echo(f"{typer.style('error:', fg='red', bold=True)} {message}", err=True)
+    return code

@@ -1,0 +1,27 @@
+"""`finespun evaluate`: measure a trained adapter."""
+
+from typing import Annotated
+
+import typer
+
+EXAMPLE = "finespun evaluate out/trec-lsr-small"
+
+
+def command(
+    adapter: Annotated[str, typer.Argument(help="The output folder of a finished run.")],
+    file: Annotated[
+        str | None, typer.Option(help="Another labelled table; without it, the held-out rows.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure an adapter on the rows that its recipe held out, or on another table."""
+    from finespun.train.progress import as_json as line
+    from finespun.train.use import Trained
+
+    metrics = Trained.open(adapter).evaluate(file)
+    if as_json:
+        typer.echo(line(metrics))
+        return
+    width = max(map(len, metrics))
+    for name, value in metrics.items():
+        typer.echo(f"{name:<{width}}  {value:.4f}")

@@ -1,0 +1,36 @@
+"""`finespun predict`: ask a trained adapter about new texts."""
+
+from typing import Annotated
+
+import typer
+
+EXAMPLE = 'finespun predict out/trec-lsr-small "Who wrote Dracula?" "Where is Ulm?"'
+
+
+def command(
+    adapter: Annotated[str, typer.Argument(help="The output folder of a finished run.")],
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Texts, each in quotes.", metavar="[TEXT]...")
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(help="A table with the recipe's text columns, or .txt with a text a line."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
+) -> None:
+    """Print what an adapter says about each text: a class and its probability, or a number."""
+    from finespun.errors import InputError
+    from finespun.train.progress import as_json as line
+    from finespun.train.use import Trained
+
+    if bool(texts) == (file is not None):
+        raise InputError("give either texts or --file")
+    trained = Trained.open(adapter)
+    found = trained.predict(texts or []) if file is None else trained.predict_file(file)
+    for item in found:
+        if as_json:
+            typer.echo(line(vars(item)))
+        elif item.label is None:
+            typer.echo(f"{item.value:.4f}\t{item.text}")
+        else:
+            typer.echo(f"{item.label}\t{item.probabilities[item.label]:.3f}\t{item.text}")

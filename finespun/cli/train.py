@@ -1,0 +1,78 @@
+"""`finespun train`: carry out a recipe."""
+
+import json
+import shlex
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from finespun.train.progress import Reporter
+    from finespun.train.run import Result
+
+EXAMPLE = "finespun train examples/trec-lsr-small.yaml training.epochs=1 output=out/short"
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(help="A recipe file in YAML.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Keys to change, as section.key=value.", metavar="[KEY=VALUE]..."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print progress and result as JSON lines.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result alone.")] = False,
+) -> None:
+    """Train an adapter as a recipe says, measure it on held-out data and save it."""
+    from finespun.recipe import Recipe
+    from finespun.train.loop import Interrupted
+    from finespun.train.run import run
+
+    changes = overrides or []
+    try:
+        result = run(Recipe.load(recipe, changes), resume, choose_reporter(as_json, quiet))
+    except Interrupted as error:
+        again = shlex.join(["finespun", "train", recipe, *changes, "--resume"])
+        typer.echo(f"{error}; a checkpoint is saved. Go on with:\n  {again}", err=True)
+        raise typer.Exit(130) from error
+    if as_json:
+        typer.echo(json.dumps({"event": "result", **json.loads(result.as_json())}))
+    else:
+        typer.echo(describe(result))
+
+
+def choose_reporter(as_json: bool, quiet: bool) -> "Reporter":
+    """A bar on a terminal, JSON lines on stderr elsewhere and on stdout if asked, or nothing."""
+    from finespun.train.progress import Bar, JsonLines, Reporter
+
+    if quiet:
+        return Reporter()
+    if as_json:
+        return JsonLines(sys.stdout)
+    return Bar() if sys.stderr.isatty() else JsonLines(sys.stderr)
+
+
+def describe(result: "Result") -> str:
+    """The result as a few lines of text."""
+    lines = [
+        (f"held-out {name}", f"{result.before[name]:.4f} -> {after:.4f}")
+        for name, after in result.after.items()
+    ]
+    lines += [
+        ("rows", f"{result.train_rows:,} to train on, {result.test_rows:,} held out"),
+        (
+            "trained numbers",
+            f"{result.update_numbers:,} in {result.sites} layers, "
+            f"{result.module_numbers:,} in modules trained whole",
+        ),
+        ("training", f"{result.steps:,} steps in {result.seconds:.1f} s, loss {result.loss:.4f}"),
+        ("peak memory", f"{result.peak_memory / 1e6:,.0f} MB, {result.threads} threads"),
+        ("saved", f"{result.output} ({result.adapter_bytes:,} bytes of adapter)"),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)

@@ -1,0 +1,1 @@
+"""From a recipe to a trained adapter, and back to a model that uses it."""

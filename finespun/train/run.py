@@ -1,0 +1,362 @@
+"""One run, from recipe to result: check, load, adapt, train, measure, save."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import yaml
+from torch import Tensor
+
+from finespun import hosts
+from finespun.adapter import Adapter, adapt
+from finespun.errors import FileError, InputError
+from finespun.files import (
+    check_writable,
+    checkpoints,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    write_file,
+)
+from finespun.files.atomic import recover
+from finespun.recipe import Data, Recipe
+from finespun.train.loop import Loop, outputs_of
+from finespun.train.metrics import evaluate
+from finespun.train.progress import Log, Reporter, as_json
+from finespun.train.tables import Columns, Split, load_split
+from finespun.train.tasks import load_task
+from finespun.train.text import Batches, Tokens, in_order, tokenize
+from finespun.train.zoo import TextModel, load_text_model
+
+RECIPE, RESULT, LOG, CHECKPOINT = "recipe.yaml", "metrics.json", "metrics.jsonl", "checkpoints"
+ADAPTER = ("adapter.safetensors", "adapter.json")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    `before` and `after` are metrics on the held-out rows: of the model as loaded, its fresh head
+    untrained, and of the adapted model. `update_numbers` are trained in the layers,
+    `module_numbers` in modules trained whole (the head). `adapter_bytes`: on disk. `loss`: mean of
+    the last epoch. `seconds`: spent in training steps. `peak_memory`: bytes, of the whole process.
+    """
+
+    output: str
+    before: dict[str, float]
+    after: dict[str, float]
+    sites: int
+    update_numbers: int
+    module_numbers: int
+    adapter_bytes: int
+    train_rows: int
+    test_rows: int
+    steps: int
+    loss: float
+    seconds: float
+    peak_memory: int
+    threads: int
+    classes: list[str] | None
+
+    def as_json(self) -> str:
+        """The text of metrics.json."""
+        return as_json(dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        """The result of a finished run in `folder`. Raises FileError where there is none."""
+        path = Path(folder) / RESULT
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**found)
+        except FileNotFoundError as error:
+            why = "the run in it has not ended" if (path.parent / RECIPE).exists() else "no run"
+            raise FileError(f"{str(path)!r} does not exist: {why}") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise FileError(f"{str(path)!r} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a recipe asks for, loaded and adapted, before the first step."""
+
+    recipe: Recipe
+    text: TextModel
+    adapter: Adapter
+    train: Tokens
+    test: Tokens
+    classes: list[str] | None
+
+    def predictions(self) -> Tensor:
+        """Logits of the held-out rows, (rows, labels)."""
+        size = self.recipe.training.eval_batch_size
+        batches = in_order(self.text.tokenizer, self.test, size)
+        return outputs_of(self.text.model, batches, len(self.test))
+
+    def measure(self) -> dict[str, float]:
+        """Metrics on the held-out rows."""
+        return evaluate(self.predictions(), self.test.labels)
+
+    def loop(self, reporter: Reporter | None = None, **options: Any) -> Loop:
+        """The training loop of this recipe, at its start."""
+        training = self.recipe.training
+        batches = Batches(self.text.tokenizer, self.train, training.batch_size, seed=training.seed)
+        return Loop(self.adapter, batches, training, self.recipe.rate, reporter, **options)
+
+
+def run(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None) -> Result:
+    """Carry out a recipe and return what it came to; the output folder then holds the adapter,
+    recipe.yaml, metrics.json and metrics.jsonl.
+
+    With `resume` an interrupted run goes on from its last checkpoint and ends with the adapter, bit
+    for bit, of a run that was never interrupted; a finished one is not repeated. What can be wrong
+    is looked for before training. Raises InputError, FileError, TrainingError; Interrupted
+    after Ctrl-C.
+    """
+    reporter = reporter or Reporter()
+    folder = Path(recipe.output).expanduser()
+    try:
+        if (found := claim(folder, recipe, resume)) is not None:
+            return found
+        with surroundings(recipe):
+            return _run(recipe, folder, resume, reporter)
+    finally:
+        reporter.close()
+
+
+def _run(recipe: Recipe, folder: Path, resume: bool, reporter: Reporter) -> Result:
+    job = prepare(recipe, reporter)
+    check_writable(folder / CHECKPOINT, disk_needed(job.adapter))
+    log = Log(folder / LOG)
+    teller = Both(reporter, log)
+    kept = resume and checkpoints(folder / CHECKPOINT)
+    state = load_checkpoint(folder / CHECKPOINT) if kept else None
+    if state is None:
+        begin(folder, recipe)
+        before = job.measure()
+        teller.tell({"event": "evaluation", "when": "before", "metrics": before})
+    else:
+        before = state["before"]
+
+    def save(loop_state: dict[str, Any]) -> None:
+        threads = torch.get_num_threads()
+        whole = {"before": before, "log": log.size, "threads": threads, **loop_state}
+        save_checkpoint(folder / CHECKPOINT, whole)
+
+    loop = job.loop(teller, save=save)
+    torch.manual_seed(recipe.training.seed)
+    if state is not None:
+        loop.load_state_dict(state)
+        log.cut(state["log"])
+        reporter.tell({"event": "note", "text": _resumed(loop, state)})
+    loop.run()
+    after = job.measure()
+    teller.tell({"event": "evaluation", "when": "after", "metrics": after})
+    job.adapter.save(folder)
+    result = _result(job, loop, before, after)
+    write_file(folder / RESULT, result.as_json() + "\n")
+    shutil.rmtree(folder / CHECKPOINT)
+    return result
+
+
+def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Job:
+    """Load data and model and attach the adapter: all that can be refused is refused here."""
+    reporter = reporter or Reporter()
+    data = load_data(recipe.data)
+    model = load_text_model(
+        recipe.model, data.train.task, data.train.num_labels, seed=recipe.training.seed
+    )
+    model.model.to(choose_device(recipe.training.device))
+    adapter = attach(recipe, model)
+    tokens = [
+        tokenize(model.tokenizer, part, recipe.training.max_length)
+        for part in (data.train, data.test)
+    ]
+    notes = [f"dropped {data.dropped} repeated rows"] if data.dropped else []
+    notes += [part.report for part in tokens[:1] if part.cut]
+    untrained = [n for n in model.fresh if n not in adapter.entry.trained]
+    if untrained:
+        notes.append(f"{', '.join(untrained)} starts untrained and stays so: add it to train")
+    for note in notes:
+        reporter.tell({"event": "note", "text": note})
+    classes = None if data.train.classes is None else list(data.train.classes)
+    return Job(recipe, model, adapter, tokens[0], tokens[1], classes)
+
+
+def attach(recipe: Recipe, model: TextModel) -> Adapter:
+    """The recipe's adapter on its model; modules that start untrained are trained unless the recipe
+    names others."""
+    train = model.fresh if recipe.train is None else recipe.train
+    adapter = adapt(model.model, recipe.structure, recipe.targets, train)
+    if not adapter.parameters():
+        raise InputError("nothing to train: targets and train are both empty")
+    return adapter
+
+
+def load_data(data: Data) -> Split:
+    """Rows to train on and rows held out. Raises InputError or FileError."""
+    if data.task is not None:
+        return Split(*load_task(data.task, data.seed), 0)
+    columns = Columns(data.text, data.label, data.pair)
+    return load_split(
+        str(data.file), data.test_file, columns, data.labels, data.test_share, data.seed
+    )
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device that a recipe names, or a GPU where there is one. Raises InputError."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"training.device={name!r} is not here ({reason}); try cpu") from error
+
+
+@contextmanager
+def surroundings(recipe: Recipe) -> Iterator[None]:
+    """Threads as the recipe says and denormals flushed; threads and random state of before come
+    back at the end."""
+    threads, random = torch.get_num_threads(), random_state()
+    torch.set_num_threads(recipe.training.threads or threads)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        set_random_state(random)
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+
+
+# --- the output folder ---------------------------------------------------------------------------
+def claim(folder: Path, recipe: Recipe, resume: bool) -> Result | None:
+    """Look at the output folder before anything is loaded; nothing in it is changed.
+
+    Returns the result if the run to resume has ended already. Raises FileError if the folder cannot
+    be written, InputError if it holds an unfinished run that would be lost, or another recipe's.
+    """
+    try:
+        recover(folder)
+        check_writable(folder / RECIPE)
+    except OSError as error:
+        raise FileError(
+            f"output={recipe.output!r} cannot be written ({error.strerror}); name another folder"
+        ) from error
+    ended = (folder / RESULT).exists()
+    if not resume:
+        if checkpoints(folder / CHECKPOINT) and not ended:
+            raise InputError(
+                f"{str(folder)!r} holds an unfinished run: go on with --resume, "
+                f"or delete {str(folder / CHECKPOINT)!r} to start anew"
+            )
+        return None
+    if not (folder / RECIPE).exists():
+        return None
+    check_same(recipe, folder / RECIPE)
+    return Result.read(folder) if ended else None
+
+
+def check_same(recipe: Recipe, path: Path) -> None:
+    """Raise InputError naming the first key in which `recipe` differs from the one saved."""
+    began = flat(yaml.safe_load(Recipe.load(path).dump()))
+    now = flat(yaml.safe_load(recipe.dump()))
+    for key in sorted(began.keys() | now.keys()):
+        if key != "output" and began.get(key) != now.get(key):
+            raise InputError(
+                f"{key} was {began.get(key)!r} when the run in {str(path.parent)!r} began and is "
+                f"{now.get(key)!r} now: resume with {str(path)!r}, or choose another output"
+            )
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found.update(
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return found
+
+
+def begin(folder: Path, recipe: Recipe) -> None:
+    """A new run takes over the folder: marks of an earlier one go, its adapter stays until the new
+    one is saved."""
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+    for name in (RESULT, LOG):
+        (folder / name).unlink(missing_ok=True)
+    write_file(folder / RECIPE, recipe.dump())
+
+
+def disk_needed(adapter: Adapter) -> int:
+    """Bytes of the adapter and of two checkpoints (numbers and two moments each), and 1 MiB."""
+    tensors = hosts.tensors_of(adapter.entry).values()
+    return 7 * sum(t.numel() * t.element_size() for t in tensors) + (1 << 20)
+
+
+# --- small parts ---------------------------------------------------------------------------------
+class Both(Reporter):
+    """Tells a reporter and the log file."""
+
+    def __init__(self, reporter: Reporter, log: Log) -> None:
+        self.reporter, self.log = reporter, log
+
+    def tell(self, record: Any) -> None:
+        self.log.append(record)
+        self.reporter.tell(record)
+
+
+def _resumed(loop: Loop, state: dict[str, Any]) -> str:
+    text = f"resumed after step {loop.step} of {loop.steps}"
+    threads = torch.get_num_threads()
+    if threads != state["threads"]:
+        text += (
+            f"; it began with {state['threads']} threads and goes on with {threads}: "
+            "the result will not be the same bit for bit"
+        )
+    return text
+
+
+def _result(job: Job, loop: Loop, before: dict[str, float], after: dict[str, float]) -> Result:
+    folder = Path(job.recipe.output).expanduser()
+    last = loop.losses[-loop.steps_per_epoch :]
+    return Result(
+        output=job.recipe.output,
+        before=before,
+        after=after,
+        sites=len(job.adapter.entry.plan.sites),
+        update_numbers=job.adapter.num_parameters,
+        module_numbers=job.adapter.num_trained,
+        adapter_bytes=sum((folder / name).stat().st_size for name in ADAPTER),
+        train_rows=len(job.train),
+        test_rows=len(job.test),
+        steps=loop.steps,
+        loss=sum(last) / len(last),
+        seconds=round(loop.seconds, 3),
+        peak_memory=peak_memory(),
+        threads=torch.get_num_threads(),
+        classes=job.classes,
+    )
+
+
+if sys.platform == "win32":
+
+    def peak_memory() -> int:
+        """Most bytes of memory that this process has held; not known on Windows: 0."""
+        return 0
+
+else:
+    import resource
+
+    def peak_memory() -> int:
+        """Most bytes of memory that this process has held."""
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024

@@ -1,0 +1,118 @@
+"""A finished run taken up again: measure it, or ask it about new texts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from finespun.adapter import Adapter, load
+from finespun.errors import FileError, InputError
+from finespun.recipe import Recipe
+from finespun.train.loop import outputs_of
+from finespun.train.metrics import evaluate
+from finespun.train.run import RECIPE, Result, choose_device, load_data
+from finespun.train.tables import Columns, Examples, LabelKind, read_examples, read_texts
+from finespun.train.text import in_order, tokenize
+from finespun.train.zoo import TextModel, load_text_model
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """For classes: the likeliest one and the softmax probability of each. For a number: `value`."""
+
+    text: str
+    value: float | None
+    label: str | None
+    probabilities: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with the adapter of a finished run."""
+
+    recipe: Recipe
+    result: Result
+    text: TextModel
+    adapter: Adapter
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Load the base model that the recipe in `folder` names, and the adapter beside it.
+
+        Raises FileError where `folder` holds no finished run.
+        """
+        result = Result.read(folder)
+        recipe = Recipe.load(Path(folder) / RECIPE)
+        model = load_text_model(
+            recipe.model,
+            "classification" if result.classes else "regression",
+            len(result.classes) if result.classes else 1,
+            seed=recipe.training.seed,
+        )
+        model.model.to(choose_device(recipe.training.device))
+        return cls(recipe, result, model, load(model.model, folder))
+
+    @property
+    def columns(self) -> Columns:
+        """The recipe's columns."""
+        data = self.recipe.data
+        return Columns(data.text, data.label, data.pair)
+
+    def evaluate(self, file: str | Path | None = None) -> dict[str, float]:
+        """Metrics on the recipe's held-out rows, or on all rows of another table with the same
+        columns."""
+        if file is None:
+            examples = load_data(self.recipe.data).test
+        else:
+            classes = None if self.result.classes is None else tuple(self.result.classes)
+            kind: LabelKind = "numbers" if classes is None else "classes"
+            examples = read_examples(file, self.columns, kind, classes)
+        return evaluate(self._outputs(examples), examples.label_tensor())
+
+    def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Prediction]:
+        """One prediction for each text. Raises InputError for no texts, or pairs that are missing
+        or not asked for."""
+        if not texts:
+            raise InputError("no texts to predict")
+        if (pairs is None) != (self.recipe.data.pair is None):
+            raise InputError(
+                "this adapter was trained on "
+                + ("single texts" if self.recipe.data.pair is None else "pairs of texts")
+            )
+        examples = Examples(
+            tuple(texts), None if pairs is None else tuple(pairs), (0.0,) * len(texts), None
+        )
+        outputs = self._outputs(examples)
+        classes = self.result.classes
+        if classes is None:
+            values = outputs.reshape(-1).tolist()
+            return [Prediction(t, v, None, {}) for t, v in zip(texts, values)]
+        found = []
+        for text, row in zip(texts, torch.softmax(outputs.double(), dim=1).tolist()):
+            probabilities = dict(zip(classes, row))
+            likeliest = max(probabilities, key=probabilities.__getitem__)
+            found.append(Prediction(text, None, likeliest, probabilities))
+        return found
+
+    def predict_file(self, file: str | Path) -> list[Prediction]:
+        """`predict` for a table with the recipe's text columns, or a .txt file, a text a line."""
+        if Path(file).suffix == ".txt":
+            return self.predict(read_lines(file))
+        return self.predict(*read_texts(file, self.columns))
+
+    def _outputs(self, examples: Examples) -> torch.Tensor:
+        training = self.recipe.training
+        tokens = tokenize(self.text.tokenizer, examples, training.max_length)
+        batches = in_order(self.text.tokenizer, tokens, training.eval_batch_size)
+        return outputs_of(self.text.model, batches, len(tokens))
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file that are not blank. Raises FileError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{str(path)!r} cannot be read: {error}") from error
+    return [line for line in lines if line.strip()]
