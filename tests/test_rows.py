@@ -9,7 +9,8 @@ from torch import nn
 
 import finespun as fs
 from finespun.errors import InputError, StateError
-from finespun.hosts import Board, board_of
+from finespun.hosts import board_of
+from finespun.hosts.board import Rows
 
 LORA = CASES[0]
 
@@ -122,8 +123,8 @@ def test_rows_end_with_their_block_even_after_an_error():
     assert board_of(model).rows is None
     with fs.rows(model, ["one"]):
         with fs.rows(model, [None]):
-            assert board_of(model).rows == (None,)
-        assert board_of(model).rows == ("one",)
+            assert board_of(model).rows == Rows((None,))
+        assert board_of(model).rows == Rows(("one",))
     assert torch.equal(model(batch()), before)
 
 
@@ -163,9 +164,8 @@ def test_a_layer_that_changes_the_number_of_rows_raises():
 
 @given(st.lists(st.sampled_from([None, "a", "b"]), min_size=1, max_size=7), st.integers(1, 5))
 def test_the_index_covers_every_row_once(names, block):
-    board = Board()
-    board.rows = tuple(names)
-    found = dict(board.index(len(names) * block, "m"))
+    rows = Rows(tuple(names))
+    found = dict(rows.index(len(names) * block, "m", torch.device("cpu")))
     owner = [None] * (len(names) * block)
     for name, numbers in found.items():
         for i in numbers.tolist():
@@ -174,4 +174,4 @@ def test_the_index_covers_every_row_once(names, block):
     assert owner == [name for name in names for _ in range(block)]
     if len(names) > 1:
         with pytest.raises(StateError, match=r"'m'"):
-            board.index(len(names) * block + 1, "m")
+            rows.index(len(names) * block + 1, "m", torch.device("cpu"))

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from finespun.errors import InputError, StateError, TargetError, nearest
-from finespun.hosts.board import Board, Entry
+from finespun.hosts.board import Board, Entry, Rows
 from finespun.hosts.copies import CopyHost
 from finespun.hosts.flat import FlatState
 from finespun.hosts.forming import Former
@@ -227,16 +228,21 @@ def _take_out(model: nn.Module, entry: Entry) -> None:
 
 def _former(model: nn.Module) -> list[Former]:
     board = board_of(model)
-    names = {n for n, _ in board.in_force()} | {n for n in board.rows or () if n is not None}
+    routed = () if board.rows is None else board.rows.names
+    names = {n for n, _ in board.in_force()} | {n for n in routed if n is not None}
     return [f for n in names if (f := board.entries[n].former) is not None]
 
 
 def _enter(model: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        board_of(model).enter()
     for former in _former(model):
         former.enter()
 
 
 def _leave(model: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        board_of(model).leave()
     for former in _former(model):
         former.leave()
 
@@ -251,15 +257,25 @@ def activate(model: nn.Module, wanted: str | Sequence[str] | Mapping[str, float]
 
 
 @contextmanager
-def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """Inside the block, row i of a batch uses adapter names[i], or the base where it is None."""
+def rows(
+    model: nn.Module, names: Sequence[str | None], lengths: Sequence[int] | None = None
+) -> Iterator[None]:
+    """Inside the block, row i of a batch uses adapter names[i], or the base where it is None.
+
+    With `lengths`, names[i] serves the next lengths[i] positions of a packed batch instead. Layers
+    that see neither so many rows (or a multiple: beams) nor positions raise StateError.
+    """
     board = board_of(model)
     if board.merged:
         raise StateError(f"{', '.join(board.merged)} is merged into the weights; unmerge it first")
+    if lengths is not None and (len(lengths) != len(names) or min(lengths, default=1) < 0):
+        raise InputError(f"{len(names)} names need as many lengths >= 0, not {list(lengths)}")
     for name in {n for n in names if n is not None}:
         materialise(model, board[name])
-    before, board.rows = board.rows, tuple(names)
-    try:
-        yield
-    finally:
-        board.rows = before
+    with board.guard():
+        before = board.rows
+        board.rows = Rows(tuple(names), None if lengths is None else tuple(lengths))
+        try:
+            yield
+        finally:
+            board.rows = before

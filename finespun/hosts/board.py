@@ -3,8 +3,11 @@
 Layers read it on every forward pass; switching between activated adapters changes this object only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,6 @@ from finespun.hosts.forming import Former
 from finespun.structures import Bank, Delta, Plan, Structure
 
 Weights = tuple[tuple[str, float], ...]
-Rows = tuple[str | None, ...]
 
 
 @dataclass
@@ -42,8 +44,52 @@ class Entry:
         return bool(self.deltas or self.copies)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Which adapter serves which part of a batch: names[i] for row i, or, with `lengths`, for the
+    next lengths[i] positions of a packed batch; None is the base."""
+
+    names: tuple[str | None, ...]
+    lengths: tuple[int, ...] | None = None
+    found: dict[Any, list[tuple[str, Tensor]]] = field(default_factory=dict, compare=False)
+
+    def index(self, count: int, module: str, device: torch.device) -> list[tuple[str, Tensor]]:
+        """For `count` rows or positions: each adapter's numbers, those of the base left out.
+
+        Rows are repeated as blocks where a layer sees a multiple of them (beams, flattened tokens).
+        Raises StateError where they cannot be mapped.
+        """
+        if (count, device) not in self.found:
+            self.found[count, device] = self._map(count, module, device)
+        return self.found[count, device]
+
+    def _map(self, count: int, module: str, device: torch.device) -> list[tuple[str, Tensor]]:
+        if self.lengths is not None and count != sum(self.lengths):
+            raise StateError(
+                f"{module!r} was given {count} positions while rows() has lengths for "
+                f"{sum(self.lengths)}: they cannot be told apart here"
+            )
+        if not self.names or (count % len(self.names) and self.lengths is None):
+            raise StateError(
+                f"{module!r} was given {count} rows while rows() names {len(self.names)}: "
+                "they cannot be told apart here"
+            )
+        lengths = self.lengths or (count // len(self.names),) * len(self.names)
+        numbers: dict[str, list[Tensor]] = {}
+        end = 0
+        for name, length in zip(self.names, lengths):
+            if name is not None:
+                numbers.setdefault(name, []).append(torch.arange(end, end + length))
+            end += length
+        return [(name, torch.cat(parts).to(device)) for name, parts in numbers.items()]
+
+
 class Board:
-    """Shared by all adapted layers of one model."""
+    """Shared by all adapted layers of one model.
+
+    `rows` and `disabled` change what every layer does, so one thread at a time may use them, and
+    none while another runs the model: `enter` and `guard` refuse with StateError.
+    """
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
@@ -51,6 +97,35 @@ class Board:
         self.rows: Rows | None = None
         self.merged: dict[str, float] = {}
         self.kept: dict[str, tuple[Tensor, Tensor | None]] | None = None
+        self.owner: int | None = None
+        self.running: dict[int, int] = {}
+
+    def enter(self) -> None:
+        """This thread begins a forward pass of the root."""
+        me = get_ident()
+        if self.owner not in (None, me):
+            raise StateError("another thread is inside rows() or disabled() on this model: wait")
+        self.running[me] = self.running.get(me, 0) + 1
+
+    def leave(self) -> None:
+        """This thread has ended a forward pass of the root."""
+        me = get_ident()
+        if self.running.get(me, 0) <= 1:
+            self.running.pop(me, None)
+        else:
+            self.running[me] -= 1
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Around a change of what the layers do."""
+        me, before = get_ident(), self.owner
+        if before not in (None, me) or self.running.keys() - {me}:
+            raise StateError("another thread is using this model: rows() and disabled() must wait")
+        self.owner = me
+        try:
+            yield
+        finally:
+            self.owner = before
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self.entries:
@@ -74,20 +149,3 @@ class Board:
             for name, weight in self.active
             if name not in self.merged
         )
-
-    def index(self, length: int, module: str) -> list[tuple[str, Tensor]]:
-        """For a leading dimension of `length`: each adapter's row numbers, rows without one left
-        out. The rows asked for are repeated as blocks where a layer sees a multiple of them (beams,
-        flattened tokens). Raises StateError where they cannot be mapped."""
-        rows = self.rows or ()
-        if not rows or length % len(rows):
-            raise StateError(
-                f"{module!r} was given {length} rows while rows() names {len(rows)}: "
-                "they cannot be told apart here"
-            )
-        block = length // len(rows)
-        found: dict[str, list[int]] = {}
-        for row, name in enumerate(rows):
-            if name is not None:
-                found.setdefault(name, []).extend(range(row * block, (row + 1) * block))
-        return [(name, torch.tensor(numbers)) for name, numbers in found.items()]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from finespun.errors import StateError
-from finespun.hosts.board import Board
+from finespun.hosts.board import Board, Rows
 from finespun.hosts.layer import plain_class
 
 
@@ -39,7 +39,7 @@ class CopyHost:
             self.ran = True
         copies = self.copies()
         if self.board.rows is not None:
-            return self._by_rows(base, copies, *args, **kwargs)
+            return self._by_rows(base, copies, self.board.rows, *args, **kwargs)
         mine = [name for name, _ in self.board.active if name in copies]
         if len(mine) > 1:
             raise StateError(
@@ -49,18 +49,20 @@ class CopyHost:
         return copies[mine[0]](*args, **kwargs) if mine else base(*args, **kwargs)
 
     def _by_rows(
-        self, base: Any, copies: nn.ModuleDict, x: Tensor, *args: Any, **kwargs: Any
+        self, base: Any, copies: nn.ModuleDict, rows: Rows, x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         y = base(x, *args, **kwargs)
-        for name, numbers in self.board.index(x.shape[0], self.name):
+        shape, packed = y.shape, rows.lengths is not None and y.dim() == x.dim()
+        if packed:
+            x, y = x.flatten(0, -2), y.flatten(0, -2)
+        for name, numbers in rows.index(x.shape[0], self.name, x.device):
             if name not in copies:
                 continue
-            at = numbers.to(x.device)
-            part = copies[name](x.index_select(0, at), *args, **kwargs)
+            part = copies[name](x.index_select(0, numbers), *args, **kwargs)
             if part.shape[1:] != y.shape[1:]:
                 raise StateError(
                     f"rows cannot be mixed: with {name!r}, {self.name!r} gives "
                     f"{tuple(part.shape[1:])} numbers a row, without it {tuple(y.shape[1:])}"
                 )
-            y = y.index_copy(0, at, part.to(y.dtype))
-        return y
+            y = y.index_copy(0, numbers, part.to(y.dtype))
+        return y.view(shape) if packed else y

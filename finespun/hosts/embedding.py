@@ -35,6 +35,9 @@ class EmbeddingHost(Host):
     def multiply(self, x: Tensor, W: Tensor) -> Tensor:
         return F.embedding(x, W.T, self.layer.padding_idx)
 
+    def _flat(self, x: Tensor, output: bool = False) -> Tensor:
+        return x.flatten(0, -2) if output else x.flatten()
+
     def up(self, h: Tensor, B: Tensor) -> Tensor:
         return F.linear(h, B)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finespun.errors import StateError
-from finespun.hosts.board import Board
+from finespun.hosts.board import Board, Rows
 from finespun.structures import Delta, SiteShape
 from finespun.structures.delta import Factors
 
@@ -131,7 +131,7 @@ class Host:
         if not torch.compiler.is_compiling():
             self.ran = True
         if self.board.rows is not None:
-            return self._by_rows(base, x)
+            return self._by_rows(base, x, self.board.rows)
         found = self._held()
         active = [(found[n], c) for n, c in self.board.in_force() if n in found and c != 0.0]
         if len(active) == 1:
@@ -152,21 +152,28 @@ class Host:
         y = base(x)
         return y + self.change(delta, strength, x, base).to(y.dtype)
 
-    def _by_rows(self, base: Base, x: Tensor) -> Tensor:
-        """Another adapter, or none, for each row of x."""
+    def _by_rows(self, base: Base, x: Tensor, rows: Rows) -> Tensor:
+        """Another adapter, or none, for each row or packed position of x."""
         found = self._held()
         y: Tensor = base(x)
+        shape, packed = y.shape, rows.lengths is not None
+        if packed:
+            x, y = self._flat(x), self._flat(y, output=True)
         if y.shape[0] != x.shape[0]:
             raise StateError(f"{self.name!r} changes the number of rows; rows() cannot follow")
         strength = {n: e.scale for n, e in self.board.entries.items()}
-        for name, numbers in self.board.index(x.shape[0], self.name):
+        for name, numbers in rows.index(x.shape[0], self.name, x.device):
             if name in found and strength[name] != 0.0:
-                at = numbers.to(x.device)
-                part = x.index_select(0, at)
-                y = y.index_add(
-                    0, at, self.change(found[name], strength[name], part, base).to(y.dtype)
-                )
-        return y
+                part = x.index_select(0, numbers)
+                change = self.change(found[name], strength[name], part, base)
+                y = y.index_add(0, numbers, change.to(y.dtype))
+        return y.view(shape) if packed else y
+
+    def _flat(self, x: Tensor, output: bool = False) -> Tensor:
+        """Positions first: (..., features) -> (positions, features)."""
+        if not self.featured:
+            raise StateError(f"{self.name!r}, a {self.kind}, cannot tell packed positions apart")
+        return x.reshape(-1, x.shape[-1])
 
     def change(self, delta: Delta, strength: float, x: Tensor, base: Base) -> Tensor:
         """c [ drop(x) ΔWᵀ + (b − b0) ] for one delta, in the precision of its numbers."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from finespun.errors import InputError, StateError
 from finespun.hosts.attach import board_of, hosts_of, materialise
+from finespun.hosts.board import Board
 from finespun.hosts.host import Host, Stored
 
 Undo = Literal["memory", "none"]
@@ -63,6 +64,11 @@ def unmerge(model: nn.Module) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model is its base, bit for bit, whatever is active or merged."""
     board = board_of(model)
+    with board.guard():
+        yield from _base_alone(model, board)
+
+
+def _base_alone(model: nn.Module, board: Board) -> Iterator[None]:
     before = board.active, board.rows, board.merged, board.kept
     hosts = hosts_of(model)
     merged: dict[str, Stored] = {}

@@ -35,8 +35,8 @@ def find(
     in or beside attention, inside repeated layers), or a regular expression that must match the
     whole name; a list holds these words, exact names or dotted suffixes, each with :PART for a
     slice of a fused projection. An empty list means no layer. `exclude` takes names away in
-    the same language; `layers` keeps those whose first number in the name is among them. Raises TargetError,
-    with the nearest names, where an entry matches nothing.
+    the same language; `layers` keeps those whose first number in the name is among them. Raises
+    TargetError, with the nearest names, where an entry matches nothing.
     """
     known = modules(model)
     wanted = [targets] if isinstance(targets, str) else list(targets)
