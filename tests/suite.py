@@ -93,6 +93,8 @@ CASES = (
     Case("vera", structures.VeRA(rank=6), kind="frozen"),
     Case("lora_xs", structures.LoRAXS(rank=5)),
     Case("lora_xs-noise", structures.LoRAXS(rank=4, noise=0.3)),
+    Case("nola", structures.NOLA(rank=3, k=20), kind="formed"),
+    Case("nola-chunk", structures.NOLA(rank=3, k=20, l=14, share_basis=False, chunk=8)),
     Case("gralora-hybrid", structures.GraLoRA(rank=4, k=4, hybrid_rank=2)),
 )
 

@@ -7,6 +7,7 @@ from finespun.structures.groups import Group, module_group
 from finespun.structures.lora import LoRA
 from finespun.structures.lora_xs import LoRAXS
 from finespun.structures.lsr import LSR
+from finespun.structures.nola import NOLA
 from finespun.structures.site import Site, SiteShape, TensorSite
 from finespun.structures.structure import (
     STRUCTURES,
@@ -20,6 +21,7 @@ from finespun.structures.vera import VeRA
 
 __all__ = [
     "LSR",
+    "NOLA",
     "STRUCTURES",
     "Bank",
     "Bypass",

@@ -6,6 +6,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 
+import finespun as fs
 from finespun.structures import Bank, Delta, Frozen, Plan, Structure, TensorSite
 
 
@@ -56,20 +57,20 @@ def fingerprint(tensor: Tensor) -> str:
 class Layers(nn.Module):
     """Linear layers called fc0, fc1, ... of the given (out, in)."""
 
-    def __init__(self, *shapes: tuple[int, int]) -> None:
+    def __init__(self, *shapes: tuple[int, int], bias: bool = False) -> None:
         super().__init__()
         for i, (out, inner) in enumerate(shapes):
-            self.add_module(f"fc{i}", nn.Linear(inner, out, bias=False))
+            self.add_module(f"fc{i}", nn.Linear(inner, out, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
-def peft(config: PeftConfig, *shapes: tuple[int, int]) -> nn.Module:
+def peft(config: PeftConfig, *shapes: tuple[int, int], bias: bool = False) -> nn.Module:
     """PEFT's model around `Layers`; its layers are .fc0, .fc1, ..."""
     torch.manual_seed(3)
     config.target_modules = [f"fc{i}" for i in range(len(shapes))]
-    wrapped = get_peft_model(Layers(*shapes), config)
+    wrapped = get_peft_model(Layers(*shapes, bias=bias), config)
     for name, p in wrapped.named_parameters():
         if p.requires_grad and "base_layer" not in name:
             nn.init.normal_(p, std=0.3)
@@ -81,3 +82,34 @@ def agrees(delta: Delta, layer: nn.Module) -> float:
     x = torch.randn(5, layer.in_features)
     theirs = layer(x) - layer.base_layer(x)
     return float(((delta(x) - theirs).norm() / theirs.norm()).detach())
+
+
+def adapted(form: Structure, layer: nn.Module) -> tuple[nn.Linear, Delta]:
+    """A plain copy of the layer under PEFT's, with our adapter on it, and its delta."""
+    base = layer.base_layer
+    model = Layers(tuple(base.weight.shape), bias=base.bias is not None)
+    model.fc0.load_state_dict(base.state_dict())
+    return model.fc0, fs.adapt(model, form, ["fc0"], train=()).deltas["fc0"]
+
+
+@torch.no_grad()
+def outputs_agree(ours: nn.Module, layer: nn.Module) -> float:
+    """The difference of the two layers' outputs, relative to how far PEFT moves them."""
+    x = torch.randn(2, 5, layer.in_features)
+    theirs = layer(x)
+    return float((ours(x) - theirs).norm() / (theirs - layer.base_layer(x)).norm())
+
+
+def fit(form: Structure, target: Tensor, rate: float, steps: int, rows: int = 64) -> float:
+    """‖ΔW − target‖ after AdamW with a linear fall of its rate, on fresh normal inputs."""
+    (delta,), bank, _ = built(form, site(*target.shape))
+    numbers = [*delta.parameters(), *([] if bank is None else bank.parameters())]
+    optimizer = torch.optim.AdamW(numbers, lr=rate, weight_decay=0.0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        x = torch.randn(rows, target.shape[1])
+        loss = (delta(x) - x @ target.T).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float((update(delta) - target).norm())
