@@ -96,6 +96,13 @@ CASES = (
     Case("nola", structures.NOLA(rank=3, k=20), kind="formed"),
     Case("nola-chunk", structures.NOLA(rank=3, k=20, l=14, share_basis=False, chunk=8)),
     Case("gralora-hybrid", structures.GraLoRA(rank=4, k=4, hybrid_rank=2)),
+    Case("dora-through", structures.DoRA(rank=2), kind="around", constant=True),
+    Case("hira-own", structures.HiRA(rank=2)),
+    Case("ia3-own", structures.IA3()),
+    Case("ia3-input", structures.IA3(feedforward=("site", "up"))),
+    Case("oft", structures.OFT(block_size=4), kind="turned"),
+    Case("oft-series", structures.OFT(block_size=2, neumann=5)),
+    Case("boft", structures.BOFT(block_size=2, factors=2)),
 )
 
 

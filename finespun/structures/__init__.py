@@ -1,13 +1,18 @@
 """How ΔW is written: one file a method, pure mathematics on tensors and shapes."""
 
+from finespun.structures.boft import BOFT
 from finespun.structures.delta import Bank, Bypass, Delta
+from finespun.structures.dora import DoRA
 from finespun.structures.frozen import Frozen
 from finespun.structures.gralora import GraLoRA
+from finespun.structures.nola import NOLA
 from finespun.structures.groups import Group, module_group
+from finespun.structures.hira import HiRA
+from finespun.structures.ia3 import IA3
 from finespun.structures.lora import LoRA
 from finespun.structures.lora_xs import LoRAXS
 from finespun.structures.lsr import LSR
-from finespun.structures.nola import NOLA
+from finespun.structures.oft import OFT
 from finespun.structures.site import Site, SiteShape, TensorSite
 from finespun.structures.structure import (
     STRUCTURES,
@@ -20,15 +25,20 @@ from finespun.structures.structure import (
 from finespun.structures.vera import VeRA
 
 __all__ = [
-    "LSR",
     "NOLA",
+    "BOFT",
+    "IA3",
+    "LSR",
+    "OFT",
     "STRUCTURES",
     "Bank",
     "Bypass",
     "Delta",
+    "DoRA",
     "Frozen",
     "GraLoRA",
     "Group",
+    "HiRA",
     "LoRA",
     "LoRAXS",
     "Plan",

@@ -191,12 +191,15 @@ class Ranked(Structure):
         return {"rank": self.rank, "scale": self.scale}
 
 
-def must_divide(option: str, value: int, site: SiteShape, *more: int) -> None:
-    """Raise PlanError unless `value` divides both sides of the site and the numbers in `more`."""
-    sides = {"out": site.out_features, "in": site.in_features}
-    wrong = [f"{side}={n}" for side, n in sides.items() if n % value]
+def must_divide(
+    option: str, value: int, site: SiteShape, *more: int, sides: Sequence[str] = ("out", "in")
+) -> None:
+    """Raise PlanError unless `value` divides both sides of the site (or those named) and the
+    numbers in `more`."""
+    sizes = {"out": site.out_features, "in": site.in_features}
+    wrong = [f"{side}={sizes[side]}" for side in sides if sizes[side] % value]
     if wrong:
-        common = math.gcd(*sides.values(), *more)
+        common = math.gcd(*(sizes[side] for side in sides), *more)
         fits = [d for d in range(1, common + 1) if common % d == 0]
         best = min(fits, key=lambda d: (abs(d - value), -d))
         raise PlanError(
