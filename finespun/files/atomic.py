@@ -10,8 +10,9 @@ import os
 import secrets
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +28,7 @@ _REASONS = {
     errno.ENAMETOOLONG: "the name is too long",
     errno.EIO: "the disk reports an error",
 }
+TRIES = 100
 
 
 @contextmanager
@@ -48,10 +50,8 @@ def whole_folder(path: str | os.PathLike[str], bytes_needed: int = 0) -> Iterato
     with _told(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         recover(target)
-        _sweep(target)
-        work = _temporary(target)
-        os.mkdir(work)
-        lock = _hold(work)
+        _sweep(target.parent)
+        work, lock = _claim(target, Path.mkdir)
         try:
             yield work
             _swap(work, target)
@@ -70,12 +70,15 @@ def write_file(path: str | os.PathLike[str], data: bytes | str) -> None:
     check_writable(target, len(content))
     with _told(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = _temporary(target)
+        _sweep(target.parent)
+        work, lock = _claim(target, Path.touch)
         try:
             work.write_bytes(content)
             _flush(work)
             os.replace(work, target)
         finally:
+            if lock is not None:
+                os.close(lock)
             work.unlink(missing_ok=True)
         _flush(target.parent)
 
@@ -88,10 +91,8 @@ def check_writable(path: str | os.PathLike[str], bytes_needed: int = 0) -> None:
         above = next(p for p in target.parents if p.exists())
     if not above.is_dir():
         raise FileError(f"{target} cannot be made: {above} is a file")
-    probe = above / f".finespun-{secrets.token_hex(8)}"
     with _told(target):
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        tempfile.TemporaryFile(dir=above).close()
         free = shutil.disk_usage(above).free
     if free < bytes_needed:
         raise FileError(
@@ -181,21 +182,55 @@ def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name}.writing-{secrets.token_hex(6)}")
 
 
-def _sweep(target: Path) -> None:
-    """Delete temporary folders of writers that are gone."""
-    for folder in target.parent.glob(f".{target.name}.writing-*"):
-        if _abandoned(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+def _claim(target: Path, make: Callable[[Path], None]) -> tuple[Path, int | None]:
+    """A new temporary file or folder, and the lock that says it has a writer."""
+    for _ in range(TRIES):
+        work = _temporary(target)
+        make(work)
+        try:
+            lock = _hold(work)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # swept by another writer before it was locked
+        if work.exists():
+            return work, lock
+        if lock is not None:
+            os.close(lock)
+    raise FileError(f"{target}: other writers took the temporary folder away {TRIES} times")
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what writers that are gone left in `folder`."""
+    for work in folder.glob(".?*.writing-*"):
+        try:
+            lock = _hold(work)
+        except (BlockingIOError, FileNotFoundError):
+            continue
+        if lock is not None or _a_day_old(work):
+            _delete(work)
+        if lock is not None:
+            os.close(lock)
+
+
+def _a_day_old(work: Path) -> bool:
+    """What stands for a lock on file systems that have none."""
+    try:
+        return time.time() - work.stat().st_mtime > 86400
+    except FileNotFoundError:
+        return False
+
+
+def _delete(work: Path) -> None:
+    if work.is_dir():
+        shutil.rmtree(work, ignore_errors=True)
+    else:
+        work.unlink(missing_ok=True)
 
 
 if sys.platform == "win32":
 
-    def _hold(folder: Path) -> int | None:
+    def _hold(work: Path) -> int | None:
         """Folders cannot be locked here."""
         return None
-
-    def _abandoned(folder: Path) -> bool:
-        return time.time() - folder.stat().st_mtime > 86400
 
     def _flush(path: Path) -> None:
         if path.is_file():
@@ -205,21 +240,19 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    def _hold(folder: Path) -> int | None:
-        """An open lock on the folder, which ends with the process; None if another holds it."""
-        descriptor = os.open(folder, os.O_RDONLY)
+    def _hold(work: Path) -> int | None:
+        """An open lock that ends with the process; None where the file system has no locks.
+        Raises BlockingIOError where somebody else holds it."""
+        descriptor = os.open(work, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
         except OSError:
             os.close(descriptor)
             return None
         return descriptor
-
-    def _abandoned(folder: Path) -> bool:
-        lock = _hold(folder)
-        if lock is not None:
-            os.close(lock)
-        return lock is not None
 
     def _flush(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)

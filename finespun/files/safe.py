@@ -98,7 +98,7 @@ def write_tensors(
         seen.add(storage.data_ptr())
         ready[key] = plain if alone else plain.clone()
     try:
-        safetensors.torch.save_file(ready, path, metadata=dict(metadata or {}))
+        safetensors.torch.save_file(ready, path, metadata=dict(metadata) if metadata else None)
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         number = int(code[1]) if code else errno.EIO
@@ -213,8 +213,10 @@ def _check_entry(path: Path, key: str, entry: Any) -> tuple[int, int, str]:
         raise FileError(f"{where} is no proper name for a tensor")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FileError(f"{where} must have exactly dtype, shape and data_offsets")
-    if entry["dtype"] not in ITEM_BYTES:
-        raise FileError(f"{where} has dtype {entry['dtype']!r}; {nearest('F32', ITEM_BYTES)}")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in ITEM_BYTES:
+        raise FileError(
+            f"{where} has dtype {entry['dtype']!r}; {nearest(str(entry['dtype']), ITEM_BYTES)}"
+        )
     numbers = (entry["shape"], entry["data_offsets"])
     if not all(isinstance(n, list) and all(type(i) is int and i >= 0 for i in n) for n in numbers):
         raise FileError(f"{where}: shape and data_offsets must be lists of whole numbers")
