@@ -28,20 +28,22 @@ def adapt(
     scores: Mapping[str, float] | None = None,
     exclude: Targets = (),
     layers: Iterable[int] | None = None,
+    tie: Literal["both"] | None = None,
 ) -> "Adapter":
     """Attach a new trainable adapter; the model stays the object and the class it was.
 
     `targets`, `exclude` and `layers` are those of `hosts.find`; an empty list leaves layers
     alone: only modules are trained. `train`: modules of which the adapter trains its own
-    copy; None means the task head that the model's class announces.
-    `exact_start` makes a start that is not zero equal the base. Every other number of the model is
-    frozen until `detach`. Raises TargetError, PlanError or InputError; the model stays untouched.
+    copy; None means the task head that the model's class announces. Where a target shares its
+    weight with another module, the update acts at the target alone, or with tie="both" at both
+    uses. `exact_start` makes a start that is not zero equal the base. Every other number of the
+    model is frozen until `detach`. Raises TargetError, PlanError or InputError; the model stays untouched.
     """
     trained = hosts.find_head(model) if train is None else tuple(train)
     names = [n for n in hosts.find(model, targets, exclude, layers) if not _inside(n, trained)]
     if not names and not trained:
         raise TargetError('no layer and no module to train; name layers, or use "all-linear"')
-    entry = hosts.new_entry(model, name, structure, names, trained, scores)
+    entry = hosts.new_entry(model, name, structure, names, trained, scores, tie == "both")
     adapter = Adapter(model, name)
     if exact_start and not structure.starts_at_zero:
         for delta in entry.deltas.values():

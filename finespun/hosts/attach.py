@@ -1,5 +1,6 @@
 """Put an adapter's modules into a model, choose which are active, and take them out again."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from finespun.hosts.flat import FlatState
 from finespun.hosts.forming import Former
 from finespun.hosts.host import Host
 from finespun.hosts.kinds import site
+from finespun.hosts.mirror import TIE, Mirror, ties
 from finespun.hosts.seat import all_hosts, bare, children, front, seat, unseat
 from finespun.hosts.targets import modules
 from finespun.structures import Delta, Plan, Structure
@@ -41,11 +43,15 @@ def new_entry(
     targets: Sequence[str],
     trained: Sequence[str] = (),
     scores: Mapping[str, float] | None = None,
+    tie: bool = False,
 ) -> Entry:
     """Plan, build and attach a new adapter; on any error the model is left as it was."""
     sites = [site(model, target, structure) for target in targets]
     check_trained(model, targets, trained)
-    entry = Entry(name, structure, structure.plan(sites, scores), tuple(trained))
+    plan = structure.plan(sites, scores)
+    if tie:
+        plan = dataclasses.replace(plan, shared={**plan.shared, TIE: ties(model, list(targets))})
+    entry = Entry(name, structure, plan, tuple(trained))
     register(model, entry)
     try:
         materialise(model, entry)
@@ -112,6 +118,11 @@ def materialise(model: nn.Module, entry: Entry) -> None:
         host.board = board
         seat(host, entry.name, delta)
         entry.deltas[name] = delta
+    for other, name in entry.plan.shared.get(TIE, {}).items():
+        host = site(model, other, structure)
+        mirror = Mirror(host, hosts[name], entry.name).train(host.layer.training)
+        mirror.__dict__["owner"], host.board = entry.name, board
+        seat(host, entry.name, mirror)
     for name in entry.trained:
         entry.copies[name] = _add_copy(model, name, board, entry.name)
     if state:
@@ -207,10 +218,8 @@ def remove(model: nn.Module, name: str) -> None:
 
 
 def _take_out(model: nn.Module, entry: Entry) -> None:
-    hosts = hosts_of(model, entry.name)
-    for shape in entry.plan.sites:
-        if shape.name in hosts:
-            unseat(hosts[shape.name], entry.name)
+    for host in hosts_of(model, entry.name).values():
+        unseat(host, entry.name)
     known = modules(model)
     for name in entry.trained:
         held = known[name]._modules.get("copies")

@@ -50,7 +50,9 @@ class Former:
         """A and B of one delta, gate and exact start applied, or None: form it alone."""
         if _traced():
             return None
-        place = self.place[id(delta)]
+        place = self.place.get(id(delta))
+        if place is None:
+            return None
         if not self.inside and not self._recomputing():
             if torch.is_grad_enabled():
                 self.formed, self.versions = [], []

@@ -11,6 +11,8 @@ from finespun.errors import InputError, StateError
 from finespun.hosts.attach import board_of, hosts_of, materialise
 from finespun.hosts.board import Board
 from finespun.hosts.host import Host, Stored
+from finespun.hosts.mirror import Mirror
+from finespun.hosts.parts import PartHost
 
 Undo = Literal["memory", "none"]
 
@@ -103,16 +105,21 @@ def _check(model: nn.Module, hosts: dict[str, Host], weights: dict[str, float]) 
                 raise StateError(
                     f"{adapter!r} adds around {name!r}, not into a weight: it cannot be merged"
                 )
-        if uses.get(id(host.layer._parameters.get("weight")), 0) > 1:
+        weight = id(host.layer._parameters.get("weight"))
+        reached = sum(id(h.layer._parameters.get("weight")) == weight for h in hosts.values())
+        if uses.get(weight, 0) > reached and not isinstance(host, PartHost):
             raise StateError(
                 f"{name!r} shares its weight with another module: untie them before merging "
-                "(tie_word_embeddings=False)"
+                'them (tie_word_embeddings=False), or adapt with tie="both"'
             )
 
 
 def _fold(host: Host, strengths: dict[str, float], in_place: bool) -> None:
     deltas, stored = host.deltas(), host.stored()
-    active = [(host.delta(n), c) for n, c in strengths.items() if n in deltas]
+    here = [(host.delta(n), c) for n, c in strengths.items() if n in deltas]
+    active = [(delta, c) for delta, c in here if not isinstance(delta, Mirror)]
+    if not active:
+        return
     weight, bias = host.read(stored), stored[1]
     plain = in_place and host.writable
     total = weight if plain and weight.dtype == torch.float32 else weight.float()

@@ -11,7 +11,9 @@ Targets = str | Sequence[str]
 WORDS = ("all-linear", "attention", "mlp")
 OWN = ("deltas", "copies", "finespun_banks")
 HEADS = ("classifier", "score", "qa_outputs", "classification_head", "head", "fc")
-ATTENTION = re.compile(r"att(ention|n)", re.IGNORECASE)
+ATTENTION = re.compile(r"att(ention|n)(?!s)", re.IGNORECASE)
+NUMBERED = re.compile(r"\.(\d+)(?:\.|$)")
+IN_FRONT = re.compile(r"^(\d+)(?:\.|$)")
 
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -51,7 +53,7 @@ def find(
     chosen = [
         name
         for name in sorted(named - away, key=lambda n: (order[n.partition(":")[0]], n))
-        if kept is None or _layer(name) in kept
+        if kept is None or _layer(name, known) in kept
     ]
     if named and not chosen:
         raise TargetError(
@@ -84,12 +86,14 @@ def _is_kind(
         return False
     if word == "all-linear":
         return True
-    repeated = _layer(name) is not None
+    repeated = _layer(name, known) is not None
     return repeated and (ATTENTION.search(name) is not None) == (word == "attention")
 
 
-def _layer(name: str) -> int | None:
-    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+def _layer(name: str, known: Iterable[str]) -> int | None:
+    number = NUMBERED.search(name)
+    if number is None and (front := IN_FRONT.search(name)):
+        number = None if any(map(NUMBERED.search, known)) else front
     return int(number[1]) if number else None
 
 
@@ -125,5 +129,7 @@ def _suggest(model: nn.Module, target: str, known: dict[str, nn.Module]) -> str:
 
 
 def _is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    return module is output or name in find_head(model)
+    outputs = (
+        getattr(model, f"get_{w}", lambda: None)() for w in ("output_embeddings", "classifier")
+    )
+    return any(module is output for output in outputs) or name in find_head(model)
