@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,11 +17,12 @@ from finespun.bench.summary import Row, Summary
 from finespun.bench.tables import csv_text, markdown
 from finespun.bench.trials import Outcome, Results, Trial
 from finespun.bench.workbench import Workbench
-from finespun.errors import InputError
+from finespun.errors import InputError, nearest
 from finespun.files.atomic import write_file
 from finespun.recipe import Recipe
 from finespun.structures import Structure
 
+METRICS = {"classification": ("accuracy", "macro_f1"), "regression": ("pearson", "spearman")}
 TABLE, SHEET, PICTURE = "table.md", "table.csv", "picture"
 Teller = Callable[[str], None]
 
@@ -69,7 +71,7 @@ class Bench:
 
     def measure(self) -> Summary:
         """All trials that are still missing, and what they say."""
-        contenders = self.contenders()
+        metric, contenders = self.metric, self.contenders()
         choices = {one.name: self.search(one) for one in contenders}
         epochs = self.spec.recipe.training.epochs
         found: dict[str, list[Outcome]] = {one.name: [] for one in contenders}
@@ -79,13 +81,22 @@ class Bench:
                     found[one.name].append(self.outcome(one.trial(rate, seed, epochs)))
         rows = [self.row(one, choices[one.name], found[one.name]) for one in contenders]
         _, test = self.workbench.data(self.spec.recipe.data)
-        return Summary(tuple(rows), self.metric, self.spec.seeds, len(test), self.command)
+        return Summary(tuple(rows), metric, self.spec.seeds, len(test), self.command)
 
-    @property
+    @cached_property
     def metric(self) -> str:
-        """What decides: the spec's metric, else accuracy for classes and pearson for numbers."""
+        """What decides: the spec's metric, else accuracy for classes and pearson for numbers.
+
+        Raises InputError for one that these labels do not have, or that falls where a fit is good.
+        """
         train, _ = self.workbench.data(self.spec.recipe.data)
-        return self.spec.metric or ("pearson" if train.classes is None else "accuracy")
+        known = METRICS[train.task]
+        if self.spec.metric not in (None, *known):
+            raise InputError(
+                f"metric {self.spec.metric!r} is none for {train.task}; "
+                f"{nearest(str(self.spec.metric), known)}"
+            )
+        return self.spec.metric or known[0]
 
     def contenders(self) -> list[Contender]:
         """Every member at every size. Raises InputError where a size or a name cannot be had."""
@@ -139,11 +150,6 @@ class Bench:
         known = self.results.get(trial)
         if known is None:
             outcome = self.workbench.run(trial)
-            if outcome.status == "ok" and self.metric not in outcome.metrics:
-                raise InputError(
-                    f"metric {self.metric!r} is not measured; "
-                    f"one of {', '.join(map(repr, outcome.metrics))}"
-                )
             about = {"versions": {"finespun": finespun.__version__, "torch": torch.__version__}}
             self.results.add(trial, outcome, about)
         else:

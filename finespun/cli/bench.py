@@ -40,7 +40,12 @@ def command(
             typer.echo(line, err=True)
 
     bench = Bench(BenchSpec.load(file, changes), made_by, tell)
-    summary = bench.run()
+    try:
+        summary = bench.run()
+    except KeyboardInterrupt as error:
+        kept = f"interrupted; {len(bench.results)} finished trials are kept"
+        typer.echo(f"{kept}. Go on with:\n  {made_by}", err=True)
+        raise typer.Exit(130) from error
     if as_json:
         typer.echo(json.dumps(summary.as_json()))
     else:
