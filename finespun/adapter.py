@@ -37,7 +37,8 @@ def adapt(
     copy; None means the task head that the model's class announces. Where a target shares its
     weight with another module, the update acts at the target alone, or with tie="both" at both
     uses. `exact_start` makes a start that is not zero equal the base. Every other number of the
-    model is frozen until `detach`. Raises TargetError, PlanError or InputError; the model stays untouched.
+    model is frozen until `detach`. Raises TargetError, PlanError or InputError; the model stays as
+    it was.
     """
     trained = hosts.find_head(model) if train is None else tuple(train)
     names = [n for n in hosts.find(model, targets, exclude, layers) if not _inside(n, trained)]
