@@ -7,7 +7,7 @@ test_ecosystem.py (compile, pickle, transformers, Opacus) and test_distributed.p
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import pytest
@@ -23,6 +23,7 @@ from finespun.structures import Delta, Structure, TensorSite
 
 DEVICE = torch.device(os.environ.get("FINESPUN_DEVICE", "cpu"))
 WIDTH, INNER, CLASSES = 24, 40, 5
+FEW = ("lora", "lsr", "map", "through", "bank", "block")  # kinds for the slowest checks
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ CASES = (
     Case("lora_xs-noise", structures.LoRAXS(rank=4, noise=0.3)),
     Case("nola", structures.NOLA(rank=3, k=20), kind="formed"),
     Case("nola-chunk", structures.NOLA(rank=3, k=20, l=14, share_basis=False, chunk=8)),
+    Case("unilora", structures.UniLoRA(size=60, bound=0.4), kind="formed bank"),
+    Case("unilora-shadow", structures.UniLoRA(size=60, bound=0.4), exact_start=True),
     Case("gralora-hybrid", structures.GraLoRA(rank=4, k=4, hybrid_rank=2)),
     Case("dora-through", structures.DoRA(rank=2), kind="around", constant=True),
     Case("hira-own", structures.HiRA(rank=2)),
@@ -103,6 +106,12 @@ CASES = (
     Case("oft", structures.OFT(block_size=4), kind="turned"),
     Case("oft-series", structures.OFT(block_size=2, neumann=5)),
     Case("boft", structures.BOFT(block_size=2, factors=2)),
+    Case("loha", structures.LoHa(rank=2)),
+    Case("loha-dense", structures.LoHa(rank=5)),
+    Case("krona", structures.KronA(), kind="straight"),
+    Case("lokr", structures.LoKr(rank=2)),
+    Case("lokr-both", structures.LoKr(rank=2, decompose_both=True, factor=2)),
+    Case("lokr-full", structures.LoKr(rank=8)),
 )
 
 
@@ -112,13 +121,16 @@ def every(keep: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecora
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
-def one_of_each_kind(keep: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecorator:
-    """As `every`, with all but the first case of each kind marked slow; kind "factors" is slow."""
+def one_of_each_kind(
+    keep: Callable[[Case], bool] = lambda case: True, kinds: Collection[str] | None = None
+) -> pytest.MarkDecorator:
+    """As `every`, with all but the first case of each kind marked slow; kind "factors" is slow,
+    and so is every kind that is not in `kinds` where these are given."""
     seen, cases = {"factors"}, []
     for case in filter(keep, CASES):
-        marks = [pytest.mark.slow] if case.kind in seen else []
+        late = case.kind in seen or (kinds is not None and case.kind not in kinds)
         seen.add(case.kind)
-        cases.append(pytest.param(case, id=case.name, marks=marks))
+        cases.append(pytest.param(case, id=case.name, marks=[pytest.mark.slow] if late else []))
     return pytest.mark.parametrize("case", cases)
 
 
