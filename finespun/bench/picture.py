@@ -5,8 +5,9 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from finespun.bench.spec import describe
 from finespun.bench.summary import Row, Summary
 
 COLOURS = ("#1b6ca8", "#c8553d", "#3b7d4f", "#7d5ba6", "#8a6d1d", "#4d4d4d")
@@ -28,8 +29,7 @@ def draw(summary: Summary, stem: Path) -> list[Path]:
         axes.set_ylabel(f"{summary.metric}, mean and 95 % interval of {len(summary.seeds)} seeds")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, loc="lower right")
+        figure.legend(loc="outside upper center", ncols=4, frameon=False)
         figure.supxlabel(summary.command, fontsize=7, family="monospace", color="#555555")
         paths = [stem.with_suffix(".svg"), stem.with_suffix(".png")]
         about = {"Title": summary.metric, "Description": summary.command}
@@ -60,16 +60,24 @@ def _points(axes: Axes, summary: Summary) -> None:
             fmt=MARKERS[place % len(MARKERS)],
             color=COLOURS[place % len(COLOURS)],
             capsize=3,
-            label=rows[0].name.split()[0],
+            label=describe(rows[0].structure).split()[0],
         )
+        above = place % 2 == 0  # names of one kind over their intervals, of the next kind under
         for row in rows:
+            reach = row.half or 0.0
             axes.annotate(
                 row.name,
-                (row.update_numbers, row.mean or 0.0),
-                xytext=(5, 5),
+                (row.update_numbers, (row.mean or 0.0) + (reach if above else -reach)),
+                xytext=(0, 6 if above else -6),
+                va="bottom" if above else "top",
+                ha="center",
                 textcoords="offset points",
-                fontsize=7,
+                color=COLOURS[place % len(COLOURS)],
+                fontsize=7.5,
             )
     if groups:
+        axes.margins(x=0.14, y=0.08)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.xaxis.set_minor_locator(NullLocator())
