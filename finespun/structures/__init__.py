@@ -5,13 +5,16 @@ from finespun.structures.delta import Bank, Bypass, Delta
 from finespun.structures.dora import DoRA
 from finespun.structures.frozen import Frozen
 from finespun.structures.gralora import GraLoRA
-from finespun.structures.nola import NOLA
 from finespun.structures.groups import Group, module_group
 from finespun.structures.hira import HiRA
 from finespun.structures.ia3 import IA3
+from finespun.structures.krona import KronA
+from finespun.structures.loha import LoHa
+from finespun.structures.lokr import LoKr
 from finespun.structures.lora import LoRA
 from finespun.structures.lora_xs import LoRAXS
 from finespun.structures.lsr import LSR
+from finespun.structures.nola import NOLA
 from finespun.structures.oft import OFT
 from finespun.structures.site import Site, SiteShape, TensorSite
 from finespun.structures.structure import (
@@ -22,13 +25,14 @@ from finespun.structures.structure import (
     register,
     structure,
 )
+from finespun.structures.unilora import UniLoRA
 from finespun.structures.vera import VeRA
 
 __all__ = [
-    "NOLA",
     "BOFT",
     "IA3",
     "LSR",
+    "NOLA",
     "OFT",
     "STRUCTURES",
     "Bank",
@@ -39,6 +43,9 @@ __all__ = [
     "GraLoRA",
     "Group",
     "HiRA",
+    "KronA",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LoRAXS",
     "Plan",
@@ -47,6 +54,7 @@ __all__ = [
     "SiteShape",
     "Structure",
     "TensorSite",
+    "UniLoRA",
     "VeRA",
     "module_group",
     "register",
