@@ -87,6 +87,8 @@ def export(
     materialise(model, entry)
     checked_tensors(entry)
     updates = _updates(entry)
+    if not updates:
+        raise InputError(f"{name!r} changes no weight: there is nothing a LoRA could hold")
     falling = {n: _errors(u) for n, u in updates.items()}
     chosen = _rank(entry, falling, rank, max_error)
     errors = {n: e[min(chosen, len(e) - 1)] for n, e in falling.items()}
