@@ -81,19 +81,23 @@ def _diffusers(name: str, **options: Any) -> Callable[[], nn.Module]:
     return build
 
 
+class _Body(nn.Module):
+    """What sentence-transformers puts around a transformer: a dictionary in, a dictionary out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auto_model = hugging("BertModel", "BertConfig", **SIZE)()
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        hidden = self.auto_model(features["input_ids"], features["attention_mask"])[0]
+        return {**features, "token_embeddings": hidden}
+
+
 def _sentences() -> nn.Module:
-    from sentence_transformers import SentenceTransformer, models
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
 
-    class Body(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.auto_model = hugging("BertModel", "BertConfig", **SIZE)()
-
-        def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-            hidden = self.auto_model(features["input_ids"], features["attention_mask"])[0]
-            return {**features, "token_embeddings": hidden}
-
-    return SentenceTransformer(modules=[Body(), models.Pooling(SIZE["hidden_size"])], device="cpu")
+    return SentenceTransformer(modules=[_Body(), Pooling(SIZE["hidden_size"])], device="cpu")
 
 
 def _embed(model: nn.Module) -> Tensor:
@@ -131,12 +135,8 @@ FAMILIES: dict[str, Tiny] = {
         hugging("GPT2LMHeadModel", "GPT2Config", vocab_size=40, n_layer=3, n_embd=24, n_head=2),
         first(input_ids=words()),
     ),
-    "llama": Tiny(
-        hugging("LlamaForCausalLM", "LlamaConfig", **DECODER), first(input_ids=words())
-    ),
-    "qwen2": Tiny(
-        hugging("Qwen2ForCausalLM", "Qwen2Config", **DECODER), first(input_ids=words())
-    ),
+    "llama": Tiny(hugging("LlamaForCausalLM", "LlamaConfig", **DECODER), first(input_ids=words())),
+    "qwen2": Tiny(hugging("Qwen2ForCausalLM", "Qwen2Config", **DECODER), first(input_ids=words())),
     "qwen3": Tiny(
         hugging("Qwen3ForCausalLM", "Qwen3Config", **DECODER, head_dim=12),
         first(input_ids=words()),
