@@ -2,12 +2,14 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import click
 import typer
 
-from finespun.cli import bench, env, evaluate, init, methods, predict, train
+from finespun.cli import bench, env, evaluate, export, init, inspect, methods, predict, train
 from finespun.errors import FinespunError
 
 INTERRUPTED, FILES, OTHER = 130, 3, 1
@@ -28,7 +30,7 @@ app = typer.Typer(
 )
 
 # One module a command, in the order that help shows them; each has `command` and `EXAMPLE`.
-COMMANDS = (train, bench, init, evaluate, predict, methods, env)
+COMMANDS = (train, bench, init, evaluate, predict, inspect, export, methods, env)
 for module in COMMANDS:
     name = module.__name__.rpartition(".")[2]
     app.command(name, epilog=f"Example: {module.EXAMPLE}")(module.command)
@@ -42,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; what the user did wrong is told in one line."""
     try:
-        code = app(list(arguments), prog_name="finespun", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = warned
+            code = app(list(arguments), prog_name="finespun", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except FinespunError as error:
         return told(str(error), error.exit_code)
@@ -60,6 +64,11 @@ def run(arguments: Sequence[str]) -> int:
         return OTHER
     except OSError as error:
         return told(str(error), FILES)
+
+
+def warned(message: Warning | str, *origin: Any, **rest: Any) -> None:
+    """Print a warning as one line on stderr, without the place in the code."""
+    typer.echo(f"{typer.style('warning:', fg='yellow', bold=True)} {message}", err=True)
 
 
 def told(message: str, code: int) -> int:

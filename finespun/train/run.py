@@ -18,8 +18,10 @@ from finespun import hosts
 from finespun.adapter import Adapter, adapt
 from finespun.errors import FileError, InputError
 from finespun.files import (
+    Lineage,
     check_writable,
     checkpoints,
+    lineage_of,
     load_checkpoint,
     random_state,
     save_checkpoint,
@@ -160,7 +162,7 @@ def _run(recipe: Recipe, folder: Path, resume: bool, reporter: Reporter) -> Resu
     loop.run()
     after = job.measure()
     teller.tell({"event": "evaluation", "when": "after", "metrics": after})
-    job.adapter.save(folder)
+    job.adapter.save(folder, lineage(recipe, after))
     result = _result(job, loop, before, after)
     write_file(folder / RESULT, result.as_json() + "\n")
     shutil.rmtree(folder / CHECKPOINT)
@@ -239,7 +241,7 @@ def surroundings(recipe: Recipe) -> Iterator[None]:
 
 # --- the output folder ---------------------------------------------------------------------------
 def claim(folder: Path, recipe: Recipe, resume: bool) -> Result | None:
-    """Look at the output folder before anything is loaded; nothing in it is changed.
+    """Look at the output folder before anything is loaded; no work in it is lost.
 
     Returns the result if the run to resume has ended already. Raises FileError if the folder cannot
     be written, InputError if it holds an unfinished run that would be lost, or another recipe's.
@@ -262,7 +264,10 @@ def claim(folder: Path, recipe: Recipe, resume: bool) -> Result | None:
     if not (folder / RECIPE).exists():
         return None
     check_same(recipe, folder / RECIPE)
-    return Result.read(folder) if ended else None
+    if not ended:
+        return None
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)  # left by a crash after the last write
+    return Result.read(folder)
 
 
 def check_same(recipe: Recipe, path: Path) -> None:
@@ -312,6 +317,12 @@ class Both(Reporter):
     def tell(self, record: Any) -> None:
         self.log.append(record)
         self.reporter.tell(record)
+
+
+def lineage(recipe: Recipe, metrics: dict[str, float]) -> Lineage:
+    """What adapter.json says of the run that made it."""
+    seeds = {"training": recipe.training.seed, "data": recipe.data.seed}
+    return lineage_of(recipe.structure, recipe.dump(), metrics, seeds)
 
 
 def _resumed(loop: Loop, state: dict[str, Any]) -> str:
