@@ -197,7 +197,7 @@ def same(block: Block, printed: str) -> None:
     if block.output is not None and block.output.strip() != "...":
         both = [block.output, printed]
         if "figures vary" in block.comments:
-            both = [re.sub(r"\d[\d,.]*(e-?\d+)?", "0", text) for text in both]
+            both = [re.sub(r"\d+([.,]\d+)*(e-?\d+)?", "0", text) for text in both]
         shown = f"{block.place}\nshown:\n{block.output}\nprinted:\n{printed}"
         assert doctest.OutputChecker().check_output(*both, SAME), shown
 
