@@ -18,7 +18,7 @@ BERT = ({"query", "key", "value", "attention.output.dense"}, {"intermediate.dens
 LLAMA = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"})
 CLIP = ({"q_proj", "k_proj", "v_proj", "out_proj"}, {"fc1", "fc2"})
 DIFFUSERS = {"to_q", "to_k", "to_v", "to_out.0"}
-# Endings of what "attention" and "mlp" mean, what "all-linear" adds, and how many the two words mean.
+# What "attention" and "mlp" mean, what "all-linear" adds, and how many the first two are.
 MEANT = {
     "bert": (*BERT, {"pooler.dense"}, 12, 6),
     "roberta": (*BERT, {"classifier.dense", "classifier.out_proj"}, 12, 6),
