@@ -98,6 +98,7 @@ CASES = (
     Case("nola-chunk", structures.NOLA(rank=3, k=20, l=14, share_basis=False, chunk=8)),
     Case("unilora", structures.UniLoRA(size=60, bound=0.4), kind="formed bank"),
     Case("unilora-shadow", structures.UniLoRA(size=60, bound=0.4), exact_start=True),
+    Case("tera", structures.TeRA(rank=3)),
     Case("gralora-hybrid", structures.GraLoRA(rank=4, k=4, hybrid_rank=2)),
     Case("dora-through", structures.DoRA(rank=2), kind="around", constant=True),
     Case("hira-own", structures.HiRA(rank=2)),

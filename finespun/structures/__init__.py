@@ -25,6 +25,7 @@ from finespun.structures.structure import (
     register,
     structure,
 )
+from finespun.structures.tera import TeRA
 from finespun.structures.unilora import UniLoRA
 from finespun.structures.vera import VeRA
 
@@ -53,6 +54,7 @@ __all__ = [
     "Site",
     "SiteShape",
     "Structure",
+    "TeRA",
     "TensorSite",
     "UniLoRA",
     "VeRA",
