@@ -233,7 +233,7 @@ def train_mode(adapter: Adapter) -> Iterator[None]:
     for module in before:
         own = getattr(module, "track_running_stats", False)
         if own and not any(id(p) in mine for p in module.parameters(recurse=False)):
-            module.eval()
+            module.training = False  # not eval(), which would reach an adapter's own copy too
     try:
         yield
     finally:
