@@ -28,13 +28,14 @@ from finespun.linalg import LowRank
 from finespun.structures import Delta
 
 SERVED_RANK = 16  # the most that vLLM serves unless told otherwise
-HEADS = {
-    "SEQ_CLS": ("ForSequenceClassification", ("classifier", "score")),
-    "TOKEN_CLS": ("ForTokenClassification", ("classifier", "score")),
-    "QUESTION_ANS": ("ForQuestionAnswering", ("qa_outputs",)),
-    "CAUSAL_LM": ("ForCausalLM", ()),
-    "SEQ_2_SEQ_LM": ("ForConditionalGeneration", ()),
-}  # PEFT's task, the end of the class's name, modules that PEFT then saves unasked
+TASKS = (
+    ("ForSequenceClassification", "SEQ_CLS", ("classifier", "score")),
+    ("ForTokenClassification", "TOKEN_CLS", ("classifier", "score")),
+    ("ForQuestionAnswering", "QUESTION_ANS", ("qa_outputs",)),
+    ("ForCausalLM", "CAUSAL_LM", ()),
+    ("LMHeadModel", "CAUSAL_LM", ()),
+    ("ForConditionalGeneration", "SEQ_2_SEQ_LM", ()),
+)  # the end of a class's name, PEFT's task, modules that PEFT then expects in the file
 
 
 @dataclass(frozen=True)
@@ -231,16 +232,11 @@ def _module_name(name: str, trained: tuple[str, ...], known: list[str]) -> str:
 
 def _task(model: nn.Module, known: list[str], trained: tuple[str, ...]) -> str | None:
     """PEFT's task type, unless PEFT would then expect modules that are not in the file."""
-    for task, (ending, heads) in HEADS.items():
-        if type_name(model).endswith(ending):
-            saved = [n for n in known if n.endswith(heads)] if heads else []
-            return task if all(_inside(n, trained) for n in saved) else None
+    for ending, task, heads in TASKS:
+        if plain_class(model).__name__.endswith(ending):
+            expected = [n for n in known if n.endswith(heads)] if heads else []
+            return task if all(_inside(n, trained) for n in expected) else None
     return None
-
-
-def type_name(model: nn.Module) -> str:
-    """The name of the model's own class."""
-    return plain_class(model).__name__
 
 
 def _inside(name: str, trained: tuple[str, ...]) -> bool:

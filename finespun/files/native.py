@@ -88,9 +88,9 @@ def read(folder: str | Path, strict: bool = True) -> Saved:
     _only(content, (*KEYS, "sha256"), str(path), strict, notes)
     held = read_tensors(place / TENSORS)
     if held.sha256 != content["sha256"]:
-        told = f"{place / TENSORS} is not the file that {CONFIG} was written with"
+        told = f"{TENSORS} is not the file that {CONFIG} was written with"
         if strict:
-            raise FileError(f"{told}; strict=False reads it all the same")
+            raise FileError(f"{place}: {told}; strict=False reads it all the same")
         notes.append(told)
     with blame(path):
         entry = Entry(

@@ -112,7 +112,7 @@ def read_peft(folder: str | Path, strict: bool = True) -> Saved:
     held = read_tensors(place / TENSORS)
     with blame(place / TENSORS):
         pairs, whole = _sort(held.tensors, _names(config.get("modules_to_save") or []))
-        sites, choices = _plan(pairs, config)
+        sites, choices = _plan(pairs, config, notes)
     tensors = {f"delta/{p}/{side}": t for p, pair in pairs.items() for side, t in pair.items()}
     tensors |= {f"trained/{m}/{k}": t for m, state in whole.items() for k, t in state.items()}
     name, base, lineage = _beside(place, held, notes)
@@ -200,19 +200,22 @@ def _saved_module(key: str, saved: list[str]) -> str | None:
 
 
 def _plan(
-    pairs: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any]
+    pairs: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], notes: list[str]
 ) -> tuple[tuple[SiteShape, ...], dict[str, dict[str, Any]]]:
     sites, choices = [], {}
     for path, pair in pairs.items():
         A, B = pair["A"], pair["B"]
-        rank = _of_pattern(config.get("rank_pattern"), path, config.get("r", 8))
-        alpha = float(_of_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8)))
-        if type(rank) is not int or A.shape[0] != rank or B.shape[1] != rank:
+        rank, usual = A.shape[0], config.get("r", 8)
+        meant = _matching(config.get("rank_pattern"), path) or [usual]
+        if B.shape[1] != rank or rank not in meant:
             raise FileError(
                 f"{path!r}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, while the "
-                f"config gives it rank {rank}"
+                f"config gives it rank {meant[0]}"
             )
-        if not math.isfinite(alpha):
+        alphas = _matching(config.get("alpha_pattern"), path) or [config.get("lora_alpha", 8)]
+        if len(set(alphas)) > 1:
+            notes.append(f"alpha_pattern gives {path!r} {alphas}: {alphas[0]} is taken, as in PEFT")
+        if not math.isfinite(alpha := float(alphas[0])):
             raise FileError(f"{path!r}: alpha is {alpha}")
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         sites.append(SiteShape(path, B.shape[0], A.shape[1]))
@@ -220,14 +223,17 @@ def _plan(
     return tuple(sites), choices
 
 
-def _of_pattern(patterns: Any, path: str, usual: Any) -> Any:
+def _matching(patterns: Any, path: str) -> list[Any]:
+    """What the keys that match the end of the path say, in their order. PEFT takes the first, but
+    sorts the keys when it saves: the one it trained with may be another, which shapes betray."""
+    found = []
     for key, value in (patterns or {}).items():
         try:
             if re.match(rf"(.*\.)?({key})$", path):
-                return value
+                found.append(value)
         except re.error as error:
             raise FileError(f"pattern {key!r} is no regular expression: {error}") from error
-    return usual
+    return found
 
 
 def _beside(
