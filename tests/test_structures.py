@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods import Bypass, DoRA, HiRA, UniLoRA
-from suite import CASES, DEVICE, INNER, WIDTH, draw, every, relative, stir
+from suite import CASES, DEVICE, INNER, WIDTH, draw, every, per_sample, relative, stir
 from torch import nn
 
 import finespun as fs
@@ -30,7 +30,7 @@ def stirred_alike(delta):
 
 
 def test_every_registered_structure_is_in_the_suite():
-    assert set(STRUCTURES) <= {case.structure.kind for case in CASES}
+    assert set(STRUCTURES.values()) <= {type(case.structure) for case in CASES}
 
 
 @every(lambda case: case.zero)
@@ -234,6 +234,15 @@ def test_shrinking_a_group_is_the_proximal_step(threshold, rank):
     assert left == pytest.approx(float((norm - threshold).clamp_min(0)), rel=1e-5, abs=1e-6)
     torch.testing.assert_close(after, before * (1 - threshold / norm).clamp_min(0))
     assert rank == 1 or torch.equal(delta.A[0], kept)
+
+
+@every(per_sample)
+def test_per_sample_gradients_can_be_seen_by_hooks_on_the_delta(case):
+    """What moves outside `forward` is missed, and Opacus refuses modules that hold buffers."""
+    delta = case.delta()
+    assert "map_bias" not in delta.written
+    assert delta.bank is None
+    assert not list(delta.buffers())
 
 
 def test_a_plan_fits_only_its_own_sites():
