@@ -8,11 +8,12 @@ moves both: so vectors must agree to the precision of the dtype, matrices to a f
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from finespun.hosts.quantised import dequantise, quantised
 MATRICES, VECTORS, VALUES = 8, 4, 32
 QUANTISED = 0.2  # relative error: 4 bits give about 0.1, another model about 1.4
 _STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: positions spread evenly
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,14 @@ class Fingerprint:
         return cls(texts[0], texts[1], numbers, texts[2], left_out, samples)
 
 
+class Survey(NamedTuple):
+    """Shapes of all parameters by name, and how to read those whose values are there; a quantised
+    one is made floats only when it is read."""
+
+    shapes: Shapes
+    readable: dict[str, Callable[[], Tensor]]
+
+
 def fingerprint(model: nn.Module, left_out: Sequence[str] = ()) -> Fingerprint:
     """The base's own fingerprint, the same before and after adapting or merging.
 
@@ -74,17 +85,7 @@ def fingerprint(model: nn.Module, left_out: Sequence[str] = ()) -> Fingerprint:
     did not keep the original weights.
     """
     with _base(model):
-        shapes, parameters = _survey(model, left_out)
-        chosen = _choose(parameters)
-        samples = {n: (_name(parameters[n].dtype), _sample(parameters[n])) for n in chosen}
-    return Fingerprint(
-        architecture=plain_class(model).__name__,
-        source=_source(model),
-        numbers=sum(math.prod(s) for s in shapes.values()),
-        shapes=hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest(),
-        left_out=tuple(left_out),
-        samples=samples,
-    )
+        return _take(model, left_out, _survey(model, left_out))
 
 
 def check_base(saved: Fingerprint, model: nn.Module, force: bool = False) -> list[str]:
@@ -92,12 +93,15 @@ def check_base(saved: Fingerprint, model: nn.Module, force: bool = False) -> lis
 
     Raises BaseMismatch, naming both, when it is another base; `force` makes that a note.
     """
-    here = fingerprint(model, saved.left_out)
     notes: list[str] = []
-    problem = _compare_shapes(saved, here)
-    if problem is None:
-        with _base(model):
-            problem, notes = _compare_values(saved, _survey(model, saved.left_out)[1])
+    with _base(model):
+        survey = _survey(model, saved.left_out)
+        if saved.shapes == _digest(survey.shapes):
+            problem, notes = _compare_values(saved, survey)
+        else:
+            problem = _compare_shapes(saved, survey.shapes)
+        if problem is not None:
+            here = _take(model, saved.left_out, survey)
     if problem is None:
         return notes
     told = f"the adapter was made for {saved}, this model is {here}: {problem}"
@@ -106,43 +110,60 @@ def check_base(saved: Fingerprint, model: nn.Module, force: bool = False) -> lis
     return [told]
 
 
-def _compare_shapes(saved: Fingerprint, here: Fingerprint) -> str | None:
-    if saved.shapes == here.shapes:
-        return None
-    if saved.numbers != here.numbers:
-        return f"{saved.numbers:,} numbers there, {here.numbers:,} here"
+def _take(model: nn.Module, left_out: Sequence[str], survey: Survey) -> Fingerprint:
+    return Fingerprint(
+        architecture=plain_class(model).__name__,
+        source=_source(model),
+        numbers=_count(survey.shapes),
+        shapes=_digest(survey.shapes),
+        left_out=tuple(left_out),
+        samples={n: _sample(survey.readable[n]()) for n in _choose(survey)},
+    )
+
+
+def _compare_shapes(saved: Fingerprint, shapes: Shapes) -> str:
+    if saved.numbers != _count(shapes):
+        return f"{saved.numbers:,} numbers there, {_count(shapes):,} here"
     return "names or shapes of parameters differ"
 
 
-def _compare_values(
-    saved: Fingerprint, parameters: Mapping[str, Tensor]
-) -> tuple[str | None, list[str]]:
+def _digest(shapes: Shapes) -> str:
+    return hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()
+
+
+def _count(shapes: Shapes) -> int:
+    return sum(math.prod(s) for s in shapes.values())
+
+
+def _compare_values(saved: Fingerprint, survey: Survey) -> tuple[str | None, list[str]]:
     notes: list[str] = []
-    rounded, skipped = 0.0, 0
+    rounded, compared = 0.0, dict[str, str]()
     for name, (dtype, values) in saved.samples.items():
-        if name not in parameters or len(values) != min(VALUES, parameters[name].numel()):
-            skipped += 1
+        if name not in survey.readable:
             continue
-        parameter = parameters[name]
-        error = _distance(values, _sample(parameter))
-        eps = max(torch.finfo(getattr(torch, dtype)).eps, torch.finfo(parameter.dtype).eps)
+        now, here = _sample(survey.readable[name]())
+        if len(here) != len(values):
+            continue
+        compared[name] = now
+        error = _distance(values, here)
+        eps = max(torch.finfo(getattr(torch, d)).eps for d in (dtype, now))
         if error > 2 * eps:
-            if parameter.dim() < 2 or error > QUANTISED:
+            if len(survey.shapes[name]) < 2 or error > QUANTISED:
                 return f"{name!r} differs by {error:.0%} of its size", notes
             rounded = max(rounded, error)
-    if skipped == len(saved.samples):
-        notes.append("no sampled weight of the base could be compared: its values are not known")
-    elif skipped:
-        notes.append(f"{skipped} of {len(saved.samples)} sampled tensors cannot be read here")
+    if not compared:
+        return None, ["no sampled weight of the base could be compared: its values are not known"]
+    if len(compared) < len(saved.samples):
+        missing = len(saved.samples) - len(compared)
+        notes.append(f"{missing} of {len(saved.samples)} sampled tensors cannot be read here")
     if rounded:
         notes.append(
             f"the base's weights differ by up to {rounded:.1%} from those the adapter was made "
             "for, as in a quantised copy"
         )
     before = sorted({dtype for dtype, _ in saved.samples.values()})
-    now = sorted({_name(parameters[n].dtype) for n in saved.samples if n in parameters})
-    if before != now and now:
-        notes.append(f"the base is {', '.join(now)} here and was {', '.join(before)}")
+    if before != (after := sorted(set(compared.values()))):
+        notes.append(f"the base is {', '.join(after)} here and was {', '.join(before)}")
     return None, notes
 
 
@@ -155,57 +176,57 @@ def _distance(a: Sequence[float], b: Sequence[float]) -> float:
     return difference / norm if norm else math.inf
 
 
-def _survey(
-    model: nn.Module, left_out: Sequence[str]
-) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
-    """Shapes of all parameters, a quantised layer's as its plain one's, and the parameters whose
-    values can be read."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    readable: dict[str, Tensor] = {}
+def _survey(model: nn.Module, left_out: Sequence[str]) -> Survey:
+    """A quantised layer counts with the shapes of its plain one."""
+    found = Survey({}, {})
     for place, module in [("", model), *modules(model).items()]:
         if any(place == n or place.startswith(n + ".") for n in left_out):
             continue
         out, size = (getattr(module, n, None) for n in ("out_features", "in_features"))
         if isinstance(out, int) and isinstance(size, int):
-            shapes[_join(place, "weight")] = (out, size)
+            found.shapes[_join(place, "weight")] = (out, size)
             if getattr(module, "bias", None) is not None:
-                shapes[_join(place, "bias")] = (out,)
+                found.shapes[_join(place, "bias")] = (out,)
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             full = _join(place, name)
-            shapes.setdefault(full, tuple(parameter.shape))
+            found.shapes.setdefault(full, tuple(parameter.shape))
+            if parameter.is_meta or not parameter.numel():
+                continue
             if name == "weight" and quantised(module):
-                readable[full] = dequantise(module, parameter).detach()
-            elif parameter.is_floating_point() and parameter.numel():
-                readable[full] = parameter.detach()
-    return shapes, {n: p for n, p in readable.items() if not p.is_meta}
+                found.readable[full] = partial(dequantise, module, parameter)
+            elif parameter.is_floating_point():
+                found.readable[full] = parameter.detach
+    return found
 
 
 def _join(place: str, name: str) -> str:
     return f"{place}.{name}" if place else name
 
 
-def _choose(parameters: Mapping[str, Tensor]) -> list[str]:
+def _choose(survey: Survey) -> list[str]:
     """Eight matrices and four vectors, evenly spread over the sorted names."""
-    found = []
-    for count, names in (
-        (MATRICES, sorted(n for n, p in parameters.items() if p.dim() > 1)),
-        (VECTORS, sorted(n for n, p in parameters.items() if p.dim() < 2)),
-    ):
-        last = len(names) - 1
-        found += sorted({names[i * last // (count - 1)] for i in range(count)}) if names else []
-    return found
+    names = sorted(survey.readable)
+    matrices = [n for n in names if len(survey.shapes[n]) > 1]
+    vectors = [n for n in names if len(survey.shapes[n]) < 2]
+    return _spread(matrices, MATRICES) + _spread(vectors, VECTORS)
 
 
-def _sample(parameter: Tensor) -> tuple[float, ...]:
+def _spread(names: list[str], count: int) -> list[str]:
+    last = len(names) - 1
+    return sorted({names[i * last // (count - 1)] for i in range(count)}) if names else []
+
+
+def _sample(parameter: Tensor) -> tuple[str, tuple[float, ...]]:
+    """The dtype's name and the values."""
     size = parameter.numel()
     if size <= VALUES:
         at = list(range(size))
     else:
         at = [((i * _STRIDE) % 2**64 * size) >> 64 for i in range(1, VALUES + 1)]
-    flat = parameter.reshape(-1)[torch.tensor(at, device=parameter.device)]
-    return tuple(float(f"{v:.9g}") for v in flat.float().tolist())
+    flat = parameter.detach().reshape(-1)[torch.tensor(at, device=parameter.device)]
+    return _name(parameter.dtype), tuple(float(f"{v:.9g}") for v in flat.float().tolist())
 
 
 def _base(model: nn.Module) -> Any:
