@@ -1,5 +1,5 @@
 """The command line: parse, call, print."""
 
-from finespun.cli.app import app, main
+from finespun.cli.app import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

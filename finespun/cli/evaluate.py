@@ -15,6 +15,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure an adapter on the rows that its recipe held out, or on another table."""
+    from finespun.cli.train import shown
     from finespun.train.progress import as_json as line
     from finespun.train.use import Trained
 
@@ -24,4 +25,4 @@ def command(
         return
     width = max(map(len, metrics))
     for name, value in metrics.items():
-        typer.echo(f"{name:<{width}}  {value:.4f}")
+        typer.echo(f"{name:<{width}}  {shown(value)}")

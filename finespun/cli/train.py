@@ -1,6 +1,7 @@
 """`finespun train`: carry out a recipe."""
 
 import json
+import math
 import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -60,7 +61,7 @@ def choose_reporter(as_json: bool, quiet: bool) -> "Reporter":
 def describe(result: "Result") -> str:
     """The result as a few lines of text."""
     lines = [
-        (f"held-out {name}", f"{result.before[name]:.4f} -> {after:.4f}")
+        (f"held-out {name}", f"{shown(result.before[name])} -> {shown(after)}")
         for name, after in result.after.items()
     ]
     lines += [
@@ -76,3 +77,8 @@ def describe(result: "Result") -> str:
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+
+
+def shown(value: float | None) -> str:
+    """A metric with four digits; metrics.json has null for one that is not a number."""
+    return "undefined" if value is None or math.isnan(value) else f"{value:.4f}"

@@ -184,6 +184,9 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Job:
     ]
     notes = [f"dropped {data.dropped} repeated rows"] if data.dropped else []
     notes += [part.report for part in tokens[:1] if part.cut]
+    if not recipe.structure.starts_at_zero and adapter.deltas:
+        moved = max(adapter.norms().values())
+        notes.append(f"this structure does not start at the base: ‖ΔW‖ up to {moved:.3g}")
     untrained = [n for n in model.fresh if n not in adapter.entry.trained]
     if untrained:
         notes.append(f"{', '.join(untrained)} starts untrained and stays so: add it to train")
