@@ -16,6 +16,7 @@ from finespun.structures.lora_xs import LoRAXS
 from finespun.structures.lsr import LSR
 from finespun.structures.nola import NOLA
 from finespun.structures.oft import OFT
+from finespun.structures.s2_lora import S2LoRA
 from finespun.structures.site import Site, SiteShape, TensorSite
 from finespun.structures.structure import (
     STRUCTURES,
@@ -26,6 +27,7 @@ from finespun.structures.structure import (
     structure,
 )
 from finespun.structures.tera import TeRA
+from finespun.structures.tied_lora import TiedLoRA
 from finespun.structures.unilora import UniLoRA
 from finespun.structures.vera import VeRA
 
@@ -51,11 +53,13 @@ __all__ = [
     "LoRAXS",
     "Plan",
     "Ranked",
+    "S2LoRA",
     "Site",
     "SiteShape",
     "Structure",
     "TeRA",
     "TensorSite",
+    "TiedLoRA",
     "UniLoRA",
     "VeRA",
     "module_group",

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finespun.errors import StateError
+from finespun.errors import InputError, StateError
 from finespun.linalg import LowRank
 from finespun.structures.groups import Group
 from finespun.structures.site import Site
@@ -29,7 +29,17 @@ Base = Callable[[Tensor], Tensor]
 
 
 class _Precise(nn.Module):
-    """Follows the model to another device or a higher precision, never to a lower one."""
+    """Follows the model to another device or a higher precision, never to a lower one.
+
+    So do the frozen tensors in `fixed`, which are neither saved nor buffers: Opacus takes no layer
+    that has buffers.
+    """
+
+    fixed: dict[str, Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fixed = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep(tensor: Tensor) -> Tensor:
@@ -39,12 +49,24 @@ class _Precise(nn.Module):
             return tensor.to(moved.device)
 
         super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        self.fixed = {name: keep(tensor) for name, tensor in self.fixed.items()}
         return self
 
 
 class Bank(_Precise):
     """Trained numbers that several deltas share; owned by the adapter and saved once. They keep
     their precision as a delta's do."""
+
+    @classmethod
+    def at(cls, bank: "Bank | None", site: Site) -> Self:
+        """The bank that a site's delta will read, moved to the site's device. Raises InputError
+        where it is not of this class."""
+        if not isinstance(bank, cls):
+            raise InputError(
+                f"{site.shape.name!r} shares trained numbers: build it with bank(plan), a "
+                f"{cls.__name__}, not {bank!r}"
+            )
+        return bank.to(site.device)
 
     def keep_start(self) -> "Bank":
         """A frozen copy of today's numbers, made once, saved with the bank."""
@@ -212,7 +234,10 @@ class Delta(_Precise):
         self.start = copy.deepcopy(self, memo).requires_grad_(False)
 
     def set_gate(self, gate: Tensor) -> None:
-        """Multiply row i of A by gate[i]; `gate` (r,) is stored with the adapter."""
+        """Multiply row i of A by gate[i]; `gate` (r,) is stored with the adapter. Raises StateError
+        where the update has no factors."""
+        if "low_rank" not in self.written:
+            raise StateError(f"{type(self).__name__} has no factors: there are no ranks to gate")
         self.register_buffer("gate", gate.detach().clone())
 
     def switch_off(self, group: Group) -> None:

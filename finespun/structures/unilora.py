@@ -68,10 +68,7 @@ class UniLoRA(Ranked):
         return bank
 
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "UniLoRADelta":
-        if not isinstance(bank, Theta):
-            raise InputError("Uni-LoRA needs the bank that its plan makes: bank(plan)")
-        bank.to(site.device)
-        return UniLoRADelta(site, bank, plan.choices[site.shape.name])
+        return UniLoRADelta(site, Theta.at(bank, site), plan.choices[site.shape.name])
 
     def form(self, deltas: Sequence[Delta]) -> list[Factors]:
         uni = [d for d in deltas if isinstance(d, UniLoRADelta)]
