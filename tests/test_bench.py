@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from finespun.bench import BenchSpec, HeadOnly, Row, Summary, fit
+from finespun.bench import BenchSpec, Row, Summary, fit
 from finespun.bench.budget import total
 from finespun.bench.picture import draw
 from finespun.bench.search import MOST_EXTENSIONS, choose_rate
@@ -32,7 +32,7 @@ recipe:
   data: {task: trec}
   training: {epochs: 2}
 members:
-  - structure: {kind: none}
+  - targets: []
   - structure: {kind: lora, r: 8}
   - structure: {kind: lsr, rank: 4}
     numbers: [9000, 4000]
@@ -49,7 +49,8 @@ def sites(count: int = 6, n_in: int = 384, n_out: int = 384) -> list[TensorSite]
 # --- bench files ---------------------------------------------------------------------------------
 def test_a_bench_file_is_read_whole() -> None:
     spec = BenchSpec.parse(TEXT)
-    assert [m.structure for m in spec.members] == [HeadOnly(), LoRA(rank=8), LSR(rank=4)]
+    assert [m.structure for m in spec.members[1:]] == [LoRA(rank=8), LSR(rank=4)]
+    assert [m.targets for m in spec.members] == [(), None, None]
     assert spec.members[1].given == {"kind", "rank"}
     assert spec.members[2].numbers == (9000, 4000)
     assert spec.members[2].rates == (1e-3, 3e-3, 1e-2)
@@ -67,8 +68,8 @@ def test_a_bench_file_is_read_whole() -> None:
         ("recipe.structure={kind: lora}", "recipe must not set structure; a bench has members"),
         ("members=[]", "members: is a list of members"),
         ("members=[{structure: {kind: lra}}]", "member 1: structure: kind 'lra' .*'lora', 'lsr'"),
-        ("members=[{structure: {kind: nonne}}]", "kind 'nonne' is not known; nearest: 'none'"),
-        ("members=[{structure: {kind: none, rank: 1}}]", "none has no option 'rank'"),
+        ("members=[{targets: [], structure: {kind: lora}}]", "trains the head alone, without"),
+        ("members=[{numbers: [9]}]", "member 1: structure is missing; targets"),
         ("members=[{structure: {kind: lora, rnk: 3}}]", "lora has no option 'rnk'; .*'rank'"),
         ("members=[{structure: {kind: lora}, numbes: [3]}]", "member 1: numbes .*'numbers'"),
         ("members=[{structure: {kind: lora}, numbers: [0]}]", "greater than or equal to 1"),
@@ -118,7 +119,6 @@ def test_a_grid_has_equal_ratios(low: float, span: float, count: int) -> None:
 @pytest.mark.parametrize(
     ("structure", "name"),
     [
-        (HeadOnly(), "head only"),
         (LoRA(rank=8, seed=3), "LoRA r=8"),
         (LoRA(rank=2, rslora=True), "LoRA r=2 rslora=True"),
         (LSR(rank=4, separation_rank=16), "LSR r=4 s=16"),
@@ -175,8 +175,8 @@ def test_a_budget_out_of_reach_names_the_nearest_size() -> None:
         fit(LSR(), ("rank",), sites(), 40_000)
     with pytest.raises(InputError, match="no free size to fit to 9,000 numbers"):
         fit(LoRA(), ("rank",), sites(), 9_000)
-    with pytest.raises(InputError, match="none has no free size"):
-        fit(HeadOnly(), (), sites(), 9_000)
+    with pytest.raises(InputError, match="no free size"):
+        fit(LoRA(), (), [], 9_000)
 
 
 # --- the search ----------------------------------------------------------------------------------
@@ -199,8 +199,30 @@ def test_halving_trains_only_the_best_for_longer() -> None:
     found = choose_rate(GRID, (1, 2, 4), 0.5, True, hill)
     assert (found.rate, found.rates, found.at_edge) == (3e-3, GRID, False)
     assert sorted(hill.asked) == sorted(
-        [(rate, 1) for rate in GRID] + [(3e-3, 2), (1e-2, 2), (3e-3, 4)]
+        [(rate, 1) for rate in GRID]
+        + [(3e-3, 2), (1e-2, 2), (3e-3, 4)]
+        + [(1e-3, 4), (1e-2, 4)]  # the neighbours of the best
     )
+
+
+def test_a_rate_that_only_short_runs_like_is_left_again() -> None:
+    peaks = {1: 2e-2, 4: 1.1e-3}
+    asked = []
+
+    def measure(rate: float, epochs: int) -> tuple[float, float]:
+        asked.append((rate, epochs))
+        return -abs(math.log(rate / peaks[epochs])), 0.0
+
+    found = choose_rate(GRID, (1, 4), 0.25, True, measure)
+    assert (found.rate, found.at_edge) == (1e-3, False)
+    assert [rate for rate, epochs in asked if epochs == 4] == [
+        3e-2,
+        1e-2,
+        9e-2,
+        3e-3,
+        1e-3,
+        3.33e-4,
+    ]
 
 
 def test_a_best_rate_at_the_edge_is_followed_outwards() -> None:
@@ -323,7 +345,7 @@ def summary(*rows: Row) -> Summary:
 
 LORA = row("LoRA r=8", (0.80, 0.82, 0.84))
 LSR_ROW = row("LSR r=16", (0.81, 0.835, 0.845), structure=LSR(), update_numbers=36_480)
-HEAD = row("head only", (0.70, 0.71, 0.70), structure=HeadOnly(), update_numbers=0, budget=None)
+HEAD = row("head only", (0.70, 0.71, 0.70), targets=(), update_numbers=0, budget=None)
 
 
 def test_the_interval_is_students() -> None:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from finespun import hosts
-from finespun.bench import Bench, BenchSpec, HeadOnly
+from finespun.bench import Bench, BenchSpec
 from finespun.bench import workbench as workbench_module
 from finespun.bench.run import Contender
 from finespun.bench.trials import Trial
@@ -71,7 +71,7 @@ def bench_text(place: Path, output: Path) -> str:
         f"recipe:\n  model: {place / 'model'}\n  data: {{file: {place / 'rows.csv'}}}\n"
         "  targets: [query, value]\n  training: {epochs: 2, batch_size: 8, threads: 1}\n"
         "members:\n"
-        "  - structure: {kind: none}\n"
+        "  - targets: []\n"
         "  - structure: {kind: lora}\n    numbers: [256]\n"
         "  - structure: {kind: lsr}\n    numbers: [256]\n"
         "rates: [1e-3, 1e-2, 1e-1]\nseeds: [0, 1]\nsearch: {epochs: [1]}\n"
@@ -115,7 +115,7 @@ def test_a_reused_model_gives_what_a_process_of_its_own_gives(
         recipe(place, "training.rate=1e30", "training.max_grad_norm=0"),
         recipe(place, "training.seed=1", "structure.rank=3"),
         recipe(place, "targets=all-linear"),
-        recipe(place).model_copy(update={"structure": HeadOnly()}),
+        recipe(place, "targets=[]"),
     ):
         bench.run(Trial("earlier", earlier))
         bench.run(Trial("earlier", earlier, (0.3, 1)))
@@ -145,15 +145,17 @@ def test_the_base_is_untouched_between_trials(place: Path) -> None:
 def test_counts_are_the_structures_own(place: Path) -> None:
     bench = Workbench()
     head = 16 * 3 + 3
-    for structure in (HeadOnly(), LoRA(rank=2), LSR(rank=4, separation_rank=2)):
-        one = recipe(place).model_copy(update={"structure": structure})
+    for structure, targets in (
+        (LoRA(), ()),
+        (LoRA(rank=2), ("value",)),
+        (LSR(), ("query", "value")),
+    ):
+        one = recipe(place).model_copy(update={"structure": structure, "targets": targets})
         outcome = bench.run(Trial("a", one))
         expected = structure.total(structure.plan(bench.sites(one, structure)))
         assert (outcome.update_numbers, outcome.module_numbers) == (expected, head)
         assert 4 * (expected + head) < outcome.bytes < 4 * (expected + head) + 8_000
-    assert expected == 4 * LSR(rank=4, separation_rank=2).numbers(
-        bench.sites(one, structure)[0].shape
-    )
+    assert expected == 4 * 16 * 32  # sites, terms, and 2·4 numbers in each of four factors
 
 
 def test_a_trial_that_diverges_is_recorded_and_the_next_one_runs(place: Path) -> None:
@@ -250,14 +252,14 @@ def test_the_command_prints_the_table_and_refuses_a_ranking_by_its_exit_code(
 ) -> None:
     """Rates so small that the highest is always the best: it lies at the edge."""
     (tmp_path / "b.yaml").write_text(bench_text(place, tmp_path / "out"))
-    few = ["members=[{structure: {kind: none}}]", "rates=[1e-6, 2e-6, 4e-6]", "extend=false"]
+    few = ["members=[{targets: []}]", "rates=[1e-6, 2e-6, 4e-6]", "extend=false"]
     assert run(["bench", str(tmp_path / "b.yaml"), *few, "--json"]) == 5
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     assert found["refusal"].startswith("no ranking: the best rate lies at the edge")
     assert found["ranking"] == []
     assert found["command"].startswith(f"finespun bench {tmp_path}/b.yaml 'members=[")
-    assert printed.err.count("search") == 5  # three rates for one epoch, two for both
+    assert printed.err.count("search") == 5  # three rates for one epoch, the best two for both
     assert run(["bench", str(tmp_path / "b.yaml"), *few, "-q"]) == 5
     printed = capsys.readouterr()
     assert "head only" in printed.out

@@ -1,9 +1,8 @@
 """Comparisons: members at equal budgets, each at its own best rate, over seeds."""
 
 from finespun.bench.budget import fit
-from finespun.bench.head_only import HeadOnly
 from finespun.bench.run import Bench
 from finespun.bench.spec import BenchSpec, Member, Search
 from finespun.bench.summary import Row, Summary
 
-__all__ = ["Bench", "BenchSpec", "HeadOnly", "Member", "Row", "Search", "Summary", "fit"]
+__all__ = ["Bench", "BenchSpec", "Member", "Row", "Search", "Summary", "fit"]

@@ -102,7 +102,7 @@ class Bench:
         """Every member at every size. Raises InputError where a size or a name cannot be had."""
         found: list[Contender] = []
         for member in self.spec.members:
-            targets = member.targets or self.spec.recipe.targets
+            targets = self.spec.recipe.targets if member.targets is None else member.targets
             recipe = self.spec.recipe.model_copy(
                 update={"targets": targets, "structure": member.structure}
             )
@@ -128,6 +128,8 @@ class Bench:
         """The member's name, its size added where it has several."""
         if member.name is not None:
             return member.name if len(member.numbers) < 2 else f"{member.name} {budget:,}"
+        if member.targets == ():
+            return "head only"
         name = describe(structure)
         if member.targets is not None:
             only = member.targets if isinstance(member.targets, str) else ", ".join(member.targets)

@@ -28,9 +28,10 @@ def choose_rate(
     """The rate with the highest score after `rungs[-1]` epochs.
 
     `measure(rate, epochs)` gives a score, larger is better, or None for a run that diverged. All
-    rates run for `rungs[0]` epochs and the best ⌈keep·n⌉ go on to the next rung. With `extend`, a
-    best rate at an edge is followed outwards by the grid's own ratio, at most `MOST_EXTENSIONS`
-    times.
+    rates run for `rungs[0]` epochs and the best ⌈keep·n⌉ go on to the next rung. Short runs like
+    high rates, so in the end the neighbours of the best rate are trained whole too, until it beats
+    both. With `extend`, a best rate at an edge of the grid is followed outwards by the grid's own
+    ratio, at most `MOST_EXTENSIONS` times.
     """
     grid = sorted(rates)
     alive: list[float] = list(grid)
@@ -39,14 +40,16 @@ def choose_rate(
         best_first = sorted(ran, key=ran.__getitem__, reverse=True)
         alive = best_first[: math.ceil(keep * len(alive))]
     final = {rate: measure(rate, rungs[-1]) for rate in alive}
-    for _ in range(MOST_EXTENSIONS if extend else 0):
-        best = _best(final)
-        if best not in (grid[0], grid[-1]):
+    extensions = 0
+    while (best := _best(final)) is not None:
+        if best in (grid[0], grid[-1]) and extend and extensions < MOST_EXTENSIONS:
+            grid = sorted([*grid, _outside(grid, best)])
+            extensions += 1
+        place = grid.index(best)
+        unknown = [rate for rate in grid[max(0, place - 1) : place + 2] if rate not in final]
+        if not unknown:
             break
-        new = _outside(grid, best)
-        grid = sorted([*grid, new])
-        final[new] = measure(new, rungs[-1])
-    best = _best(final)
+        final.update({rate: measure(rate, rungs[-1]) for rate in unknown})
     return Choice(best, tuple(grid), best in (grid[0], grid[-1]))
 
 

@@ -9,17 +9,15 @@ from pydantic import (
     BeforeValidator,
     Field,
     ModelWrapValidatorHandler,
-    PlainSerializer,
     PrivateAttr,
     ValidationError,
     model_validator,
 )
 
-from finespun.bench.head_only import HeadOnly
 from finespun.errors import FileError, InputError, nearest
-from finespun.recipe import Recipe, Section, read_structure, write_structure
+from finespun.recipe import AnyStructure, Recipe, Section
 from finespun.recipe_yaml import apply_override, explain, read_yaml
-from finespun.structures import STRUCTURES, Structure
+from finespun.structures import LSR, Structure
 
 FEWEST_RATES = 3
 
@@ -65,34 +63,22 @@ def rounded(rate: float) -> float:
     return float(f"{rate:.3g}")
 
 
-def read_member_structure(value: Any) -> Structure:
-    """A structure, or `{kind: none}` for a frozen model with a trained head."""
-    if isinstance(value, Mapping) and value.get("kind") == HeadOnly.kind:
-        return HeadOnly.from_options(**{k: v for k, v in value.items() if k != "kind"})
-    if isinstance(value, Mapping) and value.get("kind") not in STRUCTURES and "kind" in value:
-        known = [*STRUCTURES, HeadOnly.kind]
-        raise InputError(
-            f"kind {value['kind']!r} is not known; {nearest(str(value['kind']), known)}"
-        )
-    return read_structure(value)
-
-
 Rates = Annotated[tuple[float, ...], BeforeValidator(read_rates)]
 
 
 class Member(Section):
-    """One structure to compare, at one size or at several."""
+    """One structure to compare, at one size or at several.
 
-    structure: Annotated[
-        Structure, BeforeValidator(read_member_structure), PlainSerializer(write_structure)
-    ]
+    `targets: []` and nothing else is the frozen model with its head trained.
+    """
+
+    structure: AnyStructure = LSR()
     numbers: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (), description="budgets of trained numbers; options that are not given are fitted to each"
     )
     name: str | None = Field(None, min_length=1, description="null: made from the options")
     targets: str | tuple[str, ...] | None = Field(None, description="null: the recipe's")
     rates: Rates | None = Field(None, description="null: the bench's")
-
     _given: frozenset[str] = PrivateAttr(frozenset())
 
     @model_validator(mode="wrap")
@@ -103,7 +89,11 @@ class Member(Section):
         if not isinstance(values, Mapping):
             raise InputError(f"{values!r} needs a structure, for example structure: {{kind: lora}}")
         member = handler(values)
-        options = values["structure"]
+        if member.targets == () and {"structure", "numbers"} & set(values):
+            raise InputError("targets: [] trains the head alone, without structure or numbers")
+        if member.targets != () and "structure" not in values:
+            raise InputError("structure is missing; targets: [] would train the head alone")
+        options = values.get("structure")
         if isinstance(options, Mapping):
             aliases = type(member.structure).aliases
             member._given = frozenset(aliases.get(key, key) for key in options)
@@ -135,8 +125,9 @@ class Search(Section):
     """How the rate of each member is found: successive halving on one seed.
 
     Every rate trains for `epochs[0]` epochs, the best share `keep` for `epochs[1]`, and so on; the
-    survivors for the recipe's own number. What decides is the metric on a share `rows` of the
-    training rows, which these runs leave out: rows held out for the result are never looked at.
+    survivors, and then the neighbours of the best, for the recipe's own number. What decides is
+    the metric on a share `rows` of the training rows, which these runs leave out: rows held out
+    for the result are never looked at.
     """
 
     seed: int = Field(0, ge=0)
@@ -220,8 +211,6 @@ def describe(structure: Structure) -> str:
     >>> describe(LSR(rank=4, separation_rank=16))
     'LSR r=4 s=16'
     """
-    if isinstance(structure, HeadOnly):
-        return "head only"
     sizes = {"rank": "r", "separation_rank": "s"}
     title = {"lora": "LoRA", "lsr": "LSR"}.get(structure.kind, structure.kind)
     parts = [

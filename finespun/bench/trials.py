@@ -12,7 +12,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from finespun.bench.spec import read_member_structure
 from finespun.errors import FileError, InputError
 from finespun.recipe import Recipe
 from finespun.recipe_yaml import explain
@@ -52,10 +51,8 @@ class Trial:
 def hash_of(record: Record) -> str:
     """The key of a recorded trial. Its recipe is read anew, so that options which did not exist
     when it ran count with their defaults. Raises InputError where it cannot be read any more."""
-    values = dict(record["recipe"])
-    structure = read_member_structure(values["structure"])
     try:
-        recipe = Recipe.model_validate({**values, "structure": structure})
+        recipe = Recipe.model_validate(record["recipe"])
     except ValidationError as error:
         raise InputError(explain(error, Recipe, {}, "recipe")) from error
     whole = yaml.safe_load(recipe.dump())
