@@ -146,7 +146,7 @@ class Adapter:
     def train(self) -> "Adapter":
         """Freeze every other number of the model and let this adapter's be trained."""
         hosts.materialise(self.model, self.entry)
-        frozen = self.model.__dict__.setdefault("_finespun_frozen", [])
+        frozen = self.model.__dict__.setdefault("_finespun_frozen", {}).setdefault(self.name, [])
         mine = {id(p) for p in self.parameters()}
         for parameter in self.model.parameters():
             if parameter.requires_grad and id(parameter) not in mine:
@@ -183,12 +183,14 @@ class Adapter:
         site's own rank. Shapes change: afterwards build a new optimiser."""
         entry = self.entry
         structure, plan, small = compact(entry.structure, entry.plan, self.deltas)
+        trained = any(p.requires_grad for p in self.parameters())
         for name, delta in small.items():
             delta.__dict__["owner"] = self.name
-            old = entry.deltas[name]
-            delta.train(old.training).requires_grad_(next(iter(old.numbers())).requires_grad)
+            delta.train(entry.deltas[name].training)
+            for number in delta.numbers():
+                number.requires_grad_(trained)
             hosts.hosts_of(self.model, self.name)[name].deltas()[self.name] = delta
-        hosts.replace(entry, structure, plan, small)
+        hosts.replace(self.model, entry, structure, plan, small)
         return self
 
     # --- files ------------------------------------------------------------------------------------
@@ -238,9 +240,18 @@ class Adapter:
     def detach(self) -> None:
         """Take the adapter out; after the last one the model is what it was."""
         hosts.remove(self.model, self.name)
-        if "_finespun_board" not in self.model.__dict__:
-            for parameter in self.model.__dict__.pop("_finespun_frozen", []):
+        records = self.model.__dict__.get("_finespun_frozen", {})
+        mine: list[nn.Parameter] = records.pop(self.name, [])
+        board = self.model.__dict__.get("_finespun_board")
+        others = [] if board is None else [Adapter(self.model, n) for n in board.entries]
+        theirs = {id(p): o for o in others if o.entry.live for p in o.parameters()}
+        for parameter in mine:
+            if board is None or id(parameter) in theirs:
                 parameter.requires_grad_(True)
+            else:
+                records.setdefault(others[0].name, []).append(parameter)
+        if board is None:
+            self.model.__dict__.pop("_finespun_frozen", None)
 
     def updates(self, rank: int | None = None, energy: float | None = None) -> dict[str, LowRank]:
         """Each site's ΔW as a LowRank, strength included; exact where the structure has factors."""

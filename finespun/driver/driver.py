@@ -74,7 +74,7 @@ class Driver:
         self.step = 0
         self.grad_norm = 0.0
         self.checked = False
-        self._before: list[Tensor] = []
+        self._before: list[Tensor] | None = None
         self._hosts = [d.site for d in self.entry.deltas.values() if isinstance(d.site, Host)]
         for host in self._hosts:
             host.ran = False
@@ -144,8 +144,8 @@ class Driver:
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     value.mul_(mask)
-        if self._before:
-            self._check_moved()
+        if self._before is not None:
+            self._check_moved(self._before)
         for moment in self.moments:
             moment.after_step(self.step)
 
@@ -166,7 +166,9 @@ class Driver:
         ]
 
     def _trained(self) -> list[nn.Parameter]:
-        return [p for d in self.entry.deltas.values() for p in d.numbers() if p.requires_grad]
+        own = [p for d in self.entry.deltas.values() for p in d.numbers()]
+        bank = [] if self.entry.bank is None else list(self.entry.bank.parameters())
+        return [p for p in (*own, *bank) if p.requires_grad]
 
     def _check_ran(self) -> None:
         idle = [h.name for h in self._hosts if not h.ran]
@@ -177,14 +179,19 @@ class Driver:
                 f"{shown}; the model does not call them, leave them out of the targets"
             )
 
-    def _check_moved(self) -> None:
-        after = iter(zip(self._before, self._trained()))
+    def _check_moved(self, before: list[Tensor]) -> None:
+        after = iter(zip(before, self._trained()))
         still = []
         for name, delta in self.entry.deltas.items():
             own = [next(after) for p in delta.numbers() if p.requires_grad]
-            if own and not any(bool((a != b).any()) for a, b in own):
+            masks = delta.masks()
+            dead = bool(masks) and not any(bool(mask.any()) for mask in masks.values())
+            if own and not dead and not any(bool((a != b).any()) for a, b in own):
                 still.append(name)
-        self._before, self.checked = [], True
+        bank = list(after)
+        if bank and not any(bool((a != b).any()) for a, b in bank):
+            still.append("the shared numbers")
+        self._before, self.checked = None, True
         if still:
             warnings.warn(
                 f"{len(still)} layers did not move in the first step: {', '.join(still[:5])}",

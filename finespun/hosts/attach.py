@@ -128,11 +128,16 @@ def materialise(model: nn.Module, entry: Entry) -> None:
     if state:
         load_tensors(entry, state)
         entry.flat = None
-    replace(entry, structure, entry.plan, entry.deltas)
+    replace(model, entry, structure, entry.plan, entry.deltas)
 
 
-def replace(entry: Entry, structure: Structure, plan: Plan, deltas: dict[str, Delta]) -> None:
-    """Let the entry hold these deltas, which sit in the layers already."""
+def replace(
+    model: nn.Module, entry: Entry, structure: Structure, plan: Plan, deltas: dict[str, Delta]
+) -> None:
+    """Let the entry hold these deltas, which sit in the layers already; a bank that none of them
+    reads any more goes."""
+    if entry.bank is not None and all(delta.bank is None for delta in deltas.values()):
+        _take_bank(model, entry)
     entry.structure, entry.plan, entry.deltas = structure, plan, deltas
     forms = deltas and structure.forms_together
     entry.former = Former(structure, list(deltas.values())) if forms else None
@@ -162,23 +167,35 @@ def tensors_of(entry: Entry) -> dict[str, Tensor]:
 
 def load_tensors(entry: Entry, tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors into the entry's modules. Raises InputError naming the first key that is
-    missing, unknown or of another shape; nothing is written then."""
+    missing, unknown or of another shape; nothing is changed then."""
     starts = {k.partition("/start.")[0] for k in tensors if "/start." in k}
+    begun = []
     for name, delta in entry.deltas.items():
         if starts & {"bank", f"delta/{name}"} and delta.origin is None:
             delta.keep_start()
-    expected = {k: v.shape for k, v in tensors_of(entry).items()}
-    extra = {k for k in tensors if k.rsplit("/", 1)[-1].split("_")[0] in ("gate", "alive")}
-    for key in expected.keys() - tensors.keys():
-        raise InputError(f"tensor {key!r} is missing; {nearest(key, tensors)}")
-    for key in tensors.keys() - expected.keys() - extra:
-        raise InputError(f"tensor {key!r} belongs to nothing here; {nearest(key, expected)}")
-    for key, shape in expected.items():
-        if tensors[key].shape != shape:
-            raise InputError(f"{key!r} is {tuple(tensors[key].shape)}, expected {tuple(shape)}")
+            begun.append(delta)
+    try:
+        _check_tensors(tensors_of(entry), tensors)
+    except InputError:
+        holders: list[nn.Module] = [*begun, *(d.bank for d in begun if d.bank is not None)]
+        for holder in holders:
+            holder._modules.pop("start", None)
+        raise
     for prefix, module in _parts(entry):
         own_state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         module.load_state_dict(own_state)
+
+
+def _check_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    extra = {k for k in tensors if k.rsplit("/", 1)[-1].split("_")[0] in ("gate", "alive")}
+    for key in own.keys() - tensors.keys():
+        raise InputError(f"tensor {key!r} is missing; {nearest(key, tensors)}")
+    for key in tensors.keys() - own.keys() - extra:
+        raise InputError(f"tensor {key!r} belongs to nothing here; {nearest(key, own)}")
+    for key, tensor in own.items():
+        if tensors[key].shape != tensor.shape:
+            found, wanted = tuple(tensors[key].shape), tuple(tensor.shape)
+            raise InputError(f"{key!r} is {found}, expected {wanted}")
 
 
 def _parts(entry: Entry) -> Iterator[tuple[str, nn.Module]]:
@@ -227,12 +244,17 @@ def _take_out(model: nn.Module, entry: Entry) -> None:
             del held[entry.name]
             if not held:
                 bare(known[name], "copies")
+    _take_bank(model, entry)
+    entry.deltas, entry.copies, entry.former = {}, {}, None
+
+
+def _take_bank(model: nn.Module, entry: Entry) -> None:
     banks = model._modules.get(BANKS)
     if isinstance(banks, nn.ModuleDict) and entry.name in banks:
         del banks[entry.name]
         if not banks:
             del model._modules[BANKS]
-    entry.deltas, entry.copies, entry.bank, entry.former = {}, {}, None, None
+    entry.bank = None
 
 
 def _former(model: nn.Module) -> list[Former]:

@@ -28,7 +28,8 @@ def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class a module had before it was adapted."""
-    return type(module).__mro__[2] if isinstance(module, Adapted) else type(module)
+    line = type(module).__mro__
+    return line[line.index(Adapted) + 1] if Adapted in line else type(module)
 
 
 def _empty(cls: type[nn.Module]) -> nn.Module:

@@ -40,13 +40,20 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
             for name, host in hosts.items():
                 kept[name] = host.stored()
                 _fold(host, strengths, in_place=undo == "none")
-    except BaseException:
+    except BaseException as error:
         if undo == "memory":
             _restore(hosts, kept)
-        raise
+            raise
+        board.merged = dict(weights)
+        raise StateError(
+            f"merging in place stopped at {list(kept)[-1:]}: part of the weights is merged and "
+            "cannot be taken back; reload the model"
+        ) from error
     board.merged = dict(weights)
-    board.kept = kept if undo == "memory" else None
-    return sum(w.nbytes for w, _ in kept.values()) if undo == "memory" else 0
+    if undo == "none":
+        return 0
+    board.kept = kept
+    return sum(t.nbytes for stored in kept.values() for t in stored if t is not None)
 
 
 def unmerge(model: nn.Module) -> None:

@@ -80,7 +80,12 @@ def front(module: nn.Module, host: Any, child: str) -> nn.ModuleDict:
 
 
 def bare(module: nn.Module, child: str) -> None:
-    """Give the module its own class back."""
+    """Give the module its own class back. Raises StateError where another class came in front."""
+    if type(module).__mro__[1] is not Adapted:
+        raise StateError(
+            f"a {type(module).__name__} cannot be given its own class back: "
+            f"{type(module).__mro__[0].__name__} was put in front of it after it was adapted"
+        )
     module.__class__ = plain_class(module)
     del module._modules[child]
     del module.__dict__["_finespun"]

@@ -13,7 +13,10 @@ Compacted = tuple[Structure, Plan, dict[str, Delta]]
 
 def compact(structure: Structure, plan: Plan, deltas: Mapping[str, Delta]) -> Compacted:
     """The same updates without dead numbers: in the structure's own form where every site has one,
-    else as LoRAs of each site's own rank, dead ranks removed."""
+    else as LoRAs of each site's own rank, dead ranks removed. Nothing changes where nothing was
+    switched off."""
+    if not any(delta.masks() or "gate" in delta._buffers for delta in deltas.values()):
+        return structure, plan, dict(deltas)
     own = {name: delta.compact() for name, delta in deltas.items()}
     if all(found is not None for found in own.values()):
         small = {name: found for name, found in own.items() if found is not None}
