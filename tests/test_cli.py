@@ -17,7 +17,7 @@ from finespun.cli import app as cli
 from finespun.cli.app import COMMANDS, app, run
 from finespun.errors import StateError
 from finespun.structures import STRUCTURES, LoRA
-from finespun.train.run import Result
+from finespun.train.output import Result
 
 
 @pytest.fixture(scope="module")

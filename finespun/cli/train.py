@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from finespun.train.output import Result
     from finespun.train.progress import Reporter
-    from finespun.train.run import Result
 
 EXAMPLE = "finespun train examples/trec-lsr-small.yaml training.epochs=1 output=out/short"
 

@@ -12,7 +12,8 @@ from finespun.errors import FileError, InputError
 from finespun.recipe import Recipe
 from finespun.train.loop import outputs_of
 from finespun.train.metrics import evaluate
-from finespun.train.run import RECIPE, Result, choose_device, load_data
+from finespun.train.output import RECIPE, Result
+from finespun.train.run import choose_device, load_data
 from finespun.train.tables import Columns, Examples, LabelKind, read_examples, read_texts
 from finespun.train.text import in_order, tokenize
 from finespun.train.zoo import TextModel, load_text_model
