@@ -10,7 +10,6 @@ from finespun import hosts
 from finespun.adapter import Adapter
 from finespun.bench.trials import Outcome, Trial
 from finespun.errors import TrainingError
-from finespun.hosts.kinds import site
 from finespun.recipe import Data, Recipe
 from finespun.structures import Site, Structure
 from finespun.train.metrics import evaluate
@@ -102,12 +101,12 @@ class Workbench:
         """The layers that the recipe's targets mean, nothing attached."""
         text = self.model(recipe)
         trained = text.fresh if recipe.train is None else recipe.train
-        names = hosts.find(text.model, recipe.targets)
-        return [
-            site(text.model, name, structure)
-            for name in names
+        names = [
+            name
+            for name in hosts.find(text.model, recipe.targets)
             if not any(name == t or name.startswith(t + ".") for t in trained)
         ]
+        return list(hosts.sites(text.model, names, structure).values())
 
 
 def loss(outputs: torch.Tensor, labels: torch.Tensor) -> float:

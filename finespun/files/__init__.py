@@ -12,7 +12,8 @@ from finespun.files.export import Exported, export
 from finespun.files.fingerprint import Fingerprint, check_base, fingerprint
 from finespun.files.fitting import check_fit, register_saved
 from finespun.files.lineage import Lineage, Parent, lineage_of
-from finespun.files.native import Saved, save
+from finespun.files.lora_folder import lora_config, write_lora
+from finespun.files.native import Saved, save, write
 from finespun.files.reading import read_adapter
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "fingerprint",
     "lineage_of",
     "load_checkpoint",
+    "lora_config",
     "random_state",
     "read_adapter",
     "register_saved",
@@ -37,5 +39,7 @@ __all__ = [
     "set_random_state",
     "settled",
     "whole_folder",
+    "write",
     "write_file",
+    "write_lora",
 ]

@@ -2,7 +2,8 @@
 
 The portable profile: every scale folded into B and lora_alpha = r, one rank for all sites (zeros
 fill up), plain keys, float32. Then PEFT, vLLM, SGLang, LoRAX, llama.cpp and diffusers, which differ
-in how they read alpha and patterns, all compute ΔW = B A.
+in how they read alpha and patterns, all compute ΔW = B A. A rank for each site, in rank_pattern and
+an equal alpha_pattern, is for PEFT alone: vLLM passes over patterns without a word.
 """
 
 import re
@@ -13,15 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from finespun.errors import InputError
-from finespun.files.atomic import whole_folder
 from finespun.files.fingerprint import fingerprint
 from finespun.files.lineage import Lineage, lineage_of
+from finespun.files.lora_folder import lora_config, write_lora
 from finespun.files.native import checked_tensors
-from finespun.files.peft import CONFIG, PREFIX, SIDE, TENSORS
-from finespun.files.safe import write_json, write_tensors
 from finespun.hosts import Entry, board_of, materialise, modules, plain_class
 from finespun.hosts.parts import PartHost
 from finespun.linalg import LowRank
@@ -70,6 +69,7 @@ def export(
     max_error: float | None = None,
     allow_full: bool = True,
     lineage: Lineage | None = None,
+    per_module_rank: bool = False,
 ) -> Exported:
     """Write adapter `name`, its strength included, as a PEFT LoRA folder.
 
@@ -77,7 +77,8 @@ def export(
     each ΔW. Without `rank`, an update that has no factors gets the smallest rank that keeps
     `max_error`, or 16. Trained modules (a head) are written in full, because without them the
     adapter computes something else; `allow_full=False` leaves them out for servers that refuse
-    them. Raises InputError where the error would exceed `max_error` or a site is no linear layer,
+    them. `per_module_rank` gives every layer its own rank (the least that keeps `max_error`, where
+    that is given): fewer numbers, for PEFT alone. Raises InputError where the error would exceed `max_error` or a site is no linear layer,
     FileError where the folder cannot be written.
     """
     if rank is not None and rank < 1:
@@ -92,7 +93,11 @@ def export(
         raise InputError(f"{name!r} changes no weight: there is nothing a LoRA could hold")
     falling = {n: _errors(u) for n, u in updates.items()}
     chosen = _rank(entry, falling, rank, max_error)
-    errors = {n: e[min(chosen, len(e) - 1)] for n, e in falling.items()}
+    ranks = dict.fromkeys(updates, chosen)
+    if per_module_rank:
+        bound = 0.0 if max_error is None else max_error
+        ranks = {n: min(chosen, _enough(e, bound)) for n, e in falling.items()}
+    errors = {n: e[min(ranks[n], len(e) - 1)] for n, e in falling.items()}
     worst = max(errors, key=lambda n: errors[n])
     if max_error is not None and errors[worst] > max_error:
         enough = max(_enough(e, max_error) for e in falling.values())
@@ -101,17 +106,13 @@ def export(
             f"max_error={max_error}; rank={enough} keeps it"
         )
     trained = entry.trained if allow_full else ()
-    tensors = _tensors(entry, updates, chosen, trained)
-    config = _config(model, list(updates), chosen, trained)
-    with whole_folder(folder, sum(t.nbytes for t in tensors.values()) + (1 << 20)) as work:
-        digest = write_tensors(work / TENSORS, tensors, {"format": "pt"})
-        write_json(work / CONFIG, config)
-        side = {"format": 1, "name": name, "sha256": digest, "relative_error": errors[worst]}
-        side["base"] = fingerprint(model, entry.trained).as_json()
-        side["lineage"] = (lineage or lineage_of(entry.structure)).as_json()
-        write_json(work / SIDE, side)
+    whole = {f"{n}.{k}": v for n in trained for k, v in entry.copies[n].state_dict().items()}
+    config = _config(model, list(updates), ranks, trained)
+    base = fingerprint(model, entry.trained)
+    lineage = lineage or lineage_of(entry.structure)
+    write_lora(folder, name, updates, config, whole, base, lineage, errors[worst])
     dropped = () if allow_full else entry.trained
-    notes = _notes(chosen, trained, dropped)
+    notes = _notes(chosen, trained, dropped, per_module_rank)
     return Exported(Path(folder), chosen, errors, trained, dropped, notes)
 
 
@@ -167,50 +168,18 @@ def _enough(errors: list[float], max_error: float) -> int:
     return max(1, next(rank for rank, error in enumerate(errors) if error <= max_error))
 
 
-def _tensors(
-    entry: Entry, updates: Mapping[str, LowRank], rank: int, trained: tuple[str, ...]
-) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, update in updates.items():
-        small = update.squeeze(rank) if update.rank > rank else update
-        empty = rank - small.rank
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = F.pad(small.A.float(), (0, 0, 0, empty))
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = F.pad(small.B.float(), (0, empty))
-    for name in trained:
-        for key, value in entry.copies[name].state_dict().items():
-            full = value.float() if value.is_floating_point() else value
-            tensors[f"{PREFIX}{name}.{key}"] = full
-    return tensors
-
-
 def _config(
-    model: nn.Module, sites: list[str], rank: int, trained: tuple[str, ...]
+    model: nn.Module, sites: list[str], ranks: Mapping[str, int], trained: tuple[str, ...]
 ) -> dict[str, Any]:
     known = modules(model)
-    source = getattr(getattr(model, "config", None), "name_or_path", "") or ""
-    transposed = any(plain_class(known[s]).__name__ == "Conv1D" for s in sites)
-    return {
-        "alpha_pattern": {},
-        "auto_mapping": None,
-        "base_model_name_or_path": str(source),
-        "bias": "none",
-        "fan_in_fan_out": transposed,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "modules_to_save": [_module_name(n, trained, list(known)) for n in trained] or None,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": {},
-        "revision": None,
-        "target_modules": _target_modules(sites, list(known), trained),
-        "task_type": _task(model, list(known), trained),
-        "use_dora": False,
-        "use_rslora": False,
-    }
+    return lora_config(
+        ranks,
+        _target_modules(sites, list(known), trained),
+        [_module_name(n, trained, list(known)) for n in trained],
+        str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
+        _task(model, list(known), trained),
+        any(plain_class(known[s]).__name__ == "Conv1D" for s in sites),
+    )
 
 
 def _target_modules(sites: list[str], known: list[str], trained: tuple[str, ...]) -> Any:
@@ -243,8 +212,12 @@ def _inside(name: str, trained: tuple[str, ...]) -> bool:
     return any(name == t or name.startswith(t + ".") for t in trained)
 
 
-def _notes(rank: int, trained: tuple[str, ...], dropped: tuple[str, ...]) -> tuple[str, ...]:
+def _notes(
+    rank: int, trained: tuple[str, ...], dropped: tuple[str, ...], patterns: bool
+) -> tuple[str, ...]:
     notes = []
+    if patterns:
+        notes.append("every layer has its own rank, which PEFT reads and most servers pass over")
     if rank > SERVED_RANK:
         notes.append(
             f"rank {rank}: vLLM serves at most {SERVED_RANK} unless max_lora_rank is raised"

@@ -12,9 +12,8 @@ from torch import Size, Tensor, nn
 from finespun.errors import FileError, nearest
 from finespun.files.fingerprint import check_base
 from finespun.files.native import Saved, plan_as_json
-from finespun.hosts import Entry, modules, register, tensors_of
+from finespun.hosts import Entry, modules, register, sites, tensors_of
 from finespun.hosts.attach import check_trained
-from finespun.hosts.kinds import site
 from finespun.hosts.targets import OWN
 from finespun.structures import Bank
 
@@ -86,7 +85,7 @@ def _forms(model: nn.Module, entry: Entry) -> Forms:
 
 def _work_out(model: nn.Module, entry: Entry) -> Forms:
     structure, plan, present = entry.structure, entry.plan, modules(model)
-    hosts = {s.name: site(model, s.name, structure) for s in plan.sites}
+    hosts = sites(model, (s.name for s in plan.sites), structure)
     plan.fit(h.shape for h in hosts.values())
     check_trained(model, list(hosts), entry.trained)
     parts: dict[str, Mapping[str, Tensor]] = {}

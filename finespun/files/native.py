@@ -57,17 +57,26 @@ def save(
     cannot be written.
     """
     entry = board_of(model)[name]
+    checked_tensors(entry)
+    base = fingerprint(model, entry.trained)
+    return write(entry, base, lineage or lineage_of(entry.structure), folder)
+
+
+def write(
+    entry: Entry, base: Fingerprint | None, lineage: Lineage, folder: str | Path
+) -> dict[str, Any]:
+    """`save` for an adapter that is on no model; `base` is None where nobody knows it."""
     tensors = checked_tensors(entry)
     content: dict[str, Any] = {
         "format": FORMAT,
-        "name": name,
+        "name": entry.name,
         "structure": {"kind": entry.structure.kind, "options": entry.structure.options()},
         "plan": plan_as_json(entry.plan),
         "trained": list(entry.trained),
         "strength": entry.scale,
         "dtypes": Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values()),
-        "base": fingerprint(model, entry.trained).as_json(),
-        "lineage": (lineage or lineage_of(entry.structure)).as_json(),
+        "base": None if base is None else base.as_json(),
+        "lineage": lineage.as_json(),
     }
     with whole_folder(folder, sum(t.nbytes for t in tensors.values()) + (1 << 20)) as work:
         content["sha256"] = write_tensors(work / TENSORS, tensors, {"format": "finespun"})
@@ -103,7 +112,9 @@ def read(folder: str | Path, strict: bool = True) -> Saved:
         )
         if not entry.plan.sites and not entry.trained:
             raise FileError("neither a site nor a trained module is named")
-    base = Fingerprint.from_json(_object(content["base"], "base"), str(path))
+    base = None
+    if content["base"] is not None:
+        base = Fingerprint.from_json(_object(content["base"], "base"), str(path))
     lineage = Lineage.from_json(_object(content["lineage"], "lineage"), str(path))
     return Saved(entry, base, lineage, held.sha256, tuple(notes))
 

@@ -248,8 +248,9 @@ def _beside(
         notes.append(f"{path} was written with other tensors than {TENSORS}: passed over")
         return None, None, None
     with blame(path):
+        base = content["base"]
         return (
             str(content["name"]),
-            Fingerprint.from_json(content["base"], "finespun.json"),
+            None if base is None else Fingerprint.from_json(base, "finespun.json"),
             Lineage.from_json(content["lineage"], "finespun.json"),
         )

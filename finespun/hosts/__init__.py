@@ -17,6 +17,7 @@ from finespun.hosts.attach import (
 from finespun.hosts.board import Board, Entry
 from finespun.hosts.flat import FlatState
 from finespun.hosts.host import Host
+from finespun.hosts.kinds import sites
 from finespun.hosts.layer import Adapted, adapted_class, plain_class
 from finespun.hosts.linear import LinearHost
 from finespun.hosts.merging import disabled, merge, unmerge
@@ -47,6 +48,7 @@ __all__ = [
     "remove",
     "replace",
     "rows",
+    "sites",
     "tensors_of",
     "unmerge",
 ]

@@ -14,7 +14,7 @@ from finespun.hosts.copies import CopyHost
 from finespun.hosts.flat import FlatState
 from finespun.hosts.forming import Former
 from finespun.hosts.host import Host
-from finespun.hosts.kinds import site
+from finespun.hosts.kinds import sites
 from finespun.hosts.mirror import TIE, Mirror, ties
 from finespun.hosts.seat import all_hosts, bare, children, front, seat, unseat
 from finespun.hosts.targets import modules
@@ -46,9 +46,9 @@ def new_entry(
     tie: bool = False,
 ) -> Entry:
     """Plan, build and attach a new adapter; on any error the model is left as it was."""
-    sites = [site(model, target, structure) for target in targets]
+    found = list(sites(model, targets, structure).values())
     check_trained(model, targets, trained)
-    plan = structure.plan(sites, scores)
+    plan = structure.plan(found, scores)
     if tie:
         plan = dataclasses.replace(plan, shared={**plan.shared, TIE: ties(model, list(targets))})
     entry = Entry(name, structure, plan, tuple(trained))
@@ -99,7 +99,7 @@ def materialise(model: nn.Module, entry: Entry) -> None:
         return
     board, structure = board_of(model), entry.structure
     state = {} if entry.flat is None else entry.flat.tensors()
-    hosts = {s.name: site(model, s.name, structure) for s in entry.plan.sites}
+    hosts = sites(model, (s.name for s in entry.plan.sites), structure)
     entry.plan.fit(h.shape for h in hosts.values())
     check_trained(model, list(hosts), entry.trained)
     entry.bank = structure.bank(entry.plan)
@@ -119,7 +119,7 @@ def materialise(model: nn.Module, entry: Entry) -> None:
         seat(host, entry.name, delta)
         entry.deltas[name] = delta
     for other, name in entry.plan.shared.get(TIE, {}).items():
-        host = site(model, other, structure)
+        host = sites(model, [other], structure)[other]
         mirror = Mirror(host, hosts[name], entry.name).train(host.layer.training)
         mirror.__dict__["owner"], host.board = entry.name, board
         seat(host, entry.name, mirror)

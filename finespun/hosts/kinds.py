@@ -1,5 +1,7 @@
 """Which host speaks for which kind of module."""
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from finespun.errors import TargetError, nearest
@@ -19,14 +21,20 @@ from finespun.structures import Structure
 KINDS = "nn.Linear, Conv1d to Conv3d, Embedding, transformers' Conv1D and quantised linears"
 
 
-def site(model: nn.Module, target: str, structure: Structure) -> Host:
-    """The host of a module or, as NAME:PART, of a slice of a fused one; made but not yet attached
-    unless the module is adapted already.
+def sites(model: nn.Module, targets: Iterable[str], structure: Structure) -> dict[str, Host]:
+    """The hosts of modules and, as NAME:PART, of slices of fused ones, by target; made but not yet
+    attached unless the module is adapted already.
 
     Raises TargetError for modules that cannot carry a delta, or would carry it in vain.
     """
-    name, _, part = target.partition(":")
     known, board = modules(model), model.__dict__.get("_finespun_board") or Board()
+    return {t: _site(model, known, board, t, structure) for t in targets}
+
+
+def _site(
+    model: nn.Module, known: dict[str, nn.Module], board: Board, target: str, structure: Structure
+) -> Host:
+    name, _, part = target.partition(":")
     if name not in known:
         raise TargetError(f"no module is called {name!r}; {nearest(name, known)}")
     module = known[name]
