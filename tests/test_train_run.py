@@ -217,6 +217,19 @@ def test_resuming_another_recipe_names_the_key(recipe: Recipe) -> None:
     assert "is 0.5 now" in str(caught.value)
 
 
+def test_resuming_on_other_rows_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    shutil.copy(str(recipe.data.file), table)
+    mine = recipe.changed([f"data.file={table}"])
+    interrupted(mine)
+    text = table.read_text()
+    table.write_text(text.replace("dog", "cat"))
+    with pytest.raises(InputError, match="the rows to train on changed since the run"):
+        run(mine, resume=True)
+    table.write_text(text)
+    assert run(mine, resume=True).steps == 8
+
+
 def test_resuming_where_nothing_began_starts(recipe: Recipe) -> None:
     assert run(recipe, resume=True).steps == 8
 

@@ -1,5 +1,7 @@
 """One run, from recipe to result: check, load, adapt, train, measure, save."""
 
+import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +67,12 @@ class Job:
         """Metrics on the held-out rows."""
         return evaluate(self.predictions(), self.test.labels)
 
+    @property
+    def data_key(self) -> str:
+        """A hash of the rows to train on: their tokens and labels, in order."""
+        rows = [[row["input_ids"] for row in self.train.rows], self.train.labels.tolist()]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
     def loop(self, reporter: Reporter | None = None, **options: Any) -> Loop:
         """The training loop of this recipe, at its start."""
         training = self.recipe.training
@@ -105,11 +113,15 @@ def _run(recipe: Recipe, folder: Path, resume: bool, reporter: Reporter) -> Resu
         teller.tell({"event": "evaluation", "when": "before", "metrics": before})
     else:
         before = state["before"]
+        if state["data"] != job.data_key:
+            raise InputError(
+                f"the rows to train on changed since the run in {str(folder)!r} began: bring them "
+                f"back, or delete {str(folder / CHECKPOINT)!r} to start anew"
+            )
+    about = {"before": before, "threads": torch.get_num_threads(), "data": job.data_key}
 
     def save(loop_state: dict[str, Any]) -> None:
-        threads = torch.get_num_threads()
-        whole = {"before": before, "log": log.size, "threads": threads, **loop_state}
-        save_checkpoint(folder / CHECKPOINT, whole)
+        save_checkpoint(folder / CHECKPOINT, {**about, "log": log.size, **loop_state})
 
     loop = job.loop(teller, save=save)
     torch.manual_seed(recipe.training.seed)
