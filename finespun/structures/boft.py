@@ -18,6 +18,9 @@ from finespun.structures.structure import Plan, Structure, register
 class BOFT(Structure):
     """W = diag(s)·W0·Qᵀ, Q = Q_m ·· Q_1, Q_i = P_i·diag(R_i1 .. R_in)·P_iᵀ; R_ij b x b, n = in/b.
 
+    Good for: rotations that reach distant inputs, and a scale for each output.
+    Not for: fast steps, as every factor is a product of its own; LoRA servers.
+
     R_ij = (I − S)(I + S)⁻¹, S = (X − Xᵀ)/2, from X (m, n, b, b), zero at the start; s (out,) is one
     at the start: m·in·b + out numbers, of which only (b−1)/2 in b of X count. P_i sorts each run of
     2^(i−1)·b inputs by the parity of its half-blocks, so that m factors mix 2^(m−1)·b inputs, which
@@ -71,17 +74,11 @@ class BOFT(Structure):
 class BOFTDelta(Delta):
     """X (m, n, b, b) and s (out,)."""
 
-    order: Tensor
-    back: Tensor
-
     def __init__(self, site: Site, block: int, factors: int) -> None:
         super().__init__(site)
         n, device = site.shape.in_features, site.device
         self.X = nn.Parameter(torch.zeros(factors, n // block, block, block, device=device))
         self.s = nn.Parameter(torch.ones(site.shape.out_features, device=device))
-        order = torch.stack([butterfly(n, block, i) for i in range(factors)]).to(device)
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("back", order.argsort(dim=1), persistent=False)
 
     def turn(self) -> Tensor:
         """R_ij − I, (m, n, b, b)."""
@@ -89,10 +86,14 @@ class BOFTDelta(Delta):
 
     def rotate(self, x: Tensor, turns: Tensor, which: range) -> Tensor:
         """What the factors of `which`, in that order, add to x (..., in)."""
-        change = torch.zeros_like(x)
+        change, half = torch.zeros_like(x), turns.shape[-1] // 2
         for i in which:
-            turned = multiply_blocks((x + change)[..., self.back[i]], turns[i])
-            change = change + turned[..., self.order[i]]
+            now = x + change
+            if i == 0:
+                change = change + multiply_blocks(now, turns[0])
+            else:
+                turned = multiply_blocks(swap(now, 2, 1 << i, half), turns[i])
+                change = change + swap(turned, 1 << i, 2, half)
         return change
 
     def delta(self, w0: Tensor) -> Tensor:
@@ -106,9 +107,7 @@ class BOFTDelta(Delta):
         return y + ((self.s - 1) * (y if b0 is None else y - b0)).to(y.dtype)
 
 
-def butterfly(n: int, block: int, level: int) -> Tensor:
-    """The order of n inputs in which each run of 2^level blocks has its even half-blocks first."""
-    if level == 0:
-        return torch.arange(n)
-    runs = torch.arange(n).view(n // (block << level), 1 << level, 2, block // 2)
-    return runs.transpose(1, 2).flatten()
+def swap(x: Tensor, first: int, second: int, width: int) -> Tensor:
+    """x (..., n·first·second·width), read as that shape, `first` and `second` swapped: of pairs of
+    half-blocks (second = 2) all even ones come out before all odd ones."""
+    return x.unflatten(-1, (-1, first, second, width)).transpose(-3, -2).flatten(-4)

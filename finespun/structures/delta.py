@@ -29,17 +29,7 @@ Base = Callable[[Tensor], Tensor]
 
 
 class _Precise(nn.Module):
-    """Follows the model to another device or a higher precision, never to a lower one.
-
-    So do the frozen tensors in `fixed`, which are neither saved nor buffers: Opacus takes no layer
-    that has buffers.
-    """
-
-    fixed: dict[str, Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fixed = {}
+    """Follows the model to another device or a higher precision, never to a lower one."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep(tensor: Tensor) -> Tensor:
@@ -49,7 +39,6 @@ class _Precise(nn.Module):
             return tensor.to(moved.device)
 
         super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
-        self.fixed = {name: keep(tensor) for name, tensor in self.fixed.items()}
         return self
 
 
@@ -98,6 +87,23 @@ class Delta(_Precise):
         super().__init_subclass__(**kwargs)
         names = ("low_rank", "delta", "map_weight", "map_bias", "through", "forward")
         cls.written = frozenset(n for n in names if getattr(cls, n) is not getattr(Delta, n))
+
+    def hold(self, name: str, tensor: Tensor) -> None:
+        """Keep a frozen tensor that is neither saved nor a buffer (Opacus takes no layer that has
+        buffers); read it with `held`."""
+        self.__dict__.setdefault("_held", {})[name] = tensor
+
+    def held(self, name: str, like: Tensor) -> Tensor:
+        """A tensor given to `hold`, on the device and, unless it holds integers, in the dtype of
+        another; it stays so."""
+        tensor: Tensor = self.__dict__["_held"][name]
+        dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
+        if tensor.device != like.device or tensor.dtype != dtype:
+            with torch.inference_mode(False):
+                tensor = tensor.to(like.device, dtype)
+            if not like.is_meta:
+                self.__dict__["_held"][name] = tensor
+        return tensor
 
     def refer(self, site: Site, bank: Bank | None) -> None:
         """Point at the site and the bank without registering them as children."""

@@ -16,6 +16,9 @@ from finespun.structures.structure import Plan, Structure, must_divide, register
 class OFT(Structure):
     """W = W0·Rᵀ, R = diag(R_1 .. R_n), R_i = (I + S_i)(I − S_i)⁻¹ with S_i skew, b x b, n = in/b.
 
+    Good for: turning a layer's inputs while norms and angles of its rows stay.
+    Not for: LoRA servers: the update has full rank, an export is approximate.
+
     R is a rotation: norms of rows of W0 and angles between them stay. s (n, b(b−1)/2) are the
     entries of S_i above the diagonal, zero at the start: in·(b−1)/2 numbers; the update has full
     rank. `neumann` terms of the power series replace the exact inverse (the library's default is 5;
@@ -57,22 +60,23 @@ class OFT(Structure):
 class OFTDelta(Delta):
     """s (n, b(b−1)/2), row by row the entries of the S_i above the diagonal."""
 
-    place: Tensor
-    sign: Tensor
-
     def __init__(self, site: Site, block: int, neumann: int) -> None:
         super().__init__(site)
         self.block, self.neumann = block, neumann
         count = site.shape.in_features // block
         self.s = nn.Parameter(torch.zeros(count, block * (block - 1) // 2, device=site.device))
-        above = torch.ones(block, block, device=site.device).triu(1)
-        order = (above.flatten().cumsum(0).long() - 1).view(block, block).clamp_min(0)
-        self.register_buffer("place", torch.where(above > 0, order, order.T), persistent=False)
-        self.register_buffer("sign", above - above.T, persistent=False)
+
+    def skew(self) -> Tensor:
+        """S_i, (n, b, b)."""
+        n, b = len(self.s), self.block
+        rows, columns = torch.triu_indices(b, b, 1, device=self.s.device)
+        flat = torch.zeros(n, b * b, dtype=self.s.dtype, device=self.s.device)
+        above = flat.index_copy(1, rows * b + columns, self.s).view(n, b, b)
+        return above - above.mT
 
     def turn(self) -> Tensor:
         """R_i − I, (n, b, b)."""
-        return cayley(self.s[:, self.place] * self.sign, self.neumann)
+        return cayley(self.skew(), self.neumann)
 
     def delta(self, w0: Tensor) -> Tensor:
         return multiply_blocks(w0, self.turn().mT)

@@ -8,7 +8,12 @@ from peft import BOFTConfig
 import finespun as fs
 from finespun.errors import InputError, PlanError
 from finespun.structures import BOFT, SiteShape
-from finespun.structures.boft import butterfly
+from finespun.structures.boft import swap
+
+
+def butterfly(n, block, level):
+    """The order of P_i: position -> source."""
+    return swap(torch.arange(n), 1 << level, 2, block // 2) if level else torch.arange(n)
 
 
 def definition(delta):
