@@ -106,7 +106,7 @@ CASES = (
     Case("dora-through", structures.DoRA(rank=2), kind="around", constant=True),
     Case("hira-own", structures.HiRA(rank=2)),
     Case("ia3-own", structures.IA3()),
-    Case("ia3-input", structures.IA3(feedforward=("site", "up"))),
+    Case("ia3-input", structures.IA3(feedforward=("site", "up", "down"))),
     Case("oft", structures.OFT(block_size=4), kind="turned"),
     Case("oft-series", structures.OFT(block_size=2, neumann=5)),
     Case("boft", structures.BOFT(block_size=2, factors=2)),
@@ -116,6 +116,18 @@ CASES = (
     Case("lokr", structures.LoKr(rank=2)),
     Case("lokr-both", structures.LoKr(rank=2, decompose_both=True, factor=2)),
     Case("lokr-full", structures.LoKr(rank=8)),
+    Case("miss", structures.MiSS(rank=5)),
+    Case("mora", structures.MoRA(rank=2)),
+    Case("mora-sum", structures.MoRA(rank=2, sharing="sum")),
+    Case("delora", structures.DeLoRA(rank=2, alpha=3.0)),
+    Case("delora-drawn", structures.DeLoRA(rank=2, start="drawn"), exact_start=True),
+    Case("c3a", structures.C3A(block_size=4)),
+    Case("fourierft", structures.FourierFT(frequencies=40), kind="dense"),
+    Case("shira", structures.SHiRA(rank=5), kind="entries"),
+    Case("shira-structured", structures.SHiRA(rank=1, mask="structured")),
+    Case("shira-magnitude", structures.SHiRA(rank=5, mask="magnitude")),
+    Case("lor2c", structures.LoR2C(rank=2)),
+    Case("lor2c-shared", structures.LoR2C(rank=2, share=True)),
 )
 
 

@@ -1,8 +1,11 @@
 """How ΔW is written: one file a method, pure mathematics on tensors and shapes."""
 
 from finespun.structures.boft import BOFT
+from finespun.structures.c3a import C3A
+from finespun.structures.delora import DeLoRA
 from finespun.structures.delta import Bank, Bypass, Delta
 from finespun.structures.dora import DoRA
+from finespun.structures.fourierft import FourierFT
 from finespun.structures.frozen import Frozen
 from finespun.structures.gralora import GraLoRA
 from finespun.structures.groups import Group, module_group
@@ -11,12 +14,16 @@ from finespun.structures.ia3 import IA3
 from finespun.structures.krona import KronA
 from finespun.structures.loha import LoHa
 from finespun.structures.lokr import LoKr
+from finespun.structures.lor2c import LoR2C
 from finespun.structures.lora import LoRA
 from finespun.structures.lora_xs import LoRAXS
 from finespun.structures.lsr import LSR
+from finespun.structures.miss import MiSS
+from finespun.structures.mora import MoRA
 from finespun.structures.nola import NOLA
 from finespun.structures.oft import OFT
 from finespun.structures.s2_lora import S2LoRA
+from finespun.structures.shira import SHiRA
 from finespun.structures.site import Site, SiteShape, TensorSite
 from finespun.structures.structure import (
     STRUCTURES,
@@ -33,6 +40,7 @@ from finespun.structures.vera import VeRA
 
 __all__ = [
     "BOFT",
+    "C3A",
     "IA3",
     "LSR",
     "NOLA",
@@ -40,8 +48,10 @@ __all__ = [
     "STRUCTURES",
     "Bank",
     "Bypass",
+    "DeLoRA",
     "Delta",
     "DoRA",
+    "FourierFT",
     "Frozen",
     "GraLoRA",
     "Group",
@@ -49,11 +59,15 @@ __all__ = [
     "KronA",
     "LoHa",
     "LoKr",
+    "LoR2C",
     "LoRA",
     "LoRAXS",
+    "MiSS",
+    "MoRA",
     "Plan",
     "Ranked",
     "S2LoRA",
+    "SHiRA",
     "Site",
     "SiteShape",
     "Structure",

@@ -1,0 +1,186 @@
+"""SHiRA against its definition, PEFT, and the facts of arXiv 2406.13175."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peers import adapted, built, fingerprint, moved, outputs_agree, peft, rank, site, update
+from peft import ShiraConfig
+
+from finespun.errors import InputError, PlanError
+from finespun.structures import SHiRA, SiteShape
+
+MASKS = ("random", "structured", "magnitude", "given")
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (30, 30)])
+def test_only_the_chosen_entries_move(mask, shape):
+    (delta,) = moved(SHiRA(rank=2, mask=mask), site(*shape))
+    W = update(delta)
+    assert torch.equal(W.flatten().nonzero()[:, 0], delta.index)
+    torch.testing.assert_close(W.flatten()[delta.index], delta.v.detach())
+    for rows in (1, 2, 50):
+        x = torch.randn(rows, shape[1]).double()
+        torch.testing.assert_close(delta(x), x @ W.T)
+
+
+def test_the_gradient_is_the_dense_one_at_the_entries():
+    where = site(30, 20)
+    (delta,) = moved(SHiRA(rank=2), where)
+    for rows in (1, 50):
+        x, G = torch.randn(rows, 20).double(), torch.randn(rows, 30).double()
+        (grad,) = torch.autograd.grad((delta(x) * G).sum(), delta.v)
+        torch.testing.assert_close(grad, (G.T @ x).flatten()[delta.index])
+
+
+def test_training_values_is_training_masked_weights():
+    where = site(12, 10)
+    (delta,), _, _ = built(SHiRA(rank=2), where)
+    delta.double()
+    W = where.value.clone().requires_grad_()
+    mask = torch.zeros(120, dtype=torch.float64)
+    mask[delta.index] = 1
+    x, y = torch.randn(64, 10).double(), torch.randn(64, 12).double()
+    ours, theirs = torch.optim.SGD([delta.v], lr=0.1), torch.optim.SGD([W], lr=0.1)
+    for _ in range(20):
+        for optimizer, weight in ((ours, delta.map_weight(where.value)), (theirs, W)):
+            optimizer.zero_grad()
+            (x @ weight.T - y).square().mean().backward()
+            if weight is W:
+                W.grad *= mask.view(12, 10)
+            optimizer.step()
+    torch.testing.assert_close(delta.map_weight(where.value), W)
+    assert torch.equal(W[mask.view(12, 10) == 0], where.value[mask.view(12, 10) == 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hundred_switches_leave_no_trace(dtype):
+    (one, two), _, _ = built(SHiRA(rank=3), site(40, 30, "a"), site(40, 30, "b"))
+    W = torch.randn(40, 30).to(dtype)
+    original = W.clone()
+    for step in range(100):
+        for delta in (one, two):
+            delta.v.data.normal_()
+        first = one.switch_on(W, strength=0.1 * step)
+        if step == 10:
+            wanted = original.float() + one.delta(W)
+            torch.testing.assert_close(W, wanted.to(dtype))
+        second = two.switch_on(W)
+        two.switch_back(W, second)
+        one.switch_back(W, first)
+    assert torch.equal(W, original)
+    with pytest.raises(InputError, match=r"\(30, 40\).*contiguous"):
+        one.switch_on(W.T)
+
+
+def test_a_lora_of_that_budget_has_rank_one_but_this_nearly_all():
+    for n, least in ((64, 0.7), (128, 0.75), (256, 0.75)):
+        (delta,) = moved(SHiRA(rank=1), site(n, n))
+        assert rank(delta) >= least * n
+    (delta,) = moved(SHiRA(rank=2), site(128, 128))
+    assert rank(delta) >= 0.95 * 128
+    (delta,) = moved(SHiRA(rank=1, mask="structured"), site(64, 48))
+    assert rank(delta) == 48
+
+
+def test_magnitude_takes_the_largest_and_skips_what_others_took():
+    where = site(30, 20)
+    order = where.value.abs().flatten().argsort(descending=True)
+    for skip in (0, 1, 3):
+        (delta,), _, _ = built(SHiRA(rank=2, mask="magnitude", skip=skip), where)
+        assert set(delta.index.tolist()) == set(order[100 * skip : 100 * (skip + 1)].tolist())
+
+
+def test_given_scores_choose_the_entries():
+    where = site(30, 20)
+    x, y = torch.randn(50, 20).double(), torch.randn(50, 30).double()
+    W = where.value.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((x @ W.T - y).square().sum(), W)
+    (delta,), _, _ = built(SHiRA(rank=2, mask="given"), where)
+    delta.v.data.fill_(1.0)
+    snip = where.value * gradient
+    delta.select(snip)
+    assert set(delta.index.tolist()) == set(snip.abs().flatten().topk(100).indices.tolist())
+    assert delta.v.detach().norm() == 0
+    with pytest.raises(InputError, match=r"'site' are \(20, 30\), expected \(30, 20\)"):
+        delta.select(snip.T)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_what_a_seed_cannot_draw_again_is_saved(mask):
+    form = SHiRA(rank=2, mask=mask)
+    (delta,) = moved(form, site(30, 20))
+    assert ("entries" in delta.state_dict()) == (mask in ("magnitude", "given"))
+    assert delta.per_sample == (mask in ("random", "structured"))
+    (again,), _, _ = built(form, site(30, 20, seed=99))
+    again.double().load_state_dict(delta.state_dict())
+    assert torch.equal(update(again), update(delta))
+
+
+def test_masks_differ_between_sites_and_seeds_and_never_between_runs():
+    """PEFT seeds every layer alike, and "unseeded" masks are the same in every run."""
+    one, two = built(SHiRA(rank=2), site(30, 20, "a"), site(30, 20, "b"))[0]
+    (three,), _, _ = built(SHiRA(rank=2, seed=1), site(30, 20, "a"))
+    assert not torch.equal(one.index, two.index)
+    assert not torch.equal(one.index, three.index)
+    assert fingerprint(one.index) == "df87fb3e106c520b"
+
+
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_counts_of_the_structured_mask(out, inner, r):
+    form, where = SHiRA(rank=r, mask="structured"), site(out, inner)
+    if r * (out + inner) > out * inner:
+        return
+    (delta,), _, _ = built(form, where)
+    count = len(delta.index)
+    assert count == form.numbers(where.shape) <= r * (out + inner)
+    mask = torch.zeros(out * inner, dtype=torch.bool)
+    mask[delta.index] = True
+    mask = mask.view(out, inner)
+    assert mask.diagonal().all()
+    lines = mask.all(1 if out <= inner else 0).sum()
+    assert count == lines * (max(out, inner) - 1) + min(out, inner)
+
+
+def test_sparse_adapters_hardly_overlap_and_loras_wholly():
+    """AWOR = 1 − ‖S1ᵀ S2‖₀ / in² of the paper, at n = 512."""
+
+    def apart(one, two):
+        return 1 - float((one.T @ two).ne(0).double().mean())
+
+    sites = site(512, 512, "a"), site(512, 512, "b")
+    structured = [update(d) for d in moved(SHiRA(rank=5, mask="structured"), *sites)]
+    random = [update(d) for d in moved(SHiRA(rank=2), *sites)]
+    assert apart(*structured) >= 0.9
+    assert apart(*random) >= 0.9
+
+
+def test_outputs_are_pefts():
+    layer = peft(ShiraConfig(r=2), (24, 16), bias=True).fc0
+    ours, delta = adapted(SHiRA(rank=2, mask="given"), layer)
+    rows, columns = layer.shira_indices["default"].long()
+    order = (rows * 16 + columns).argsort()
+    delta.entries.copy_((rows * 16 + columns)[order])
+    delta.v.data.copy_(layer.shira_weight["default"][order])
+    assert outputs_agree(ours, layer) <= 1e-5
+
+
+def test_counts():
+    form = SHiRA(rank=32)
+    shapes = SiteShape("q", 3072, 3072), SiteShape("v", 1024, 3072)
+    assert 28 * sum(form.numbers(s) for s in shapes) == 9_175_040
+    assert form.flops(shapes[0], 1) == 2 * 32 * 6144
+    assert form.flops(shapes[0], 512) == 2 * 512 * 3072**2
+
+
+def test_what_cannot_be_is_named():
+    with pytest.raises(PlanError, match=r"rank=32.*704 of the 120.*'site' \(12x10\).*rank=5"):
+        SHiRA().plan([site(12, 10)])
+    with pytest.raises(PlanError, match=r"at most rank=2"):
+        SHiRA(rank=3, mask="magnitude", skip=1).plan([site(12, 10)])
+    with pytest.raises(InputError, match=r"'grad'.*given"):
+        SHiRA(mask="grad")
+    with pytest.raises(InputError, match=r"skip=1.*magnitude"):
+        SHiRA(skip=1)
