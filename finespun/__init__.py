@@ -1,6 +1,7 @@
 """Finespun: adapt pretrained models with very few trained numbers."""
 
 from finespun.adapter import Adapter, adapt, load
+from finespun.convert import convert
 from finespun.errors import FinespunError
 from finespun.hosts import activate, disabled, evict, rows
 from finespun.structures import LSR, STRUCTURES, LoRA, Structure, structure
@@ -15,6 +16,7 @@ __all__ = [
     "Structure",
     "activate",
     "adapt",
+    "convert",
     "disabled",
     "evict",
     "load",

@@ -78,8 +78,8 @@ def export(
     `max_error`, or 16. Trained modules (a head) are written in full, because without them the
     adapter computes something else; `allow_full=False` leaves them out for servers that refuse
     them. `per_module_rank` gives every layer its own rank (the least that keeps `max_error`, where
-    that is given): fewer numbers, for PEFT alone. Raises InputError where the error would exceed `max_error` or a site is no linear layer,
-    FileError where the folder cannot be written.
+    that is given): fewer numbers, for PEFT alone. Raises InputError where the error would exceed
+    `max_error` or a site is no linear layer, FileError where the folder cannot be written.
     """
     if rank is not None and rank < 1:
         raise InputError(f"rank={rank} must be at least 1; try {SERVED_RANK}")

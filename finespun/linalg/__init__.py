@@ -12,7 +12,7 @@ from .kronecker import (
 )
 from .lowrank import SVD, LowRank
 from .rsvd import randomized_svd, randomized_svd_of
-from .separable import Separable, nearest_separable
+from .separable import Separable, nearest_separable, predicted_error
 
 __all__ = [
     "SVD",
@@ -25,6 +25,7 @@ __all__ = [
     "condition",
     "nearest_kronecker_sum",
     "nearest_separable",
+    "predicted_error",
     "randomized_svd",
     "randomized_svd_of",
     "rebalance",

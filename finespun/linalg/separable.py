@@ -46,6 +46,32 @@ def nearest_separable(
     return _refine(target, A, B, refine)
 
 
+def predicted_error(
+    target: LowRank,
+    ranks: Sequence[int],
+    down: Sequence[int],
+    up: Sequence[int],
+    terms: Sequence[int],
+) -> float:
+    """What relative error to expect of `nearest_separable` without refinement:
+    sqrt(1 − (1 − e_r²)(1 − e_A²)(1 − e_B²)), with e_r of cutting the rank, and e_A, e_B of the
+    Kronecker sums alone. It holds where these two spread evenly over the ranks."""
+    rank = min(math.prod(ranks), target.rank)
+    best = target.squeeze(rank)
+    kept = 1 - target.error(rank) ** 2
+    for matrix, count, rows, columns in (
+        (best.A, terms[0], ranks, down),
+        (best.B, terms[1], up, ranks),
+    ):
+        matrix = matrix.double()
+        P, Q = _fit(matrix, count, rows, columns)
+        fitted = kron_sum(P, Q)[: matrix.shape[0], : matrix.shape[1]]
+        size = torch.linalg.vector_norm(matrix)
+        lost = torch.linalg.vector_norm(matrix - fitted) / size if size else size
+        kept *= 1 - float(lost) ** 2
+    return math.sqrt(max(0.0, 1 - kept))
+
+
 def _fit(matrix: Tensor, terms: int, rows: Sequence[int], columns: Sequence[int]) -> Pair:
     padded = matrix.new_zeros(math.prod(rows), math.prod(columns))
     padded[: matrix.shape[0], : matrix.shape[1]] = matrix

@@ -1,0 +1,194 @@
+"""Updates of an adapter that lies in files, one layer at a time and without a model."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from finespun.errors import FileError, InputError, nearest
+from finespun.files import Saved
+from finespun.files.safe import read_json
+from finespun.hosts import tensors_of
+from finespun.linalg import LowRank
+from finespun.structures import Bank, Delta, SiteShape
+
+# transformers' families whose Conv1D layers store (in, out)
+TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
+INDEX = "model.safetensors.index.json"
+
+
+class StoredWeights:
+    """The weights in a transformers folder, read one tensor at a time; all else stays on the disk.
+
+    Raises FileError where the folder has no safetensors.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self.files: dict[str, Path] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    self.files.update(dict.fromkeys(file.keys(), path))
+            except (SafetensorError, OSError) as error:
+                raise FileError(f"{path} cannot be read: {error}") from error
+        if not self.files:
+            raise FileError(f"{self.folder} holds no weights in .safetensors files")
+        config = self.folder / "config.json"
+        kind = read_json(config).get("model_type") if config.is_file() else None
+        self.transposed = kind in TRANSPOSED
+
+    def read(self, shape: SiteShape, leaf: str = "weight") -> Tensor:
+        """W0 of a site, (out, in), or its bias (out,), in the precision of the file.
+
+        The site's name may carry prefixes that the file lacks, or the other way round. Raises
+        FileError where no tensor of that name and shape is there.
+        """
+        key = self._key(f"{shape.name}.{leaf}")
+        with safe_open(self.files[key], "pt") as file:
+            value: Tensor = file.get_tensor(key)
+        if leaf == "bias":
+            return value
+        wanted = shape.out_features, shape.in_features
+        turned = tuple(value.shape) == wanted[::-1]
+        if turned and (self.transposed or shape.kind == "embedding"):
+            value = value.mT
+        if value.shape[0] != wanted[0] or value.numel() != wanted[0] * wanted[1]:
+            raise FileError(
+                f"{self.folder}: {key!r} is {tuple(value.shape)}, the adapter has it as {wanted}"
+            )
+        return value.reshape(wanted)
+
+    def has(self, shape: SiteShape, leaf: str) -> bool:
+        """Whether the folder has this tensor."""
+        return self._find(f"{shape.name}.{leaf}") is not None
+
+    def _key(self, name: str) -> str:
+        found = self._find(name)
+        if found is None:
+            raise FileError(f"{self.folder} has no tensor {name!r}; {nearest(name, self.files)}")
+        return found
+
+    def _find(self, name: str) -> str | None:
+        parts = name.split(".")
+        for begin in range(len(parts) - 1):
+            shorter = ".".join(parts[begin:])
+            if shorter in self.files:
+                return shorter
+        longer = [key for key in self.files if key.endswith("." + name)]
+        return longer[0] if len(longer) == 1 else None
+
+
+@dataclass(frozen=True)
+class StoredSite:
+    """A site of an adapter in files: its shape, and its weight where the base is at hand."""
+
+    shape: SiteShape
+    base: StoredWeights | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def weight(self) -> Tensor:
+        """W0 (out, in). Raises InputError where no base was named, FileError where it does not
+        have this weight."""
+        return self._base().read(self.shape).to(self.dtype)
+
+    def bias(self) -> Tensor | None:
+        """b0 (out,), or None where the layer has none."""
+        base = self._base()
+        return base.read(self.shape, "bias") if base.has(self.shape, "bias") else None
+
+    def _base(self) -> StoredWeights:
+        if self.base is None:
+            raise InputError(
+                f"the update of {self.shape.name!r} depends on the base weight: name the folder "
+                "of the base model (model=..., on the command line --model)"
+            )
+        if ":" in self.shape.name:
+            raise InputError(
+                f"{self.shape.name!r} is a slice of a weight, which files alone do not tell apart; "
+                "load the adapter on its model and export it from there"
+            )
+        return self.base
+
+
+def deltas_of(saved: Saved, base: StoredWeights | None = None) -> Iterator[tuple[SiteShape, Delta]]:
+    """Every site's shape and delta with its saved numbers, built when asked for.
+
+    Raises FileError naming what the tensors lack, InputError where an update needs the base.
+    """
+    entry, tensors = saved.entry, tensors_of(saved.entry)
+    starts = {key.partition("/start.")[0] for key in tensors if "/start." in key}
+    bank = entry.structure.bank(entry.plan)
+    if bank is not None:
+        if "bank" in starts:
+            bank.keep_start()
+        _fill(bank, tensors, "bank/")
+    for shape in entry.plan.sites:
+        delta = entry.structure.build(StoredSite(shape, base), entry.plan, bank)
+        if starts & {"bank", f"delta/{shape.name}"}:
+            delta.keep_start()
+        _fill(delta, tensors, f"delta/{shape.name}/")
+        yield shape, delta.requires_grad_(False)
+
+
+def check_keys(saved: Saved) -> None:
+    """Raise FileError for a tensor that belongs to no site, bank or trained module."""
+    entry = saved.entry
+    owners = ["bank/", *(f"trained/{name}/" for name in entry.trained)]
+    owners += [f"delta/{site.name}/" for site in entry.plan.sites]
+    for key in tensors_of(entry):
+        if not key.startswith(tuple(owners)):
+            raise FileError(f"{key!r} belongs to nothing that the plan names")
+
+
+@torch.no_grad()
+def update_of(
+    delta: Delta, strength: float = 1.0, rank: int | None = None, energy: float | None = None
+) -> LowRank:
+    """ΔW of one site, strength included. Raises InputError where there is more to it than ΔW: a
+    moved bias, or a bypass around a block."""
+    name = delta.site.shape.name
+    if not delta.mergeable:
+        raise InputError(f"{name!r} is adapted around a block, not in a weight: nothing to convert")
+    moved = delta.bias_change() if "map_bias" in delta.written else None
+    if moved is not None and bool(moved.any()):
+        raise InputError(f"the adapter moves the bias of {name!r}, which the result cannot say")
+    return delta.as_low_rank(rank, energy) * strength
+
+
+def numbers_of(saved: Saved) -> int:
+    """Numbers stored for the updates: frozen starts, gates and masks are not counted."""
+    extra = ("start.", "gate", "alive_")
+    return sum(
+        tensor.numel()
+        for key, tensor in tensors_of(saved.entry).items()
+        if not key.startswith("trained/") and not key.rpartition("/")[2].startswith(extra)
+    )
+
+
+def source_name(folder: Path) -> tuple[str, str | None]:
+    """Base model's name and task that a PEFT config in the folder tells, else ("", None)."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return "", None
+    told = read_json(path)
+    return str(told.get("base_model_name_or_path") or ""), told.get("task_type")
+
+
+def _fill(module: Bank | Delta, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    try:
+        module.load_state_dict(own)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise FileError(f"{prefix.rstrip('/')}: {reason}") from error

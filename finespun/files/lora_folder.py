@@ -1,0 +1,85 @@
+"""The two files of a LoRA in PEFT's format, and our side file beside them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from finespun.files.atomic import whole_folder
+from finespun.files.fingerprint import Fingerprint
+from finespun.files.lineage import Lineage
+from finespun.files.peft import CONFIG, PREFIX, SIDE, TENSORS
+from finespun.files.safe import write_json, write_tensors
+from finespun.linalg import LowRank
+
+
+def lora_config(
+    ranks: Mapping[str, int],
+    targets: Sequence[str] | str,
+    trained: Sequence[str] = (),
+    source: str = "",
+    task: str | None = None,
+    transposed: bool = False,
+) -> dict[str, Any]:
+    """The content of adapter_config.json for sites of these ranks, with every scale 1.
+
+    Sites whose rank is below the largest are listed in rank_pattern and alpha_pattern, by whole
+    names. `transposed`: the layers store (in, out), as transformers' Conv1D.
+    """
+    most = max(ranks.values())
+    patterns = {f"^{re.escape(n)}": r for n, r in ranks.items() if r != most}
+    return {
+        "alpha_pattern": patterns,
+        "auto_mapping": None,
+        "base_model_name_or_path": source,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": most,
+        "lora_dropout": 0.0,
+        "modules_to_save": list(trained) or None,
+        "peft_type": "LORA",
+        "r": most,
+        "rank_pattern": patterns,
+        "revision": None,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "task_type": task,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def write_lora(
+    folder: str | Path,
+    name: str,
+    updates: Mapping[str, LowRank],
+    config: Mapping[str, Any],
+    trained: Mapping[str, Tensor],
+    base: Fingerprint | None,
+    lineage: Lineage,
+    error: float,
+) -> None:
+    """Write ΔW of every site at the rank that `config` gives it, zeros filling up, and the tensors
+    `trained` by their names in the model. Raises FileError where the folder cannot be written."""
+    own = {key.removeprefix("^"): rank for key, rank in config["rank_pattern"].items()}
+    tensors: dict[str, Tensor] = {}
+    for site, update in updates.items():
+        rank = own.get(re.escape(site), config["r"])
+        small = update.squeeze(rank) if update.rank > rank else update
+        empty = rank - small.rank
+        tensors[f"{PREFIX}{site}.lora_A.weight"] = F.pad(small.A.float(), (0, 0, 0, empty))
+        tensors[f"{PREFIX}{site}.lora_B.weight"] = F.pad(small.B.float(), (0, empty))
+    for key, value in trained.items():
+        tensors[f"{PREFIX}{key}"] = value.float() if value.is_floating_point() else value
+    with whole_folder(folder, sum(t.nbytes for t in tensors.values()) + (1 << 20)) as work:
+        digest = write_tensors(work / TENSORS, tensors, {"format": "pt"})
+        write_json(work / CONFIG, config)
+        side = {"format": 1, "name": name, "sha256": digest, "relative_error": error}
+        side["base"] = None if base is None else base.as_json()
+        write_json(work / SIDE, {**side, "lineage": lineage.as_json()})
