@@ -1,4 +1,4 @@
-"""TRL's trainers on an adapted model: supervised and preference tuning, and what DPO compares to."""
+"""TRL's trainers on an adapted model: supervised and preference tuning, and DPO's reference."""
 
 import copy
 
@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import finespun as fs
+from finespun.driver import Driver
+from finespun.errors import TrainingError
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(36))]
 
@@ -180,3 +182,19 @@ def test_dpo_with_log_probabilities_taken_before_training(tmp_path):
     assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-3)
     assert (log_probabilities(model.eval(), batch) - wanted).abs().min() > 1e-3
     assert adapter.entry.live
+
+
+def test_a_head_that_trl_reads_past_is_named_by_the_driver(tmp_path):
+    model = built("llama")
+    adapter = fs.adapt(model, fs.LSR(rank=4, separation_rank=3), ["q_proj", "lm_head"])
+    optimizer = torch.optim.AdamW(adapter.parameters(), 1e-3)
+    Driver(model, "default", optimizer, max_grad_norm=0.0)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**options(tmp_path, max_length=16)),
+        train_dataset=Dataset.from_list([{"input_ids": [4, 5, 6, 7]}] * 2),
+        processing_class=tokenizer(),
+        optimizers=(optimizer, None),
+    )
+    with pytest.raises(TrainingError, match=r"1 of 4 layers never ran.*: lm_head;"):
+        trainer.train()
