@@ -9,7 +9,19 @@ from typing import Any
 import click
 import typer
 
-from finespun.cli import bench, env, evaluate, export, init, inspect, methods, predict, train
+from finespun.cli import (
+    bench,
+    env,
+    evaluate,
+    explain,
+    export,
+    init,
+    inspect,
+    methods,
+    predict,
+    schema,
+    train,
+)
 from finespun.errors import FinespunError
 
 INTERRUPTED, FILES, OTHER = 130, 3, 1
@@ -30,7 +42,7 @@ app = typer.Typer(
 )
 
 # One module a command, in the order that help shows them; each has `command` and `EXAMPLE`.
-COMMANDS = (train, bench, init, evaluate, predict, inspect, export, methods, env)
+COMMANDS = (train, bench, init, evaluate, predict, inspect, export, methods, explain, schema, env)
 for module in COMMANDS:
     name = module.__name__.rpartition(".")[2]
     app.command(name, epilog=f"Example: {module.EXAMPLE}")(module.command)

@@ -18,6 +18,9 @@ from finespun.structures.structure import Plan, Ranked, must_divide, register
 class GraLoRA(Ranked):
     """Cell (j, n) of ΔW, output block j and input block n of k each, is c·B_jn·A_jn of rank r/k.
 
+    Good for: ranks of 32 and more: k times the rank of a LoRA of equal count.
+    Not for: small ranks, and sides that k does not divide.
+
     A (k, r, in/k): rows j·r/k.. of A[n] are A_jn; B (k, out/k, r): columns n·r/k.. of B[j] are
     B_jn. r·(in + out) numbers as in LoRA, rank up to k·r; k must divide in, out and r. Good k has
     r/k² of 4 to 8. `hybrid_rank` h adds a plain LoRA of rank h: (r + h)·(in + out) numbers.

@@ -15,6 +15,9 @@ from finespun.structures.structure import Plan, Ranked, register
 class HiRA(Ranked):
     """ΔW = W0 ∘ (c·B·A);  A (r, in), B (out, r);  r·(in + out) numbers, rank up to r·rank(W0).
 
+    Good for: an update of high rank at LoRA's count, relative to the base weight.
+    Not for: LoRA servers; sparse bases, whose zeros stay zero.
+
     c = alpha / r is 1 unless alpha is given: the paper has no such factor. The update is relative
     to W0, so good learning rates are several times LoRA's. B starts at zero, A is drawn as LoRA's.
     Source: openreview.net/forum?id=TwJrTz9cRS; with a factor c in arXiv 2601.22708.

@@ -17,6 +17,9 @@ class IA3(Structure):
     """y = g ∘ (W0 x + b0) with g (out,), or for `feedforward` layers y = W0 (g ∘ x) + b0 with
     g (in,);  out, or in, numbers; g starts at one.
 
+    Good for: the cheapest update there is: one number for each feature.
+    Not for: tasks far from the base: it rescales features and makes no new ones.
+
     The paper scales the outputs of keys and values, and the inputs of the second layer of each
     feed-forward block: name the latter in `feedforward`, as whole names or dotted suffixes.
     Source: arXiv 2205.05638.

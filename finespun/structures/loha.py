@@ -15,6 +15,9 @@ from finespun.structures.structure import Plan, Ranked, register
 class LoHa(Ranked):
     """ΔW = c·(B1·A1) ∘ (B2·A2);  A1, A2 (r, in), B1, B2 (out, r);  2·r·(in + out) numbers.
 
+    Good for: rank up to r² from two pairs of rank r.
+    Not for: fast steps: ΔW is formed whole, or multiplied at rank r².
+
     The rank is up to r², and the factors are exact: row o of B is B1[o] ⊗ B2[o], column i of A is
     A1[:, i] ⊗ A2[:, i]. They are multiplied with where r²·(in + out) < in·out, the dense form
     elsewhere. A2 starts at zero, the others uniform with variance 1/(3·columns).

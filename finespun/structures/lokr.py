@@ -22,6 +22,9 @@ class LoKr(Ranked):
     """ΔW = c·(P ⊗ Q);  P (u_out, u_in), Q = Q_b·Q_a (v_out, v_in) of rank r;  out = u_out·v_out,
     in = u_in·v_in;  u_out·u_in + r·(v_out + v_in) numbers, rank up to r·min(u_out, u_in).
 
+    Good for: much rank from few numbers, with a size to trade between them.
+    Not for: LoRA servers: its exact rank is large.
+
     `factor` is u where it divides a side, else a bound on it; -1 splits near the square root,
     smaller part first: 24·32 for 768. Q is one full matrix where r is at least half its larger
     side; with `decompose_both` P = P_b·P_a likewise. P (or P_b) starts at zero, the others uniform

@@ -20,6 +20,9 @@ from finespun.structures.structure import Plan, Ranked, register
 class LoRA(Ranked):
     """ΔW = c·B·A;  A (r, in), B (out, r);  r·(in + out) numbers.
 
+    Good for: a first try; every library and server takes it.
+    Not for: the smallest adapters: lsr, vera and unilora need fewer numbers.
+
     c = alpha / r, or alpha / √r with `rslora`. B starts at zero; A is drawn uniformly with variance
     1/(3·in) (`start="kaiming"`) or normally with standard deviation 1/r (`start="gaussian"`).
     Source: arXiv 2106.09685; rank-stabilised scale: arXiv 2312.03732.

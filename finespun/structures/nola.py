@@ -21,6 +21,9 @@ from finespun.structures.structure import Plan, Ranked, register
 class NOLA(Ranked):
     """ΔW = c·B·A,  A = A0 + Σ_i α_i Ā_i (r, in),  B = Σ_j β_j B̄_j (out, r);  k + l numbers α, β.
 
+    Good for: a count that depends neither on rank nor on the layer's size.
+    Not for: fast steps: the factors are summed from k + l random matrices in each.
+
     A0 is frozen and drawn as LoRA's A; Ā and B̄ are frozen, uniform on ±1/√k and ±1/√l; α = β = 0
     at the start, where only β has a gradient. c = alpha / r with alpha = r. `l` is k unless given;
     `share_basis` lets all factors of one shape use one basis. The basis stays in memory,

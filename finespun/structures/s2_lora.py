@@ -21,6 +21,9 @@ from finespun.structures.structure import Plan, Ranked, register
 class S2LoRA(Ranked):
     """ΔW = c·B·diag(s)·A;  s (r,) a site: r numbers, and A (r, in), B (out, r) shared.
 
+    Good for: many layers of one shape: r numbers each, and ranks that can be pruned.
+    Not for: a few layers: the shared pair is then nearly everything.
+
     `share="shape"` keeps one pair for each distinct (out, in), r·(in + out) numbers each; "slice"
     one pair of the greatest sides, of which a site takes the first rows and columns. s starts at
     zero; A has variance 1/in, B 1/r, both normal. c = alpha / r with alpha = r.

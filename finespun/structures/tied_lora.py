@@ -20,6 +20,9 @@ class TiedLoRA(Ranked):
     """ΔW = c·diag(u)·B·diag(v)·A;  u (out,) and v (r,) a site: out + r numbers, and
     A (r, in), B (out, r) once for each distinct shape: r·(in + out) numbers.
 
+    Good for: many layers of one shape: out + r numbers for each.
+    Not for: training with per-sample gradients (privacy), as A and B are shared.
+
     B starts at zero, u and v at one, A is drawn as LoRA's; c = alpha / r.
     Source: arXiv 2311.09578.
     """

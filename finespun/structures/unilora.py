@@ -21,6 +21,9 @@ from finespun.structures.structure import Plan, Ranked, register
 class UniLoRA(Ranked):
     """ΔW = c·B·A at every site, all A and B being slices of θ_D = P θ, θ (d,) trained: d numbers.
 
+    Good for: a budget for the whole model: d is any number you like.
+    Not for: a start that must be the base's, unless it is asked for exactly; per-sample gradients.
+
     D = Σ r·(in + out) over the sites, sorted by name, A before B. Row i of P holds one number,
     1/√n_j at column j = π(i), where n_j of D rows read column j; n_j is ⌊D/d⌋ or ⌈D/d⌉, hence
     PᵀP = I. π comes from the seed. `size` is d, at most D; unless given, D/20 but at least 4,096.

@@ -20,6 +20,9 @@ from finespun.structures.structure import Plan, Ranked, register
 class VeRA(Ranked):
     """ΔW = c·diag(b)·B·diag(d)·A;  b (out,) and d (r,) trained: out + r numbers.
 
+    Good for: out + r numbers a layer, with frozen factors that are never saved.
+    Not for: fast steps: frozen factors of a large rank are multiplied by in each.
+
     A (r, in) and B (out, r) are frozen, uniform on ±√(6/in) and ±√(6/r), drawn once for the widest
     layer of the model and cut to each. d starts at `d_initial`, b at zero; c is 1, or alpha / r
     where alpha is given. Source: arXiv 2310.11454.
