@@ -8,7 +8,7 @@ import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 from suite import relative
-from tiny import built, words
+from tiny import SIZE, built, hugging, words
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -19,13 +19,18 @@ LSR = fs.LSR(rank=4, separation_rank=3)
 ROWS = [{"input_ids": ids, "labels": i % 2} for i, ids in enumerate(words(16, 6))]
 
 
-def classifier(train=("classifier",)):
-    """A tiny BERT without dropout, adapted."""
-    model = built("bert")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model, fs.adapt(model, LSR, "attention", train)
+def bert():
+    """A tiny BERT without dropout, the same numbers every time."""
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return hugging("BertForSequenceClassification", "BertConfig", **SIZE, **still)().eval()
+
+
+def classifier():
+    """A tiny BERT, adapted."""
+    model = bert()
+    return model, fs.adapt(model, LSR, "attention", ("classifier",))
 
 
 def arguments(folder, **more):
@@ -116,10 +121,7 @@ def test_training_goes_on_from_a_loaded_adapter(tmp_path):
     steps(model, adapter, torch.optim.SGD(adapter.parameters(), 0.1), range(2))
     adapter.save(tmp_path / "half")
 
-    other = built("bert")
-    for module in other.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    other = bert()
     frozen = fs.load(other, tmp_path / "half")
     assert not any(p.requires_grad for p in frozen.parameters())
     frozen.detach()
