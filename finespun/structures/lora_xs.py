@@ -19,6 +19,9 @@ from finespun.structures.structure import Plan, Ranked, register
 class LoRAXS(Ranked):
     """ΔW = c·B·R·A;  R (r, r) trained, A (r, in) and B (out, r) frozen: r² numbers.
 
+    Good for: the smallest adapters: r² numbers a layer, whatever its size.
+    Not for: loading without the base's exact weights: A and B are their SVD.
+
     `start="weight"`: B = U_r, A = S_r V_rᵀ from the SVD of W0, computed when built and never saved.
     `start="gradient"`: A and B stay zero until an initializer gives them by `set_basis` (LoRA-SB);
     they are saved then. R starts at zero, or normal with deviation `noise` (1e-5 in the paper,
@@ -74,29 +77,34 @@ def main_directions(W: Tensor, rank: int) -> Factors:
 class LoRAXSDelta(Delta):
     """R (r, r); the frozen A (r, in) and B (out, r) are saved only where `kept`."""
 
-    A: Tensor
-    B: Tensor
-
     def __init__(self, site: Site, rank: int, scale: float, kept: bool) -> None:
         super().__init__(site)
-        self.scale, shape, device = scale, site.shape, site.device
+        self.scale, self.kept, shape, device = scale, kept, site.shape, site.device
         self.R = nn.Parameter(torch.zeros(rank, rank, device=device))
         for name, size in (("A", (rank, shape.in_features)), ("B", (shape.out_features, rank))):
-            self.register_buffer(name, torch.zeros(size, device=device), persistent=kept)
+            zero = torch.zeros(size, device=device)
+            (self.register_buffer if kept else self.hold)(name, zero)
+
+    def basis(self) -> Factors:
+        """The frozen A (r, in) and B (out, r)."""
+        if self.kept:
+            return self._buffers["A"], self._buffers["B"]  # type: ignore[return-value]
+        return self.held("A", self.R), self.held("B", self.R)
 
     def set_basis(self, A: Tensor, B: Tensor) -> None:
         """Freeze these directions: A (r, in), B (out, r)."""
-        self.A.copy_(A)
-        self.B.copy_(B)
+        for own, new in zip(self.basis(), (A, B)):
+            own.copy_(new)
 
     def low_rank(self) -> Factors:
-        return self.R @ self.A, self.B
+        A, B = self.basis()
+        return self.R @ A, B
 
     def forward(self, x: Tensor) -> Tensor:
         if self.adjusted:
             return super().forward(x)
-        h = F.linear(F.linear(x.to(self.A.dtype), self.A), self.R)
-        return F.linear(h, self.B) * self.scale
+        A, B = self.basis()
+        return F.linear(F.linear(F.linear(x.to(A.dtype), A), self.R), B) * self.scale
 
     def direct(self, tokens: int, formed: bool) -> bool:
         return not self.adjusted
