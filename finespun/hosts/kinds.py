@@ -48,6 +48,11 @@ def _site(
             "weight without calling the layer: an adapter there would do nothing"
         )
     if structure.site_kind == "block":
+        if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            raise TargetError(
+                f"{name!r} is a {plain_class(module).__name__}, which would run its adapters as "
+                "layers: name the blocks inside it, or wrap it in a module of its own"
+            )
         return BlockHost(module, name, board)
     host = _host(module, name, board)
     if not part:

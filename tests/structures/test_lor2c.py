@@ -8,7 +8,7 @@ from peers import built
 from torch import nn
 
 import finespun as fs
-from finespun.errors import PlanError, StateError
+from finespun.errors import PlanError, StateError, TargetError
 from finespun.structures import LoR2C, TensorSite
 
 
@@ -66,6 +66,13 @@ def test_a_shared_a_is_one_tensor_and_needs_one_width():
     assert all(d.low_rank()[0] is bank.A for d in deltas)
     with pytest.raises(PlanError, match=r"'layer.0' has 8.*'layer.1' has 12.*share=False"):
         fs.adapt(Stack(8, 12), LoR2C(rank=2, share=True), r"layer\.\d", train=())
+
+
+def test_a_container_is_no_block():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+    with pytest.raises(TargetError, match=r"'0' is a Sequential.*inside it"):
+        fs.adapt(model, LoR2C(rank=2), ["0"], train=())
+    assert type(model[0]) is nn.Sequential
 
 
 def test_the_measure_of_a_spectrum():
