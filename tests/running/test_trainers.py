@@ -17,6 +17,7 @@ from finespun.driver import Driver
 
 LSR = fs.LSR(rank=4, separation_rank=3)
 ROWS = [{"input_ids": ids, "labels": i % 2} for i, ids in enumerate(words(16, 6))]
+TEXTS = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in ROWS]
 
 
 def bert():
@@ -57,13 +58,13 @@ def numbers(adapter):
 
 
 def trained(folder, clip=None, **more):
-    """Numbers after training by Trainer; with `clip` a Driver watches, and does the clipping."""
-    torch.manual_seed(0)
-    model, adapter = classifier()
-    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.3)
+    """Numbers after training a tiny Llama by Trainer; with `clip` a Driver watches and clips."""
+    model = built("llama")
+    adapter = fs.adapt(model, LSR, "attention")
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=1.0)
     driver = None if clip is None else Driver(model, "default", optimizer, max_grad_norm=clip)
     trainer = Trainer(
-        model, arguments(folder, **more), train_dataset=ROWS, optimizers=(optimizer, None)
+        model, arguments(folder, **more), train_dataset=TEXTS, optimizers=(optimizer, None)
     )
     trainer.train()
     return numbers(adapter), driver
@@ -74,7 +75,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     small, driver = trained(
         tmp_path, 0.0, per_device_train_batch_size=2, gradient_accumulation_steps=4
     )
-    start = numbers(classifier()[1])
+    start = numbers(fs.adapt(built("llama"), LSR, "attention"))
     assert driver.step == 3
     assert driver.checked
     assert relative(small, whole) < 1e-4
