@@ -245,6 +245,20 @@ def test_gradients_that_are_not_finite_stop_the_run() -> None:
         loop.run()
 
 
+def test_numbers_that_are_not_finite_are_never_saved() -> None:
+    saved: list[int] = []
+
+    def spoil(record: Any) -> None:
+        if record["event"] == "step" and record["step"] == 2:
+            loop.adapter.parameters()[0].data.view(-1)[0] = math.inf
+
+    rows = Rows(4, 4, 4)
+    loop = make(rows, checkpoint_every=1, reporter=Events(spoil), save=steps_into(saved))
+    with pytest.raises(TrainingError, match="the largest number is inf in step 2 of 9"):
+        loop.run()
+    assert saved == [1]
+
+
 def test_a_rate_beyond_reason_ends_in_an_error_not_in_nan() -> None:
     with pytest.raises(TrainingError, match=r"try training\.rate=3e\+37"):
         make(Rows(4, 4), epochs=20, rate=1e38, warmup_share=0).run()

@@ -116,9 +116,9 @@ class Loop:
             loss.backward()
             total += loss.detach()
         value = float(total)
-        self._check(value, "loss", rate)
+        self._check(value, "loss", self.step + 1)
         self.optimizer.step()
-        self._check(self.driver.grad_norm, "gradient norm", rate)
+        self._check(self.driver.grad_norm, "gradient norm", self.step + 1)
         self.losses.append(value)
         seconds = time.perf_counter() - started
         self.seconds += seconds
@@ -134,20 +134,24 @@ class Loop:
             }
         )
 
-    def _check(self, value: float, what: str, rate: float) -> None:
+    def _check(self, value: float, what: str, step: int) -> None:
         if math.isfinite(value):
             return
+        rate = self.optimizer.param_groups[0]["lr"]
         kept = f"the checkpoint of step {self.saved} is kept" if self.saved >= 0 else ""
         raise TrainingError(
-            f"the {what} is {value} in step {self.step + 1} of {self.steps} at rate {rate:.3g}; "
+            f"the {what} is {value} in step {step} of {self.steps} at rate {rate:.3g}; "
             f"try training.rate={self.rate / 3:.1g} or a longer training.warmup_share"
             + (f" ({kept})" if kept else "")
         )
 
     def checkpoint(self) -> None:
-        """Hand the state to `save`, once for each step, and report the updates' health."""
+        """Hand the state to `save`, once for each step, and report the updates' health. Raises
+        TrainingError instead where a trained number is not finite."""
         if self.saved == self.step:
             return
+        for parameter in filter(torch.Tensor.numel, self.adapter.parameters()):
+            self._check(float(parameter.detach().abs().max()), "largest number", self.step)
         health = {name: delta.diagnostics() for name, delta in self.adapter.deltas.items()}
         self.reporter.tell(
             {
