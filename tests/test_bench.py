@@ -67,7 +67,7 @@ def test_a_bench_file_is_read_whole() -> None:
         ("recipe.training.rate=1", "recipe must not set rate; a bench has rates"),
         ("recipe.structure={kind: lora}", "recipe must not set structure; a bench has members"),
         ("members=[]", "members: is a list of members"),
-        ("members=[{structure: {kind: lra}}]", "member 1: structure: kind 'lra' .*'lora', 'lsr'"),
+        ("members=[{structure: {kind: lra}}]", "member 1: structure: kind 'lra' is not known; nearest: .*'lora'"),
         ("members=[{targets: [], structure: {kind: lora}}]", "trains the head alone, without"),
         ("members=[{numbers: [9]}]", "member 1: structure is missing; targets"),
         ("members=[{structure: {kind: lora, rnk: 3}}]", "lora has no option 'rnk'; .*'rank'"),
