@@ -43,7 +43,9 @@ NOT_RUN = {
 
 FENCE = re.compile(r"^( *)```(\S*)(.*)$")
 COMMENT = re.compile(r"<!-- (slow|figures vary|in tests: .+? => .*?|exit \d+|not run: .+?) -->")
-GENERATED = ("<!-- table of methods -->", "<!-- reference of methods -->")
+GENERATED = re.compile(
+    r"<!-- (table of methods|reference of methods|keys of a recipe|commands) -->"
+)
 TITLE = re.compile(r'title="([^"]+)"')
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 SAME = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -102,7 +104,7 @@ def parse(page: Path) -> list[Block]:
             blocks.append(block)
             adjacent = block.language in ("sh", "python") and block.output is None
             comments = []
-        elif line.strip() in GENERATED:
+        elif GENERATED.fullmatch(line.strip()):
             adjacent = False
         elif line.strip().startswith("<!--"):
             found = COMMENT.fullmatch(line.strip())

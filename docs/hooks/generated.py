@@ -1,0 +1,102 @@
+"""MkDocs hook: what the code says of itself is written into the pages that ask for it."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import typer
+from pydantic import BaseModel
+
+from finespun.cli.app import app
+from finespun.cli.methods import facts
+from finespun.recipe import Recipe
+from finespun.structures import STRUCTURES
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace every mark by what it asks for."""
+    for mark, write in WRITERS.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, write())
+    return markdown
+
+
+def methods() -> list[tuple[str, Any]]:
+    """Kind and class of every structure, LSR first."""
+    return sorted(STRUCTURES.items(), key=lambda item: (item[0] != "lsr", item[0]))
+
+
+def method_table() -> str:
+    """Name, formula, count and source of every structure."""
+    rows = ["| name | update | numbers | source |", "| --- | --- | ---: | --- |"]
+    for kind, cls in methods():
+        fact = facts(cls())
+        formula = cell(str(fact["formula"]))
+        rows.append(f"| `{kind}` | {formula} | {fact['numbers']:,} | {fact['source']} |")
+    return "\n".join(rows)
+
+
+def method_reference() -> str:
+    """The docstring and options of every structure."""
+    return "\n\n".join(f"::: {cls.__module__}.{cls.__name__}" for _, cls in methods())
+
+
+def recipe_keys() -> str:
+    """Every key of a recipe with its default and its meaning."""
+    rows = ["| key | default | what it is |", "| --- | --- | --- |"]
+    for key, default, about in keys(Recipe, ""):
+        rows.append(f"| `{key}` | {default} | {cell(about)} |")
+    return "\n".join(rows)
+
+
+def keys(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+    """Dotted key, default and description of every field that is no section itself."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if inspect.isclass(inner) and issubclass(inner, BaseModel):
+            yield from keys(inner, f"{prefix}{name}.")
+        elif field.is_required():
+            yield f"{prefix}{name}", "required", field.description or ""
+        elif name == "structure":
+            yield f"{prefix}{name}", "`{kind: lsr}`", field.description or ""
+        else:
+            shown = "null" if field.default is None else str(field.default).lower()
+            yield f"{prefix}{name}", f"`{shown}`", field.description or ""
+
+
+def commands() -> str:
+    """Help, usage, options and example of every command."""
+    group = typer.main.get_command(app)
+    context = click.Context(group, info_name="finespun")
+    parts = []
+    for name, command in group.commands.items():
+        usage = command.collect_usage_pieces(click.Context(command, parent=context))
+        example = (command.epilog or "").removeprefix("Example: ")
+        rows = [
+            f"| `{parameter.human_readable_name if argument else ', '.join(parameter.opts)}` "
+            f"| {cell(getattr(parameter, 'help', None) or '')} |"
+            for parameter in command.params
+            if (argument := isinstance(parameter, click.Argument)) or "--help" not in parameter.opts
+        ]
+        parts += [
+            f"## {name}",
+            inspect.cleandoc(command.help or ""),
+            f"```text\nfinespun {name} {' '.join(usage)}\n```",
+            "\n".join(["| argument | what it is |", "| --- | --- |", *rows]) if rows else "",
+            f"```sh\n{example}\n```",
+        ]
+    return "\n\n".join(parts)
+
+
+def cell(text: str) -> str:
+    """Text that fits one cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+WRITERS = {
+    "<!-- table of methods -->": method_table,
+    "<!-- reference of methods -->": method_reference,
+    "<!-- keys of a recipe -->": recipe_keys,
+    "<!-- commands -->": commands,
+}
