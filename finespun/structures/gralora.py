@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from finespun.errors import InputError
 from finespun.structures.delta import Bank, Delta, Factors
 from finespun.structures.site import Site, SiteShape
-from finespun.structures.structure import Plan, Ranked, must_divide, register
+from finespun.structures.structure import Plan, Ranked, must_divide, nearest_divisor, register
 
 
 @register
@@ -44,8 +44,7 @@ class GraLoRA(Ranked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.k < 1 or self.rank % self.k:
-            fits = [d for d in range(1, self.rank + 1) if self.rank % d == 0]
-            best = min(fits, key=lambda d: abs(d - self.k))
+            best = nearest_divisor(self.k, self.rank)
             raise InputError(f"k={self.k} does not divide rank={self.rank}; nearest: {best}")
         if self.hybrid_rank < 0:
             raise InputError(f"hybrid_rank={self.hybrid_rank} must not be negative; try 0")

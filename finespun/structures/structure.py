@@ -191,6 +191,11 @@ class Ranked(Structure):
         return {"rank": self.rank, "scale": self.scale}
 
 
+def nearest_divisor(value: int, n: int) -> int:
+    """The divisor of n that is nearest to `value`, the greater of two."""
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - value), -d))
+
+
 def must_divide(
     option: str, value: int, site: SiteShape, *more: int, sides: Sequence[str] = ("out", "in")
 ) -> None:
@@ -200,11 +205,9 @@ def must_divide(
     wrong = [f"{side}={sizes[side]}" for side in sides if sizes[side] % value]
     if wrong:
         common = math.gcd(*(sizes[side] for side in sides), *more)
-        fits = [d for d in range(1, common + 1) if common % d == 0]
-        best = min(fits, key=lambda d: (abs(d - value), -d))
         raise PlanError(
             f"{option}={value} does not divide {' and '.join(wrong)} of {site.name!r}; "
-            f"nearest that does: {best}"
+            f"nearest that does: {nearest_divisor(value, common)}"
         )
 
 

@@ -1,0 +1,81 @@
+"""Block-LoRA: what its layouts are, next to LoRA."""
+
+import pytest
+import torch
+from peers import built, moved, rank, site, update
+
+from finespun.errors import InputError, PlanError
+from finespun.structures import BlockLoRA, SiteShape
+
+
+@pytest.mark.parametrize(
+    ("form", "small", "operations"),
+    [
+        (BlockLoRA(rank=8, blocks=4, layout="literal"), 7_680, 6_144),
+        (BlockLoRA(rank=8, blocks=4), 3_072, 6_144),
+        (BlockLoRA(rank=2, blocks=2, layout="literal"), 2_304, 3_072),
+        (BlockLoRA(rank=8, blocks=4, layout="input"), 7_680, 15_936),
+    ],
+)
+def test_counts(form, small, operations):
+    shape = SiteShape("s", 768, 768)
+    assert form.numbers(shape) == small
+    assert form.flops(shape, 1) - form.flops(shape, 0) == operations
+    if form.layout == "literal" and form.rank == 8:
+        assert form.numbers(SiteShape("s", 4096, 4096)) == 40_960
+
+
+def test_numbers_of_clip():
+    """q, k and v of 12 layers of width 768 and 12 of width 512."""
+    widths = [SiteShape("s", d, d) for d in (768, 512)]
+
+    def total(**options):
+        return 36 * sum(BlockLoRA(rank=2, **options).numbers(s) for s in widths)
+
+    assert total(blocks=1) == 184_320
+    assert total(blocks=2, layout="literal") == 138_240
+    assert total(blocks=2) == 92_160
+
+
+def trained(form, eps):
+    torch.manual_seed(0)
+    (delta,), _, _ = built(form, site(64, 64))
+    delta.double()
+    target = torch.randn(64, 64).double()
+    optimizer = torch.optim.AdamW(delta.parameters(), lr=1e-2, eps=eps)
+    for _ in range(100):
+        x = torch.randn(16, 64).double()
+        optimizer.zero_grad()
+        (delta(x) - x @ target.T).square().mean().backward()
+        optimizer.step()
+    return delta
+
+
+def test_literal_blocks_stay_equal_and_are_the_folded_one():
+    literal = trained(BlockLoRA(rank=8, blocks=4, layout="literal"), 1e-14)
+    folded = trained(BlockLoRA(rank=8, blocks=4), 1e-14)
+    assert all(torch.equal(B, literal.B[0]) for B in literal.B)
+    torch.testing.assert_close(update(folded), update(literal), rtol=1e-9, atol=1e-10)
+    assert float((literal.B[0] - folded.B).detach().abs().max()) < 1e-10
+    assert rank(literal) == 2
+
+
+def test_the_input_layout_adds_the_pieces_of_x():
+    (delta,) = moved(BlockLoRA(rank=6, blocks=3, layout="input"), site(20, 12))
+    W, x = update(delta), torch.randn(2, 5, 12).double()
+    assert torch.equal(W[:, :4], W[:, 4:8])
+    assert torch.equal(W[:, :4], W[:, 8:])
+    torch.testing.assert_close(delta(x), x @ W.T, rtol=1e-12, atol=1e-12)
+    assert rank(delta) == 4
+
+
+def test_the_scale_is_that_of_the_code():
+    assert BlockLoRA(rank=2).scale == pytest.approx(0.7071, abs=1e-4)
+    assert BlockLoRA(rank=4, alpha=8.0).scale == 4.0
+
+
+def test_what_does_not_divide_is_named():
+    with pytest.raises(InputError, match=r"blocks=3.*rank=8.*4"):
+        BlockLoRA(rank=8, blocks=3)
+    with pytest.raises(PlanError, match=r"blocks=5.*in=12.*6"):
+        BlockLoRA(rank=4, blocks=5, layout="input").plan([site(20, 12)])
