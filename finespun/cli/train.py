@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from finespun.train.estimate import Estimate
     from finespun.train.output import Result
     from finespun.train.progress import Reporter
 
@@ -24,17 +25,30 @@ def command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what would be trained, memory and time; do nothing."),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print progress and result as JSON lines.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result alone.")] = False,
 ) -> None:
     """Train an adapter as a recipe says, measure it on held-out data and save it."""
+    from finespun.errors import InputError
     from finespun.recipe import Recipe
     from finespun.train.loop import Interrupted
     from finespun.train.run import run
 
     changes = overrides or []
+    if dry_run:
+        from finespun.train.estimate import estimate
+
+        if resume:
+            raise InputError("--dry-run looks at a whole run: leave out --resume")
+        found = estimate(Recipe.load(recipe, changes), choose_reporter(False, quiet))
+        typer.echo(found.as_json() if as_json else foretell(found))
+        return
     try:
         result = run(Recipe.load(recipe, changes), resume, choose_reporter(as_json, quiet))
     except Interrupted as error:
@@ -75,8 +89,47 @@ def describe(result: "Result") -> str:
         ("peak memory", f"{result.peak_memory / 1e6:,.0f} MB, {result.threads} threads"),
         ("saved", f"{result.output} ({result.adapter_bytes:,} bytes of adapter)"),
     ]
+    return aligned(lines)
+
+
+def foretell(found: "Estimate") -> str:
+    """An estimate as a few lines of text."""
+    shapes = sorted({f"{s.out_features} x {s.in_features}" for s in found.targets})
+    leaves = sorted({s.name.rpartition(".")[2] for s in found.targets})
+    where = f": {', '.join(leaves)} ({', '.join(shapes)})" if found.targets else ""
+    parts = (
+        f"weights {megabytes(found.weights)}, activations {megabytes(found.activations)}, "
+        f"gradients and optimiser {megabytes(found.optimiser)}"
+    )
+    lines = [
+        ("targets", f"{len(found.targets)} layers{where}"),
+        ("trained whole", ", ".join(found.modules) or "nothing"),
+        (
+            "trained numbers",
+            f"{found.update_numbers:,} in layers, {found.module_numbers:,} in modules",
+        ),
+        ("adapter", f"{found.adapter_bytes:,} bytes"),
+        ("rows", f"{found.train_rows:,} to train on, {found.test_rows:,} held out"),
+        ("memory, about", f"{megabytes(found.memory)} on {found.device}: {parts}"),
+        (
+            "a step, about",
+            f"{found.flops / 1e9:,.2f} billion operations for {found.tokens:,} tokens; "
+            f"{found.update_flops / 1e9:,.3f} in the updates, forwards",
+        ),
+        ("time, about", f"{found.seconds:,.1f} s for {found.steps:,} steps"),
+    ]
+    return aligned(lines)
+
+
+def aligned(lines: list[tuple[str, str]]) -> str:
+    """Names and texts in two columns."""
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+
+
+def megabytes(count: int) -> str:
+    """Bytes as MB, small ones with digits after the point."""
+    return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e6:,.3f} MB"
 
 
 def shown(value: float | None) -> str:

@@ -1,0 +1,154 @@
+"""`finespun train --dry-run`: exact counts against the run itself, memory against what a run holds,
+and nothing left behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import write_recipe
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from finespun.cli.app import run
+from finespun.errors import TargetError
+from finespun.recipe import Recipe
+from finespun.structures import LoRA
+from finespun.train.estimate import estimate
+from finespun.train.output import Result
+from finespun.train.run import prepare, surroundings
+
+FACTOR = 1.1  # the memory of a run lies within this factor of its estimate, both ways
+GROWN = 1.25  # the same where the estimate is made from small batches
+
+CHANGES = [
+    [],
+    ["training.batch_size=32"],
+    ["training.batch_size=1"],
+    ["training.accumulate=2", "training.max_length=8"],
+    ["targets=[]"],
+    ["targets=all-linear", "structure={kind: lora, rank: 8}"],
+    ["structure={kind: hira, rank: 8}"],
+    ["structure={kind: vera, rank: 8}"],
+    ["structure={kind: unilora, rank: 4, size: 64}"],
+]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("estimate"), epochs=1)
+
+
+def held_by_a_run(recipe: Recipe) -> int:
+    """The most bytes that torch held at a time beyond those of before, in all steps of a run."""
+    with surroundings(recipe):
+        loop = prepare(recipe).loop()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            loop.run()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: " ".join(changes) or "as it is")
+def test_a_run_holds_the_memory_that_was_estimated(changes: list[str], file: Path) -> None:
+    recipe = Recipe.load(file, changes)
+    found = estimate(recipe)
+    ratio = (found.activations + found.optimiser) / held_by_a_run(recipe)
+    assert 1 / FACTOR < ratio < FACTOR, ratio
+
+
+def test_small_batches_tell_of_a_large_one(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.load(file, ["training.batch_size=32"])
+    monkeypatch.setattr("finespun.train.estimate.WHOLE", 0)
+    found = estimate(recipe)
+    ratio = (found.activations + found.optimiser) / held_by_a_run(recipe)
+    assert 1 / GROWN < ratio < GROWN, ratio
+
+
+# --- what is exact -------------------------------------------------------------------------------
+def test_counts_are_those_of_the_run(file: Path, tmp_path: Path) -> None:
+    changes = [f"output={tmp_path / 'out'}", "training.accumulate=3", "training.epochs=2"]
+    recipe = Recipe.load(file, changes)
+    found = estimate(recipe)
+    assert run(["train", str(file), *changes, "-q"]) == 0
+    result = Result.read(tmp_path / "out")
+    assert len(found.targets) == result.sites
+    assert found.update_numbers == result.update_numbers
+    assert found.module_numbers == result.module_numbers
+    assert found.adapter_bytes == (tmp_path / "out" / "adapter.safetensors").stat().st_size
+    assert (found.train_rows, found.test_rows) == (result.train_rows, result.test_rows)
+    assert found.steps == result.steps
+    assert found.optimiser == 3 * 4 * (result.update_numbers + result.module_numbers)
+    assert found.modules == ("classifier",)
+
+
+def test_weights_are_all_tensors_of_the_model(file: Path) -> None:
+    recipe = Recipe.load(file)
+    job = prepare(recipe)
+    model = job.adapter.model
+    base = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    own = {id(p) for p in model.parameters()}
+    added = sum(p.nbytes for p in job.adapter.parameters() if id(p) not in own)
+    assert estimate(recipe).weights == base + added
+
+
+def test_operations_of_a_head_alone_by_hand(file: Path) -> None:
+    """Without targets the encoder goes forwards once, and backwards only the head."""
+    recipe = Recipe.load(file, ["targets=[]", "training.batch_size=64"])
+    found = estimate(recipe)
+    assert found.update_flops == 0
+    job = prepare(recipe)
+    batch = next(iter(job.loop().batches.epoch()))
+    job.text.model.train()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        job.text.model(**batch)
+    forward = counter.get_total_flops() / batch["input_ids"].numel() * found.tokens
+    assert forward < found.flops < 1.1 * forward
+
+
+def test_operations_of_the_updates_come_from_the_structure(file: Path) -> None:
+    found = estimate(Recipe.load(file, ["structure={kind: lora, rank: 4}"]))
+    assert found.update_flops == 2 * found.tokens * LoRA(rank=4).numbers(found.targets[0]) * 4
+
+
+# --- the command ---------------------------------------------------------------------------------
+def test_a_dry_run_leaves_nothing_behind(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(file.parent.rglob("*"))
+    state = torch.random.get_rng_state()
+    assert run(["train", str(file), "--dry-run"]) == 0
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert sorted(file.parent.rglob("*")) == before
+    shown = capsys.readouterr().out
+    for part in (
+        "4 layers: query, value (16 x 16)",
+        "trained whole    classifier",
+        "34 in modules",
+        "64 to train on, 16 held out",
+        "memory, about",
+        "for 8 steps",
+    ):
+        assert part in shown
+
+
+def test_a_dry_run_as_json(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", str(file), "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [target["out_features"] for target in found["targets"]] == [16] * 4
+    assert found["memory"] == found["weights"] + found["activations"] + found["optimiser"]
+    assert found["steps"] == 8
+    assert found["seconds"] > 0
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(TargetError, match="qurey"):
+        estimate(Recipe.load(file, ["targets=[qurey]"]))
+    assert run(["train", str(file), "--dry-run", "targets=[qurey]"]) == 2
+    assert "'query'" in capsys.readouterr().err
+    assert run(["train", str(file), "--dry-run", "--resume"]) == 2
+    assert "leave out --resume" in capsys.readouterr().err
