@@ -10,6 +10,7 @@ from finespun.hosts.copies import CopyHost
 from finespun.hosts.host import Host
 from finespun.hosts.layer import Adapted, adapted_class, plain_class
 from finespun.hosts.parts import PartHost, PartsHost
+from finespun.hosts.targets import modules
 from finespun.structures import Delta
 
 
@@ -32,7 +33,7 @@ def host_at(module: nn.Module, part: str = "") -> Host | None:
 
 def all_hosts(model: nn.Module) -> Iterator[Host]:
     """Every host of the model, parts one by one."""
-    for module in model.modules():
+    for module in modules(model).values():
         own = module.__dict__.get("_finespun")
         if isinstance(own, Host):
             yield own

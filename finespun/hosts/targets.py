@@ -17,12 +17,19 @@ IN_FRONT = re.compile(r"^(\d+)(?:\.|$)")
 
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every named module of the model itself, adapters' own modules left out."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name and not any(part in OWN for part in name.split("."))
-    }
+    """Every named module of the model itself; adapters' own modules are left out, unvisited."""
+    found: dict[str, nn.Module] = {}
+    seen = {id(model)}
+
+    def walk(parent: nn.Module, prefix: str) -> None:
+        for name, child in parent._modules.items():
+            if child is not None and name not in OWN and id(child) not in seen:
+                seen.add(id(child))
+                found[prefix + name] = child
+                walk(child, f"{prefix}{name}.")
+
+    walk(model, "")
+    return found
 
 
 def find(
