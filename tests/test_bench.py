@@ -24,7 +24,7 @@ from finespun.bench.tables import csv_text, markdown, show
 from finespun.bench.trials import FILE, Outcome, Results, Trial
 from finespun.errors import FileError, InputError
 from finespun.recipe import Recipe
-from finespun.structures import LSR, LoRA, TensorSite
+from finespun.structures import LSR, LoRA, TensorSite, structure
 
 TEXT = """\
 recipe:
@@ -67,7 +67,10 @@ def test_a_bench_file_is_read_whole() -> None:
         ("recipe.training.rate=1", "recipe must not set rate; a bench has rates"),
         ("recipe.structure={kind: lora}", "recipe must not set structure; a bench has members"),
         ("members=[]", "members: is a list of members"),
-        ("members=[{structure: {kind: lra}}]", "member 1: structure: kind 'lra' is not known; nearest: .*'lora'"),
+        (
+            "members=[{structure: {kind: lra}}]",
+            "member 1: structure: kind 'lra' is not known; nearest: .*'lora'",
+        ),
         ("members=[{targets: [], structure: {kind: lora}}]", "trains the head alone, without"),
         ("members=[{numbers: [9]}]", "member 1: structure is missing; targets"),
         ("members=[{structure: {kind: lora, rnk: 3}}]", "lora has no option 'rnk'; .*'rank'"),
@@ -117,20 +120,20 @@ def test_a_grid_has_equal_ratios(low: float, span: float, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("structure", "name"),
+    ("named", "name"),
     [
         (LoRA(rank=8, seed=3), "LoRA r=8"),
         (LoRA(rank=2, rslora=True), "LoRA r=2 rslora=True"),
         (LSR(rank=4, separation_rank=16), "LSR r=4 s=16"),
     ],
 )
-def test_names_say_sizes_and_what_is_unusual(structure: Any, name: str) -> None:
-    assert describe(structure) == name
+def test_names_say_sizes_and_what_is_unusual(named: Any, name: str) -> None:
+    assert describe(named) == name
 
 
 # --- budgets -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("structure", "given_options", "budget", "expected", "numbers"),
+    ("start", "given_options", "budget", "expected", "numbers"),
     [
         (LoRA(), (), 36_864, LoRA(rank=8), 36_864),
         (LoRA(), (), 36_863, LoRA(rank=7), 32_256),
@@ -142,9 +145,9 @@ def test_names_say_sizes_and_what_is_unusual(structure: Any, name: str) -> None:
     ],
 )
 def test_the_closest_size_from_below(
-    structure: Any, given_options: Any, budget: int, expected: Any, numbers: int
+    start: Any, given_options: Any, budget: int, expected: Any, numbers: int
 ) -> None:
-    assert fit(structure, given_options, sites(), budget) == expected
+    assert fit(start, given_options, sites(), budget) == expected
     assert total(expected, sites()) == numbers
 
 
@@ -171,12 +174,25 @@ def test_no_lawful_size_lies_closer(budget: int, shape: tuple[int, int]) -> None
 def test_a_budget_out_of_reach_names_the_nearest_size() -> None:
     with pytest.raises(InputError, match=r"lora .* in 4,000 numbers .* 4,608 \(rank=1\)"):
         fit(LoRA(), (), sites(), 4_000)
-    with pytest.raises(InputError, match=r"uses 18,240 of 40,000 .*separation_rank=19\).*free"):
+    with pytest.raises(InputError, match=r"uses 18,240 of 40,000 .*separation_rank=19\).*leave"):
         fit(LSR(), ("rank",), sites(), 40_000)
-    with pytest.raises(InputError, match="no free size to fit to 9,000 numbers"):
+    with pytest.raises(InputError, match=r"no free rank .*; leave it out"):
         fit(LoRA(), ("rank",), sites(), 9_000)
-    with pytest.raises(InputError, match="no free size"):
-        fit(LoRA(), (), [], 9_000)
+    with pytest.raises(InputError, match=r"ia3 has no free rank .*; give its options instead"):
+        fit(structure("ia3"), (), sites(), 9_000)
+    with pytest.raises(InputError, match="fewer numbers than LoRA of the same rank"):
+        fit(LSR(rank=1), ("rank",), sites(1, 2, 2), 9)
+
+
+def test_where_numbers_do_not_depend_on_the_rank_it_stays() -> None:
+    assert fit(structure("nola", rank=8, k=100, l=100), (), sites(), 1_300).options()["rank"] == 8
+
+
+def test_numbers_that_fall_with_the_rank_are_fitted_too() -> None:
+    found = fit(structure("randlora"), (), sites(), 300_000)
+    counts = [total(structure("randlora", rank=r), sites()) for r in range(1, 65)]
+    assert counts[0] > 2 * counts[3]
+    assert total(found, sites()) == max(count for count in counts if count <= 300_000)
 
 
 # --- the search ----------------------------------------------------------------------------------

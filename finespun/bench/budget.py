@@ -1,7 +1,7 @@
 """Sizes that meet a budget of trained numbers: the closest from below that a structure has."""
 
 import dataclasses
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Sequence
 from math import log2
 
@@ -30,18 +30,12 @@ def fit(
     Raises InputError when no size reaches the budget, with the nearest that the structure has.
     """
     ladders = _ladders(structure, given, sites)
-    if not ladders:
-        raise InputError(
-            f"{structure.kind} has no free size to fit to {budget:,} numbers: leave out its rank"
-            + (" or separation_rank" if hasattr(structure, "separation_rank") else "")
-        )
 
     def count(choice: Structure) -> int:
         return total(choice, sites)
 
     least = min((ladder[0] for ladder in ladders), key=count)
-    fitting = [_last_below(ladder, count, budget) for ladder in ladders]
-    found = [choice for choice in fitting if choice is not None]
+    found = [choice for ladder in ladders for choice in _below(ladder, count, budget)]
     if not found:
         raise InputError(
             f"{structure.kind} cannot be written in {budget:,} numbers on these {len(sites)} "
@@ -51,53 +45,72 @@ def fit(
     if count(best) < LEAST_SHARE * budget:
         raise InputError(
             f"{structure.kind} uses {count(best):,} of {budget:,} numbers at most "
-            f"({_sizes(best)}); give a budget near that, or free its rank"
+            f"({_sizes(best)}); give a budget near that"
+            + (", or leave the rank out" if "rank" in given else "")
         )
     return best
 
 
-def _last_below(
+def _below(
     ladder: Sequence[Structure], count: Callable[[Structure], int], budget: int
-) -> Structure | None:
-    place = bisect_right(ladder, budget, key=count)
-    return ladder[place - 1] if place else None
+) -> Sequence[Structure]:
+    """The choices of a ladder with the largest count within the budget; none if all exceed it."""
+    end = bisect_right(ladder, budget, key=count)
+    return ladder[bisect_left(ladder, count(ladder[end - 1]), key=count) : end] if end else ()
 
 
 def _ladders(
     structure: Structure, given: Collection[str], sites: Sequence[Site]
 ) -> list[list[Structure]]:
-    """Lists of growing choices; in each only one size changes."""
+    """Lists of growing choices; in each only one size changes. Raises InputError if there are
+    none."""
     names = {field.name for field in dataclasses.fields(structure)}
     free = {"rank", "separation_rank"} & names - set(given)
     if not free or not sites:
-        return []
+        raise InputError(
+            f"{structure.kind} has no free rank to fit to numbers; "
+            + ("leave it out of the options" if "rank" in names else "give its options instead")
+        )
     most = min(min(site.shape.in_features, site.shape.out_features) for site in sites)
     ranks = list(range(1, min(MOST_RANK, most) + 1))
     if "separation_rank" not in names:
-        return [kept] if (kept := _lawful(structure, "rank", ranks)) else []
+        return [_ranked(structure, ranks, sites)]
     powers = [rank for rank in ranks if rank & (rank - 1) == 0]
+    chosen = _ranked(structure, powers, sites) if "rank" in free else [structure]
     if "separation_rank" not in free:
-        kept = [s for s in _lawful(structure, "rank", powers) if _worthwhile(s, sites)]
-        return [kept] if kept else []
-    chosen = _lawful(structure, "rank", powers) if "rank" in free else [structure]
-    ladders = []
-    for choice in chosen:
-        terms = _lawful(choice, "separation_rank", range(1, most + 1))
-        place = bisect_right(terms, False, key=lambda s: not _worthwhile(s, sites))
-        if place:
-            ladders.append(terms[:place])
-    return ladders
+        ladders = [[choice for choice in chosen if _worthwhile(choice, sites)]]
+    else:
+        ladders = [_terms(choice, most, sites) for choice in chosen]
+    if not any(ladders):
+        raise InputError(
+            f"{structure.kind} has no size on these {len(sites)} layers with fewer numbers than "
+            "LoRA of the same rank"
+        )
+    return [ladder for ladder in ladders if ladder]
 
 
-def _lawful(structure: Structure, name: str, values: Sequence[int]) -> list[Structure]:
-    """The structure with every value that it accepts for one option."""
+def _ranked(structure: Structure, ranks: Sequence[int], sites: Sequence[Site]) -> list[Structure]:
+    """The structure with every rank that it and these layers take, by growing numbers."""
     found = []
-    for value in values:
+    for rank in ranks:
         try:
-            found.append(dataclasses.replace(structure, **{name: value}))
+            choice = dataclasses.replace(structure, **{"rank": rank})
+            total(choice, sites)
         except InputError:
             continue
-    return found
+        found.append(choice)
+    if not found:
+        total(structure, sites)  # says why
+        raise InputError(f"{structure.kind} takes none of the ranks up to {ranks[-1]}")
+    return sorted(found, key=lambda choice: total(choice, sites))
+
+
+def _terms(structure: Structure, most: int, sites: Sequence[Site]) -> list[Structure]:
+    """The structure with every separation rank that is worth its numbers."""
+    terms = [
+        dataclasses.replace(structure, **{"separation_rank": count}) for count in range(1, most + 1)
+    ]
+    return terms[: bisect_right(terms, False, key=lambda choice: not _worthwhile(choice, sites))]
 
 
 def _worthwhile(structure: Structure, sites: Sequence[Site]) -> bool:
