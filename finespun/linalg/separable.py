@@ -35,15 +35,25 @@ def nearest_separable(
 ) -> Separable:
     """Project M = target onto ranks (r1, r2), sizes (p1, p2) and (q1, q2) and terms (s_A, s_B).
 
-    The balanced factors of M, sorted by singular values, are each replaced by their nearest
-    Kronecker sum (error² = Σ_{k>s} σ_k² of the rearrangement, Van Loan & Pitsianis 1993); `refine`
-    iterations of L-BFGS then lower ‖BA − M‖_F itself through r x r Gram matrices. Computed in
-    float64; sizes beyond those of M are zero padding.
+    Factors of M are each replaced by their nearest Kronecker sum (error² = Σ_{k>s} σ_k² of the
+    rearrangement, Van Loan & Pitsianis 1993): the balanced ones, sorted by singular values, or,
+    where they lie closer and have the rank, those that M was given by, so that what was a product
+    of Kronecker sums, without padding, comes back exactly. `refine` iterations of L-BFGS then lower ‖BA − M‖_F itself
+    through r x r Gram matrices. Computed in float64; sizes beyond those of M are zero padding.
     """
-    best = target.squeeze(min(math.prod(ranks), target.rank))
-    A = _fit(best.A.double(), terms[0], ranks, down)
-    B = _fit(best.B.double(), terms[1], up, ranks)
-    return _refine(target, A, B, refine)
+    fits = []
+    for start in _starts(target, math.prod(ranks)):
+        A = _fit(start.A.double(), terms[0], ranks, down)
+        B = _fit(start.B.double(), terms[1], up, ranks)
+        fits.append(_refine(target, A, B, 0))
+    best = min(fits, key=lambda fit: fit.error)
+    return _refine(target, best.A, best.B, refine) if refine else best
+
+
+def _starts(target: LowRank, rank: int) -> list[LowRank]:
+    """Factors of the target that may be projected."""
+    balanced = target.squeeze(min(rank, target.rank))
+    return [balanced, target] if target.rank == rank else [balanced]
 
 
 def predicted_error(
@@ -56,20 +66,20 @@ def predicted_error(
     """What relative error to expect of `nearest_separable` without refinement:
     sqrt(1 − (1 − e_r²)(1 − e_A²)(1 − e_B²)), with e_r of cutting the rank, and e_A, e_B of the
     Kronecker sums alone. It holds where these two spread evenly over the ranks."""
-    rank = min(math.prod(ranks), target.rank)
-    best = target.squeeze(rank)
-    kept = 1 - target.error(rank) ** 2
-    for matrix, count, rows, columns in (
-        (best.A, terms[0], ranks, down),
-        (best.B, terms[1], up, ranks),
-    ):
-        matrix = matrix.double()
-        P, Q = _fit(matrix, count, rows, columns)
-        fitted = kron_sum(P, Q)[: matrix.shape[0], : matrix.shape[1]]
-        size = torch.linalg.vector_norm(matrix)
-        lost = torch.linalg.vector_norm(matrix - fitted) / size if size else size
-        kept *= 1 - float(lost) ** 2
-    return math.sqrt(max(0.0, 1 - kept))
+    cut = 1 - target.error(min(math.prod(ranks), target.rank)) ** 2
+    kept = [
+        cut * _kept(start.A, terms[0], ranks, down) * _kept(start.B, terms[1], up, ranks)
+        for start in _starts(target, math.prod(ranks))
+    ]
+    return math.sqrt(max(0.0, 1 - max(kept)))
+
+
+def _kept(matrix: Tensor, terms: int, rows: Sequence[int], columns: Sequence[int]) -> float:
+    """The share of the squared norm that the nearest Kronecker sum keeps."""
+    matrix = matrix.double()
+    fitted = kron_sum(*_fit(matrix, terms, rows, columns))[: matrix.shape[0], : matrix.shape[1]]
+    size = float(torch.linalg.vector_norm(matrix))
+    return 1 - (float(torch.linalg.vector_norm(matrix - fitted)) / size) ** 2 if size else 1.0
 
 
 def _fit(matrix: Tensor, terms: int, rows: Sequence[int], columns: Sequence[int]) -> Pair:
