@@ -38,8 +38,9 @@ def nearest_separable(
     Factors of M are each replaced by their nearest Kronecker sum (error² = Σ_{k>s} σ_k² of the
     rearrangement, Van Loan & Pitsianis 1993): the balanced ones, sorted by singular values, or,
     where they lie closer and have the rank, those that M was given by, so that what was a product
-    of Kronecker sums, without padding, comes back exactly. `refine` iterations of L-BFGS then lower ‖BA − M‖_F itself
-    through r x r Gram matrices. Computed in float64; sizes beyond those of M are zero padding.
+    of Kronecker sums, without padding, comes back exactly. `refine` iterations of L-BFGS then
+    lower ‖BA − M‖_F itself through r x r Gram matrices. Computed in float64; sizes beyond those of
+    M are zero padding.
     """
     fits = []
     for start in _starts(target, math.prod(ranks)):
