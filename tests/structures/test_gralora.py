@@ -93,7 +93,7 @@ def test_both_conventions_of_a_hybrid_are_one():
 
 
 def test_what_does_not_divide_is_named():
-    with pytest.raises(InputError, match=r"k=3.*rank=32.*2"):
+    with pytest.raises(InputError, match=r"k=3.*rank=32.*4"):
         GraLoRA(k=3)
     with pytest.raises(PlanError, match=r"k=4.*out=50.*'site'.*2"):
         GraLoRA(k=4).plan([site(50, 64)])
