@@ -206,18 +206,46 @@ class Adapter:
         rank: int | None = None,
         max_error: float | None = None,
         allow_full: bool = True,
+        per_module_rank: bool = False,
     ) -> files.Exported:
         """Write PEFT's LoRA files, which PEFT, vLLM, llama.cpp and others load unchanged.
 
         Exact where the structure has factors and `rank` is not below theirs, else the best
         approximation, with a warning that says how far off it is; InputError beyond `max_error`.
-        `allow_full=False` leaves trained modules out. Printing the result tells all.
+        `allow_full=False` leaves trained modules out; `per_module_rank` gives every layer its own
+        rank, which PEFT alone reads. Printing the result tells all.
         """
         lineage = self.lineage
-        done = files.export(self.model, self.name, folder, rank, max_error, allow_full, lineage)
+        done = files.export(
+            self.model, self.name, folder, rank, max_error, allow_full, lineage, per_module_rank
+        )
         if done.error or done.dropped:
             warnings.warn(str(done), stacklevel=2)
         return done
+
+    def swap(self, folder: str | Path, force: bool = False, strict: bool = True) -> "Adapter":
+        """Take over the numbers of a saved adapter with the same sites, ranks and trained modules.
+
+        They are copied into the tensors that are there: a compiled model runs on without another
+        compilation. Raises InputError where the two differ in form, BaseMismatch for another base
+        unless `force`, StateError while this adapter is merged; nothing has changed then.
+        """
+        saved, mine = files.read_adapter(folder, strict), self.entry
+        theirs = saved.entry
+        if self.name in hosts.board_of(self.model).merged:
+            raise StateError(f"{self.name!r} is merged; unmerge it before swapping its numbers")
+        if saved.base is not None:
+            files.check_base(saved.base, self.model, force)
+        kinds = theirs.structure.kind, mine.structure.kind
+        if kinds[0] != kinds[1] or (theirs.plan, theirs.trained) != (mine.plan, mine.trained):
+            raise InputError(
+                f"{folder} holds {theirs.structure} on {len(theirs.plan.sites)} sites, whose form "
+                f"is not that of {self.name!r}; load it under a name of its own instead"
+            )
+        hosts.materialise(self.model, mine)
+        hosts.load_tensors(mine, hosts.tensors_of(theirs))
+        mine.structure, mine.scale, self.lineage = theirs.structure, theirs.scale, saved.lineage
+        return self
 
     # --- using -----------------------------------------------------------------------------------
     def activate(self) -> "Adapter":

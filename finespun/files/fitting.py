@@ -12,10 +12,11 @@ from torch import Size, Tensor, nn
 from finespun.errors import FileError, nearest
 from finespun.files.fingerprint import check_base
 from finespun.files.native import Saved, plan_as_json
-from finespun.hosts import Entry, modules, register, sites, tensors_of
+from finespun.hosts import Entry, FlatState, modules, register, sites, tensors_of
 from finespun.hosts.attach import check_trained
+from finespun.hosts.flat import Slot
 from finespun.hosts.targets import OWN
-from finespun.structures import Bank
+from finespun.structures import Bank, Plan
 
 SHOWN = 12
 REMEMBERED = 16
@@ -29,10 +30,13 @@ class Form(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """All tensors that an adapter must have, and each site's rank where it has factors."""
+    """All tensors that an adapter must have, each site's rank where it has factors, and the plan
+    and table that adapters alike share instead of holding their own."""
 
     tensors: dict[str, Form]
     ranks: dict[str, int]
+    plan: Plan
+    table: Mapping[str, Slot]
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, dict[str, Forms]] = WeakKeyDictionary()
@@ -55,8 +59,16 @@ def register_saved(model: nn.Module, saved: Saved, force: bool = False) -> list[
             f"{saved.entry.name!r} carries no fingerprint of its base: only names and shapes were "
             "checked"
         )
+    _share(_forms(model, saved.entry), saved.entry)
     register(model, saved.entry)
     return notes
+
+
+def _share(forms: Forms, entry: Entry) -> None:
+    """Hold the plan, and the table where it is the same, once for all adapters of this form."""
+    entry.plan = forms.plan
+    if entry.flat is not None and list(entry.flat.table.items()) == list(forms.table.items()):
+        entry.flat = FlatState(entry.flat.data, forms.table)
 
 
 def check_fit(model: nn.Module, entry: Entry) -> None:
@@ -113,7 +125,7 @@ def _work_out(model: nn.Module, entry: Entry) -> Forms:
         for part, state in parts.items()
         for key, v in state.items()
     }
-    return Forms(tensors, ranks)
+    return Forms(tensors, ranks, plan, {} if entry.flat is None else entry.flat.table)
 
 
 def _problems(forms: Forms, tensors: Mapping[str, Tensor]) -> Iterable[str]:

@@ -1,0 +1,155 @@
+"""Many adapters on one model: what the thousandth costs, and what switching costs."""
+
+import sys
+
+import pytest
+import torch
+from suite import stir
+from tiny import DECODER, hugging, words
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import finespun as fs
+from finespun import files, hosts
+
+
+def llama(layers=2, width=64):
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
+    torch.manual_seed(0)
+    return hugging("LlamaForCausalLM", "LlamaConfig", **{**DECODER, **sizes})().eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An adapter of rank 8 on disk."""
+    model = llama()
+    adapter = fs.adapt(model, fs.LoRA(rank=8), "all-linear", name="first")
+    stir(adapter.parameters())
+    adapter.save(tmp_path / "first")
+    return tmp_path / "first"
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def calls(work):
+    """Calls of Python functions during `work()`: a measure that no other process disturbs."""
+    count = 0
+
+    def see(frame, event, arg):
+        nonlocal count
+        count += event == "call"
+
+    work()  # caches are warm
+    before = sys.getprofile()
+    sys.setprofile(see)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+def register(model, folder, name):
+    return files.register_saved(model, files.read_adapter(folder).named(name))
+
+
+def deep_size(thing, seen):
+    """Bytes of a Python object and all that only it reaches; tensors by their storage."""
+    if id(thing) in seen or isinstance(thing, (type, torch.dtype)):
+        return 0
+    seen.add(id(thing))
+    size = sys.getsizeof(thing)
+    if isinstance(thing, torch.Tensor):
+        return size + thing.untyped_storage().nbytes()
+    if isinstance(thing, dict):
+        return size + sum(deep_size(k, seen) + deep_size(v, seen) for k, v in thing.items())
+    if isinstance(thing, (list, tuple, set, frozenset)):
+        return size + sum(deep_size(v, seen) for v in thing)
+    if hasattr(thing, "__dict__"):
+        return size + deep_size(thing.__dict__, seen)
+    return size
+
+
+@pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_thousand_adapters_cost_their_files(folder, count):
+    model = llama()
+    on_disk = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    for i in range(count):
+        register(model, folder, f"a{i}")
+    entries = hosts.board_of(model).entries
+    assert len(entries) == count
+    held = deep_size(entries, {id(model)})
+    assert held <= 1.1 * count * on_disk
+    assert not hosts.hosts_of(model)
+    fs.activate(model, f"a{count - 1}")
+    assert len(hosts.hosts_of(model)) == 14
+
+
+def test_the_fortieth_adapter_costs_what_the_first_does(folder):
+    model, costs = llama(), []
+    for i in range(40):
+        with Operators() as made:
+            register(model, folder, f"a{i}")
+            fs.activate(model, f"a{i}")
+        costs.append(made.count)
+    assert costs[39] == costs[1] <= costs[0]
+    fresh = llama()
+    register(fresh, folder, "x")
+    number = iter(range(100))
+
+    def add(target):
+        name = f"b{next(number)}"
+        register(target, folder, name)
+        fs.activate(target, name)
+
+    assert calls(lambda: add(model)) == pytest.approx(calls(lambda: add(fresh)), rel=0.05)
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_switching_changes_one_attribute(layers, tmp_path):
+    model = llama(layers, 16)
+    for name in ("one", "two", "three"):
+        stir(
+            fs.adapt(model, fs.LSR(rank=4, separation_rank=2), "all-linear", name=name).parameters()
+        )
+    board, written = hosts.board_of(model), []
+
+    class Watched(type(board)):
+        def __setattr__(self, name, value):
+            written.append(name)
+            super().__setattr__(name, value)
+
+    board.__class__ = Watched
+    with Operators() as made:
+        fs.activate(model, "one")
+        fs.activate(model, {"two": 0.5, "three": 0.5})
+        fs.activate(model, None)
+    assert written == ["active"] * 3
+    assert made.count == 0
+    fs.activate(model, "two")
+    assert calls(lambda: fs.activate(model, "one")) <= 12
+
+
+def test_a_forward_pass_costs_the_same_however_many_adapters_sleep(folder):
+    model, counts, number = llama(), [], iter(range(100))
+    for more in (1, 19):
+        for _ in range(more):
+            name = f"a{next(number)}"
+            register(model, folder, name)
+            fs.activate(model, name)
+        fs.activate(model, "a0")
+        with torch.no_grad():
+            model(words())
+            with Operators() as made:
+                model(words())
+            counts.append((made.count, calls(lambda: model(words()))))
+    assert counts[0] == counts[1]
