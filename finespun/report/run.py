@@ -1,0 +1,197 @@
+"""The page of a run: result, curves, the update layer by layer, recipe and origin."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finespun.convert.stored import StoredDeltas, update_of
+from finespun.errors import FileError, InputError
+from finespun.files import Saved, read_adapter
+from finespun.report.figure import Curve, Point, curves, smoothed
+from finespun.report.page import code, document, paragraph, section, table
+from finespun.train.output import ADAPTER, LOG, RECIPE, RESULT
+
+TOP_VALUES = 3
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One site's update: its norm ‖ΔW‖ and its largest singular values, falling."""
+
+    name: str
+    shape: str
+    norm: float
+    values: tuple[float, ...]
+
+
+def run_page(folder: Path) -> str:
+    """The HTML page of a run, finished or not. Raises FileError for a file that cannot be read."""
+    log = read_log(folder / LOG)
+    result = _json(folder / RESULT) if (folder / RESULT).is_file() else None
+    saved = read_adapter(folder) if (folder / ADAPTER[1]).is_file() else None
+    recipe = folder / RECIPE
+    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
+    lead = "A run of Finespun." if result else "A run that has not ended: what is known of it."
+    sections = [
+        section("Result", *_result(log, result)),
+        section("Training", _figures(log)),
+        section("The update, layer by layer", *_layers(saved)),
+        section("Recipe", code(text, "recipe") if text else ""),
+        section("Origin", *_origin(saved, result)),
+    ]
+    return document(f"Run: {folder.resolve().name}", lead, sections)
+
+
+def read_log(path: Path) -> list[Record]:
+    """The events of metrics.jsonl; a last line that a crash cut short is left out. Raises FileError
+    for any other line that is no event."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    found: list[Record] = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            event = json.loads(line)
+        except ValueError as error:
+            raise FileError(f"{str(path)!r}, line {number} is not JSON: {error}") from error
+        if not isinstance(event, dict) or "event" not in event:
+            raise FileError(f"{str(path)!r}, line {number} is no event of a run")
+        found.append(event)
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise FileError(f"{str(path)!r} holds no object")
+    return found
+
+
+# --- result --------------------------------------------------------------------------------------
+def _result(log: list[Record], result: Record | None) -> list[str]:
+    told = {e["when"]: e["metrics"] for e in log if e["event"] == "evaluation"}
+    before = result["before"] if result else told.get("before", {})
+    after = result["after"] if result else told.get("after", {})
+    rows = [
+        (name, before.get(name), after.get(name), _gain(before.get(name), after.get(name)))
+        for name in dict.fromkeys([*before, *after])
+    ]
+    parts = [table(("metric", "before", "after", "change"), rows, "On the held-out rows")]
+    if result is not None:
+        facts = [
+            ("trained numbers in layers", result["update_numbers"]),
+            ("layers", result["sites"]),
+            ("trained numbers in modules", result["module_numbers"]),
+            ("adapter, bytes on disk", result["adapter_bytes"]),
+            ("rows to train on", result["train_rows"]),
+            ("rows held out", result["test_rows"]),
+            ("steps", result["steps"]),
+            ("loss, mean of the last epoch", result["loss"]),
+            ("seconds in training steps", result["seconds"]),
+            ("peak memory of the process, MB", round(result["peak_memory"] / 1e6)),
+            ("threads", result["threads"]),
+        ]
+        parts.append(table(("figure", "value"), facts, "The run in figures"))
+    notes = [str(event["text"]) for event in log if event["event"] == "note"]
+    return [*parts, *map(paragraph, notes)]
+
+
+def _gain(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
+
+
+# --- curves --------------------------------------------------------------------------------------
+def _figures(log: list[Record]) -> str:
+    steps = [event for event in log if event["event"] == "step"]
+    loss, rate, grad = (_series(steps, name) for name in ("loss", "rate", "grad_norm"))
+    drawn = [
+        curves(
+            "Training loss, each step and running mean",
+            [Curve("loss", loss, faint=True), Curve("loss", smoothed(loss))],
+            "step",
+            "loss",
+        ),
+        curves("Learning rate", [Curve("rate", rate)], "step", "rate"),
+        curves(
+            "Gradient norm before clipping, running mean",
+            [Curve("norm", grad, faint=True), Curve("norm", smoothed(grad))],
+            "step",
+            "norm",
+        ),
+    ]
+    held = "\n".join(figure for figure in drawn if figure)
+    return f'<div class="figures">\n{held}\n</div>' if held else ""
+
+
+def _series(steps: list[Record], name: str) -> list[Point]:
+    found = [(event["step"], event.get(name)) for event in steps]
+    return [(float(step), float(v)) for step, v in found if v is not None and math.isfinite(v)]
+
+
+# --- layers --------------------------------------------------------------------------------------
+def layers(saved: Saved) -> list[Layer]:
+    """Every site's update, from the saved numbers alone. Raises InputError where an update depends
+    on the base weight or is no change of a weight."""
+    deltas = StoredDeltas(saved)
+    found = []
+    for name, delta in deltas.items():
+        shape = delta.site.shape
+        with torch.no_grad():
+            update = update_of(delta, saved.entry.scale)
+            values = update.singular_values()[:TOP_VALUES].tolist()
+            norm = float(update.norm())
+        size = f"{shape.out_features} x {shape.in_features}"
+        found.append(Layer(name, size, norm, tuple(values)))
+    return found
+
+
+def _layers(saved: Saved | None) -> list[str]:
+    if saved is None or not saved.entry.plan.sites:
+        return []
+    told = paragraph(f"{saved.entry.structure}, strength {saved.entry.scale:g}.")
+    try:
+        found = layers(saved)
+    except InputError as error:
+        return [told, paragraph(f"Norms are not told from the files alone: {error}.")]
+    most = max(layer.norm for layer in found) or 1.0
+    rows = [
+        (
+            layer.name,
+            layer.shape,
+            layer.norm,
+            layer.norm / most,
+            *(layer.values[i] if i < len(layer.values) else None for i in range(TOP_VALUES)),
+        )
+        for layer in found
+    ]
+    heads = ("layer", "shape", "‖ΔW‖", "share of the largest", *(f"σ{i + 1}" for i in range(3)))
+    caption = "Frobenius norm and largest singular values of every update"
+    return [told, table(heads, rows, caption, bars={3})]
+
+
+# --- origin --------------------------------------------------------------------------------------
+def _origin(saved: Saved | None, result: Record | None) -> list[str]:
+    if saved is None:
+        return []
+    facts: list[tuple[str, str]] = [("adapter", saved.entry.name)]
+    if saved.base is not None:
+        facts.append(("base", str(saved.base)))
+    facts.append(("sha256 of the tensors", saved.sha256))
+    made = saved.lineage
+    if made is not None:
+        facts.append(("made", made.created))
+        facts += [(f"made from {parent.name}", parent.sha256) for parent in made.parents]
+        facts += [(f"seed of {name}", str(seed)) for name, seed in made.seeds.items()]
+    if result is not None and result["classes"]:
+        facts.append(("classes", ", ".join(result["classes"])))
+    parts = [table(("what", "value"), facts, "Where the adapter comes from")]
+    if made is not None:
+        parts.append(table(("package", "version"), made.versions.items(), "Made with"))
+    return parts

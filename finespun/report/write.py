@@ -1,0 +1,31 @@
+"""From a folder to report.html in it."""
+
+from pathlib import Path
+
+from finespun.bench.run import SHEET
+from finespun.errors import FileError
+from finespun.files import settled, write_file
+from finespun.report.bench import bench_page
+from finespun.report.run import run_page
+from finespun.train.output import LOG
+
+PAGE = "report.html"
+
+
+def report(folder: str | Path) -> Path:
+    """Write report.html into the output folder of a run or of a bench; returns its path.
+
+    The page stands alone: no script, no font, nothing fetched. It is made of the files in the
+    folder; no model is loaded. Raises FileError where the folder holds neither a run nor a bench,
+    or a file of it cannot be read.
+    """
+    place = settled(folder)
+    if (place / LOG).is_file():
+        page = run_page(place)
+    elif (place / SHEET).is_file():
+        page = bench_page(place)
+    else:
+        why = "is no folder" if not place.is_dir() else "holds no run and no finished bench"
+        raise FileError(f"{str(place)!r} {why}: neither {LOG} nor {SHEET} is in it")
+    write_file(place / PAGE, page)
+    return place / PAGE
