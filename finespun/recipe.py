@@ -5,6 +5,7 @@ impossible value is an InputError that names the key, the line, the value and wh
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -64,6 +65,10 @@ AnyStructure = Annotated[
 ]
 
 
+TABLE = frozenset(("file", "test_file", "text", "pair", "label", "labels", "test_share"))
+OPTIONAL = ("train_rows", "test_rows", "prompt", "answers", "chat")
+
+
 class Section(BaseModel):
     """A part of a recipe: no unknown keys, no change after it was checked."""
 
@@ -84,16 +89,36 @@ class Data(Section):
     )
     test_share: float = Field(0.2, gt=0, lt=1, description="the share of rows held out")
     seed: int = Field(0, ge=0, description="chooses which rows are held out")
+    train_rows: int | None = Field(None, ge=1, description="the first so many rows to train on")
+    test_rows: int | None = Field(None, ge=1, description="the first so many rows held out")
+    prompt: str | None = Field(
+        None, description="text around {text}: a language model continues it with the label"
+    )
+    answers: dict[str, str] | None = Field(
+        None, description="with prompt: the words that stand for each label; null: the label"
+    )
+    chat: bool = Field(False, description="with prompt: put it in the model's chat template")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.task is None) == (self.file is None):
             raise InputError("needs either a task or a file")
-        unused = self.model_fields_set - {"task", "seed"}
-        if self.task is not None and (
-            named := [name for name in sorted(unused) if getattr(self, name) is not None]
-        ):
+        named = [n for n in sorted(self.model_fields_set & TABLE) if getattr(self, n) is not None]
+        if self.task is not None and named:
             raise InputError(f"the built-in task {self.task!r} takes no {named[0]!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _template(self) -> Self:
+        if self.prompt is None:
+            if self.answers is not None or self.chat:
+                raise InputError("answers and chat belong to a prompt, and there is none")
+            return self
+        wanted = {"text"} if self.pair is None else {"text", "pair"}
+        found = set(re.findall(r"\{(\w*)\}", self.prompt))
+        if found != wanted:
+            marks = " and ".join(f"{{{name}}}" for name in sorted(wanted, reverse=True))
+            raise InputError(f"the prompt {self.prompt!r} must hold {marks} and no other braces")
         return self
 
 
@@ -103,6 +128,7 @@ class Training(Section):
     epochs: int = Field(3, ge=1)
     batch_size: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1, description="batches to a step")
+    pack: bool = Field(False, description="with a prompt: a batch as one row, without padding")
     rate: float | None = Field(None, gt=0, description="null: 1e-3, and 3e-3 for LSR")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_share: float = Field(0.06, ge=0, lt=1, description="the share of steps of rising rate")
@@ -119,7 +145,7 @@ class Training(Section):
 class Recipe(Section):
     """A run, whole: the same recipe gives the same adapter on the same machine and threads."""
 
-    model: str = Field(description="minilm-l6, minilm-l3, a local folder or a hub model")
+    model: str = Field(description="minilm-l6, minilm-l3, smollm2-135m, a folder or a hub model")
     data: Data
     structure: AnyStructure = Field(LSR(), description="how the update is written")
     targets: Annotated[str, Field(min_length=1)] | tuple[str, ...] = Field(
@@ -130,6 +156,12 @@ class Recipe(Section):
     )
     training: Training = Training()
     output: str = Field("out", min_length=1, description="the folder that the run writes")
+
+    @model_validator(mode="after")
+    def _packs_prompts(self) -> Self:
+        if self.training.pack and self.data.prompt is None:
+            raise InputError("training.pack is for language models: it needs data.prompt")
+        return self
 
     @property
     def rate(self) -> float:
@@ -167,12 +199,14 @@ class Recipe(Section):
         return self._checked(values, overrides, {}, "recipe")
 
     def dump(self) -> str:
-        """YAML with every default written out; `parse(dump()).dump()` is the same text."""
+        """YAML with defaults written out; `parse(dump()).dump()` is the same text."""
         values = self.model_dump(mode="json")
         values["training"]["rate"] = self.rate
-        unused = ("task",) if self.data.task is None else set(values["data"]) - {"task", "seed"}
-        for key in unused:
+        for key in ("task",) if self.data.task is None else TABLE:
             del values["data"][key]
+        for key in OPTIONAL:
+            if not values["data"][key]:
+                del values["data"][key]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     @classmethod

@@ -14,7 +14,7 @@ from torch import nn
 
 import finespun as fs
 from finespun import files
-from finespun.convert.stored import StoredWeights, deltas_of, numbers_of
+from finespun.convert.stored import StoredDeltas, StoredWeights, numbers_of
 from finespun.errors import FileError, InputError
 from finespun.linalg import LowRank, predicted_error
 
@@ -299,7 +299,7 @@ def test_damaged_tensors_are_told(tmp_path):
     del tensors[key]
     saved.entry.flat = type(saved.entry.flat).pack(tensors)
     with pytest.raises(FileError, match=r"Missing key.*A"):
-        list(deltas_of(saved))
+        list(StoredDeltas(saved).values())
     edit(tmp_path / "a", use_dora=True)
     with pytest.raises(FileError, match="use_dora"):
         fs.convert(tmp_path / "a", tmp_path / "b", "lora")

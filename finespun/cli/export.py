@@ -18,6 +18,9 @@ def command(
     max_error: Annotated[
         float | None, typer.Option(min=0.0, help="Refuse a larger relative error of any layer.")
     ] = None,
+    per_module_rank: Annotated[
+        bool, typer.Option(help="Every layer at its own rank: fewer numbers, for PEFT alone.")
+    ] = False,
 ) -> None:
     """Write an adapter as a LoRA folder in PEFT's format, and say how exact it is."""
     from finespun.errors import InputError
@@ -28,4 +31,6 @@ def command(
     trained = Trained.open(adapter)
     with warnings.catch_warnings():  # what it warns of is printed
         warnings.simplefilter("ignore")
-        typer.echo(str(trained.adapter.export(out, rank, max_error)))
+        typer.echo(
+            str(trained.adapter.export(out, rank, max_error, per_module_rank=per_module_rank))
+        )

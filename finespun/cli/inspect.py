@@ -13,12 +13,19 @@ EXAMPLE = "finespun inspect out/trec-lsr-small"
 
 def command(
     adapter: Annotated[str, typer.Argument(help="A folder that Finespun or PEFT wrote.")],
+    model: Annotated[
+        str | None, typer.Option(help="The base, where updates depend on its weights (DoRA, ...).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Print an adapter's structure, layers, numbers, base and origin; no model is loaded."""
+    """Print an adapter's structure, numbers, base, origin and the spectrum of every layer's update;
+    no model is loaded."""
+    from finespun.cli.convert import base_folder
     from finespun.files import read_adapter
 
-    found = facts(read_adapter(adapter))
+    saved = read_adapter(adapter)
+    found = facts(saved)
+    found |= spectra_of(saved, None if model is None else base_folder(model), as_json)
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
         return
@@ -32,13 +39,15 @@ def command(
 
 def facts(saved: "Saved") -> dict[str, Any]:
     """Name -> value of all that a person may want to know."""
+    from finespun.convert.stored import numbers_of
+
     entry, plan = saved.entry, saved.entry.plan
     held = {} if entry.flat is None else entry.flat.tensors()
     modules = sum(t.numel() for key, t in held.items() if key.startswith("trained/"))
     found = {
         "name": entry.name,
         "structure": str(entry.structure),
-        "update numbers": entry.structure.total(plan),
+        "update numbers": numbers_of(saved),
         "module numbers": modules,
         "strength": str(entry.scale),
         "layers": [f"{s.name} ({s.out_features} x {s.in_features})" for s in plan.sites],
@@ -49,7 +58,32 @@ def facts(saved: "Saved") -> dict[str, Any]:
     if saved.lineage is not None:
         made = saved.lineage
         found["made"] = ", ".join(filter(None, [made.method, made.created]))
+        found["parents"] = [f"{p.name} (sha256 {p.sha256[:12]})" for p in made.parents]
         found["metrics"] = [f"{name}: {value}" for name, value in made.metrics.items()]
         found["versions"] = [f"{name} {version}" for name, version in made.versions.items()]
     found["notes"] = list(saved.notes)
     return {name: value for name, value in found.items() if value not in ([], "")}
+
+
+def spectra_of(saved: "Saved", model: str | None, as_json: bool) -> dict[str, Any]:
+    """The spectra as one line a layer, or as JSON values; the reason where there are none."""
+    import dataclasses
+
+    from finespun.convert.facts import spectra
+    from finespun.errors import InputError
+
+    try:
+        found = list(spectra(saved, model))
+    except InputError as error:
+        return {"spectra": [] if as_json else [f"none: {error}"]}
+    if as_json:
+        return {"spectra": [dataclasses.asdict(one) for one in found]}
+    lines = []
+    for one in found:
+        top = " ".join(f"{value:.3g}" for value in one.top)
+        health = "".join(f", {name} {value:.3g}" for name, value in one.health.items())
+        lines.append(
+            f"{one.name}: norm {one.norm:.3g}, rank {one.rank}, effective {one.effective_rank:.2f},"
+            f" top {top}{health}"
+        )
+    return {"spectra": lines} if lines else {}

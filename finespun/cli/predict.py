@@ -32,5 +32,7 @@ def command(
             typer.echo(line(vars(item)))
         elif item.label is None:
             typer.echo(f"{item.value:.4f}\t{item.text}")
+        elif item.label not in item.probabilities:
+            typer.echo(f"{item.label}\t{item.text}")
         else:
             typer.echo(f"{item.label}\t{item.probabilities[item.label]:.3f}\t{item.text}")

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from finespun import files
 from finespun.convert.stored import (
+    StoredDeltas,
     StoredWeights,
-    check_keys,
-    deltas_of,
     numbers_of,
     source_name,
     update_of,
@@ -28,7 +27,7 @@ from finespun.files.atomic import located
 from finespun.hosts import Entry, FlatState, tensors_of
 from finespun.hosts.mirror import TIE
 from finespun.linalg import LowRank, predicted_error
-from finespun.structures import LSR, LoRA, Plan, SiteShape, Structure
+from finespun.structures import LSR, LoRA, Plan, Structure
 from finespun.structures.lora import lora_of
 from finespun.structures.lsr import LSRDelta
 
@@ -102,7 +101,6 @@ def convert(
     if (located(dst) / OTHER[format]).exists():
         raise InputError(f"{str(dst)!r} holds an adapter in another format; name another folder")
     saved = files.read_adapter(src)
-    check_keys(saved)
     if not saved.entry.plan.sites:
         raise InputError(f"{str(src)!r} changes no weight: there is nothing to convert")
     base = None if model is None else StoredWeights(model)
@@ -170,52 +168,50 @@ def _as_lora(
 ) -> None:
     wanted = target.rank if isinstance(target, LoRA) else None
     scale = target.scale if isinstance(target, LoRA) else 1.0
-    for shape, delta in deltas_of(saved, base):
+    for name, delta in StoredDeltas(saved, base).items():
         if wanted is None and energy is None and delta.factors() is None:
             raise InputError(
-                f"the update of {shape.name!r} ({saved.entry.structure.kind}) has no factors to "
+                f"the update of {name!r} ({saved.entry.structure.kind}) has no factors to "
                 "take over: give a rank or a share of the energy, such as rank=16 or energy=0.95"
             )
         exact = update_of(delta, saved.entry.scale)
         limit = exact.rank if wanted is None else min(wanted, exact.rank)
         small = exact if wanted is None and energy is None else exact.squeeze(limit, energy)
-        out.predicted[shape.name] = exact.error(small.rank)
-        out.errors[shape.name] = _distance(small, exact)
+        out.predicted[name] = exact.error(small.rank)
+        out.errors[name] = _distance(small, exact)
         root = math.sqrt(scale)
         fitted, choice = lora_of(
             delta.site, LowRank(small.A.float() / root, small.B.float() / root), scale
         )
-        _keep(out, shape, fitted.state_dict(), choice, small.rank)
+        _keep(out, name, fitted.state_dict(), choice, small.rank)
 
 
 def _as_lsr(
     saved: Saved, base: StoredWeights | None, target: LSR, refine: int, out: _Fitted
 ) -> None:
-    for shape, delta in deltas_of(saved, base):
+    for name, delta in StoredDeltas(saved, base).items():
         exact = update_of(delta, saved.entry.scale)
-        own = Plan((shape,), {shape.name: target.choose(delta.site)})
+        own = Plan((delta.site.shape,), {name: target.choose(delta.site)})
         fitted = target.build(delta.site, own)
         if not isinstance(fitted, LSRDelta):
             raise InputError(f"{target} builds no LSR")
         c = fitted.choice
-        out.predicted[shape.name] = predicted_error(
-            exact, c["ranks"], c["down"], c["up"], c["terms"]
-        )
+        out.predicted[name] = predicted_error(exact, c["ranks"], c["down"], c["up"], c["terms"])
         with torch.enable_grad():
             fitted.project(exact, refine)
-        out.errors[shape.name] = _distance(fitted.as_low_rank(), exact)
-        _keep(out, shape, fitted.state_dict(), own.choices[shape.name], target.rank)
+        out.errors[name] = _distance(fitted.as_low_rank(), exact)
+        _keep(out, name, fitted.state_dict(), own.choices[name], target.rank)
 
 
 def _keep(
     out: _Fitted,
-    shape: SiteShape,
+    name: str,
     state: Mapping[str, Tensor],
     choice: Mapping[str, Any],
     rank: int,
 ) -> None:
-    out.tensors |= {f"delta/{shape.name}/{key}": value for key, value in state.items()}
-    out.choices[shape.name], out.ranks[shape.name] = choice, rank
+    out.tensors |= {f"delta/{name}/{key}": value for key, value in state.items()}
+    out.choices[name], out.ranks[name] = choice, rank
 
 
 def _distance(found: LowRank, exact: LowRank) -> float:
@@ -261,7 +257,7 @@ def _lineage(saved: Saved, made: Structure, fitted: _Fitted, refine: int) -> Lin
 
 def _write_peft(saved: Saved, entry: Entry, line: Lineage, src: Path, dst: str | Path) -> None:
     again = dataclasses.replace(saved, entry=entry)
-    updates = {shape.name: update_of(delta) for shape, delta in deltas_of(again)}
+    updates = {name: update_of(delta) for name, delta in StoredDeltas(again).items()}
     bad = [s.name for s in entry.plan.sites if s.kind != "linear" or ":" in s.name]
     if bad or TIE in entry.plan.shared:
         raise InputError(

@@ -121,34 +121,42 @@ class StoredSite:
         return self.base
 
 
-def deltas_of(saved: Saved, base: StoredWeights | None = None) -> Iterator[tuple[SiteShape, Delta]]:
-    """Every site's shape and delta with its saved numbers, built when asked for.
+class StoredDeltas(Mapping[str, Delta]):
+    """Site name -> delta with its saved numbers, built anew whenever it is asked for.
 
-    Raises FileError naming what the tensors lack, InputError where an update needs the base.
+    Raises FileError naming what the tensors lack or have too much, InputError where an update needs
+    the base and none is named.
     """
-    entry, tensors = saved.entry, tensors_of(saved.entry)
-    starts = {key.partition("/start.")[0] for key in tensors if "/start." in key}
-    bank = entry.structure.bank(entry.plan)
-    if bank is not None:
-        if "bank" in starts:
-            bank.keep_start()
-        _fill(bank, tensors, "bank/")
-    for shape in entry.plan.sites:
-        delta = entry.structure.build(StoredSite(shape, base), entry.plan, bank)
-        if starts & {"bank", f"delta/{shape.name}"}:
+
+    def __init__(self, saved: Saved, base: StoredWeights | None = None) -> None:
+        self.entry, self.base = saved.entry, base
+        self.tensors = tensors_of(saved.entry)
+        self.sites = {site.name: site for site in self.entry.plan.sites}
+        self.starts = {key.partition("/start.")[0] for key in self.tensors if "/start." in key}
+        owners = ["bank/", *(f"trained/{name}/" for name in self.entry.trained)]
+        owners += [f"delta/{name}/" for name in self.sites]
+        for key in self.tensors:
+            if not key.startswith(tuple(owners)):
+                raise FileError(f"{key!r} belongs to nothing that the plan names")
+        self.bank = self.entry.structure.bank(self.entry.plan)
+        if self.bank is not None:
+            if "bank" in self.starts:
+                self.bank.keep_start()
+            _fill(self.bank, self.tensors, "bank/")
+
+    def __getitem__(self, name: str) -> Delta:
+        site = StoredSite(self.sites[name], self.base)
+        delta = self.entry.structure.build(site, self.entry.plan, self.bank)
+        if self.starts & {"bank", f"delta/{name}"}:
             delta.keep_start()
-        _fill(delta, tensors, f"delta/{shape.name}/")
-        yield shape, delta.requires_grad_(False)
+        _fill(delta, self.tensors, f"delta/{name}/")
+        return delta.requires_grad_(False)
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
 
-def check_keys(saved: Saved) -> None:
-    """Raise FileError for a tensor that belongs to no site, bank or trained module."""
-    entry = saved.entry
-    owners = ["bank/", *(f"trained/{name}/" for name in entry.trained)]
-    owners += [f"delta/{site.name}/" for site in entry.plan.sites]
-    for key in tensors_of(entry):
-        if not key.startswith(tuple(owners)):
-            raise FileError(f"{key!r} belongs to nothing that the plan names")
+    def __len__(self) -> int:
+        return len(self.sites)
 
 
 @torch.no_grad()

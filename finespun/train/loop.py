@@ -24,7 +24,7 @@ from finespun.errors import InputError, TrainingError
 from finespun.files import random_state, set_random_state
 from finespun.recipe import Training
 from finespun.train.progress import Reporter
-from finespun.train.text import Batch, Batches, Position
+from finespun.train.text import Batch, Batches, Position, rows_of, weight_of
 
 Save = Callable[[dict[str, Any]], None]
 
@@ -41,8 +41,9 @@ class Interrupted(KeyboardInterrupt):
 class Loop:
     """Trains `adapter` on `batches` as `training` says, with AdamW and the peak rate `rate`.
 
-    A step is made of `training.accumulate` batches; their losses are weighted by rows, so that the
-    gradient is that of one batch with all the rows. `save` is handed the state at every checkpoint.
+    A step is made of `training.accumulate` batches; their losses are weighted by rows (by labelled
+    tokens in a language model), so that the gradient is that of one batch with all of them. `save`
+    is handed the state at every checkpoint.
     """
 
     def __init__(
@@ -107,12 +108,12 @@ class Loop:
         rate = self.rate * rate_factor(self.step, self.steps, self.training)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate
-        rows = sum(len(batch["labels"]) for batch in group)
+        rows, weights = sum(map(rows_of, group)), [weight_of(batch) for batch in group]
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for batch in group:
+        for batch, weight in zip(group, weights):
             moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            loss = self.adapter.model(**moved).loss * (len(batch["labels"]) / rows)
+            loss = self.adapter.model(**moved).loss * (weight / sum(weights))
             loss.backward()
             total += loss.detach()
         value = float(total)

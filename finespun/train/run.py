@@ -26,6 +26,10 @@ from finespun.files import (
     write_file,
 )
 from finespun.recipe import Data, Recipe
+from finespun.train.lm import answer_rows, samples
+from finespun.train.lm_measure import measure
+from finespun.train.lm_text import AnswerTokens
+from finespun.train.lm_zoo import load_language_model
 from finespun.train.loop import Loop, outputs_of
 from finespun.train.metrics import evaluate
 from finespun.train.output import (
@@ -40,10 +44,10 @@ from finespun.train.output import (
     peak_memory,
 )
 from finespun.train.progress import Log, Reporter
-from finespun.train.tables import Columns, Split, load_split
+from finespun.train.tables import Columns, Examples, Split, load_split
 from finespun.train.tasks import load_task
 from finespun.train.text import Batches, Tokens, in_order, tokenize
-from finespun.train.zoo import TextModel, load_text_model
+from finespun.train.zoo import Task, TextModel, load_text_model
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,15 @@ class Job:
     classes: list[str] | None
 
     def predictions(self) -> Tensor:
-        """Logits of the held-out rows, (rows, labels)."""
+        """Logits of the held-out rows, (rows, labels), of a classifier."""
         size = self.recipe.training.eval_batch_size
         batches = in_order(self.text.tokenizer, self.test, size)
         return outputs_of(self.text.model, batches, len(self.test))
 
     def measure(self) -> dict[str, float]:
         """Metrics on the held-out rows."""
+        if isinstance(self.test, AnswerTokens):
+            return measure(self.text.model, self.test, self.text.tokenizer.pad_token_id)
         return evaluate(self.predictions(), self.test.labels)
 
     @property
@@ -132,6 +138,8 @@ def _run(recipe: Recipe, folder: Path, resume: bool, reporter: Reporter) -> Resu
     loop.run()
     after = job.measure()
     teller.tell({"event": "evaluation", "when": "after", "metrics": after})
+    for line in samples(job.text, job.adapter, job.test):
+        teller.tell({"event": "note", "text": line})
     job.adapter.save(folder, lineage(recipe, after))
     result = _result(job, loop, before, after)
     write_file(folder / RESULT, result.as_json() + "\n")
@@ -143,15 +151,10 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Job:
     """Load data and model and attach the adapter: all that can be refused is refused here."""
     reporter = reporter or Reporter()
     data = load_data(recipe.data)
-    model = load_text_model(
-        recipe.model, data.train.task, data.train.num_labels, seed=recipe.training.seed
-    )
+    model = load_model(recipe, data.train.task, data.train.num_labels)
     model.model.to(choose_device(recipe.training.device))
     adapter = attach(recipe, model)
-    tokens = [
-        tokenize(model.tokenizer, part, recipe.training.max_length)
-        for part in (data.train, data.test)
-    ]
+    tokens = [tokens_of(recipe, model, part) for part in (data.train, data.test)]
     notes = [f"dropped {data.dropped} repeated rows"] if data.dropped else []
     notes += [part.report for part in tokens[:1] if part.cut]
     if not recipe.structure.starts_at_zero and adapter.deltas:
@@ -164,6 +167,20 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Job:
         reporter.tell({"event": "note", "text": note})
     classes = None if data.train.classes is None else list(data.train.classes)
     return Job(recipe, model, adapter, tokens[0], tokens[1], classes)
+
+
+def load_model(recipe: Recipe, task: Task, num_labels: int) -> TextModel:
+    """The recipe's base: a language model where there is a prompt, else a model with a head."""
+    if recipe.data.prompt is not None:
+        return load_language_model(recipe.model)
+    return load_text_model(recipe.model, task, num_labels, seed=recipe.training.seed)
+
+
+def tokens_of(recipe: Recipe, model: TextModel, examples: Examples) -> Tokens:
+    """Rows as the model takes them: texts, or prompts with answers."""
+    if recipe.data.prompt is not None:
+        return answer_rows(recipe, model, examples)
+    return tokenize(model.tokenizer, examples, recipe.training.max_length)
 
 
 def attach(recipe: Recipe, model: TextModel) -> Adapter:
@@ -179,10 +196,17 @@ def attach(recipe: Recipe, model: TextModel) -> Adapter:
 def load_data(data: Data) -> Split:
     """Rows to train on and rows held out. Raises InputError or FileError."""
     if data.task is not None:
-        return Split(*load_task(data.task, data.seed), 0)
-    columns = Columns(data.text, data.label, data.pair)
-    return load_split(
-        str(data.file), data.test_file, columns, data.labels, data.test_share, data.seed
+        found = Split(*load_task(data.task, data.seed), 0)
+    else:
+        columns, free = Columns(data.text, data.label, data.pair), data.prompt is not None
+        labels = data.labels or ("classes" if free else None)
+        found = load_split(
+            str(data.file), data.test_file, columns, labels, data.test_share, data.seed, free
+        )
+    return Split(
+        found.train.take(range(min(len(found.train), data.train_rows or len(found.train)))),
+        found.test.take(range(min(len(found.test), data.test_rows or len(found.test)))),
+        found.dropped,
     )
 
 

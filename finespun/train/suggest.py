@@ -122,7 +122,7 @@ def _label_column(table: pl.DataFrame, taken: set[str | None], path: str) -> str
 
 def _targets(model_name: str) -> str:
     if model_name in ZOO:
-        kind = "bert"
+        kind = ZOO[model_name].kind
     else:
         config = Path(find_model(model_name)) / "config.json"
         kind = json.loads(config.read_text(encoding="utf-8")).get("model_type", "")

@@ -164,18 +164,24 @@ def load_split(
     labels: LabelKind | None = None,
     test_share: float = 0.2,
     seed: int = 0,
+    free: bool = False,
 ) -> Split:
     """Rows to train on and rows held out, from one file or two.
 
     With one file, `split` holds a share out. Rows that repeat a text are dropped, and training rows
-    that a given test file repeats; the number is reported.
+    that a given test file repeats; the number is reported. `free`: held-out rows may have classes
+    that no training row has (answers in words).
     """
     rows = read_examples(train, columns, labels)
     kept, dropped = drop_duplicates(rows)
     if test is None:
-        return Split(*split(kept, test_share, seed), dropped)
+        return Split(*split(kept, test_share, seed, free), dropped)
     kind: LabelKind = "numbers" if rows.classes is None else "classes"
-    held, again = drop_duplicates(read_examples(test, columns, kind, rows.classes))
+    held, again = drop_duplicates(
+        read_examples(test, columns, kind, None if free else rows.classes)
+    )
+    if free:
+        kept, held = _one_list(kept, held)
     seen = set(_keys(held))
     apart = [i for i, key in enumerate(_keys(kept)) if key not in seen]
     if not apart:
@@ -190,11 +196,13 @@ def drop_duplicates(examples: Examples) -> tuple[Examples, int]:
     return examples.take(rows), len(examples) - len(rows)
 
 
-def split(examples: Examples, test_share: float = 0.2, seed: int = 0) -> tuple[Examples, Examples]:
+def split(
+    examples: Examples, test_share: float = 0.2, seed: int = 0, free: bool = False
+) -> tuple[Examples, Examples]:
     """(train, test): rows shuffled by `seed`, sorted by label, and every (1/share)-th held out.
 
     So each class, or each range of values, is held out in proportion, to within a row; a class
-    that would leave no row to train on stays in training.
+    that would leave no row to train on stays in training unless `free`.
 
     Raises InputError for a share outside (0, 1) or too few rows.
     """
@@ -207,11 +215,24 @@ def split(examples: Examples, test_share: float = 0.2, seed: int = 0) -> tuple[E
     random.Random(f"{seed}/split").shuffle(rows)
     rows.sort(key=examples.labels.__getitem__)
     held = {rows[math.floor((j + 0.5) * len(rows) / count)] for j in range(count)}
-    if examples.classes is not None:
+    if examples.classes is not None and not free:
         trained = {examples.labels[i] for i in rows if i not in held}
         held = {i for i in held if examples.labels[i] in trained}
     train = [i for i in range(len(examples)) if i not in held]
     return examples.take(train), examples.take(sorted(held))
+
+
+def _one_list(a: Examples, b: Examples) -> tuple[Examples, Examples]:
+    """The same rows with the classes of both."""
+    names = tuple(sorted({*(a.classes or ()), *(b.classes or ())}))
+    number = {name: i for i, name in enumerate(names)}
+
+    def renamed(part: Examples) -> Examples:
+        old = part.classes or ()
+        labels = tuple(number[old[int(label)]] for label in part.labels)
+        return Examples(part.texts, part.pairs, labels, names)
+
+    return renamed(a), renamed(b)
 
 
 def _keys(examples: Examples) -> list[tuple[str, str]]:

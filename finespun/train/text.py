@@ -12,6 +12,7 @@ from finespun.errors import InputError, StateError
 from finespun.train.tables import Examples
 
 Batch = dict[str, Tensor]
+IGNORED = -100  # the label of a token that no loss is taken of
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Tokens:
     def lengths(self) -> list[int]:
         """The number of tokens of every row, after cutting."""
         return [len(row["input_ids"]) for row in self.rows]
+
+    def collate(self, tokenizer: Any, indices: Sequence[int]) -> Batch:
+        """The rows `indices` as tensors (rows, longest of them), labels under "labels"."""
+        padded = tokenizer.pad([self.rows[i] for i in indices], return_tensors="pt")
+        return {**padded, "labels": self.labels[torch.as_tensor(indices, dtype=torch.long)]}
 
     @property
     def report(self) -> str:
@@ -66,9 +72,21 @@ def tokenize(tokenizer: Any, examples: Examples, max_length: int) -> Tokens:
 
 
 def pad(tokenizer: Any, tokens: Tokens, indices: Sequence[int]) -> Batch:
-    """The rows `indices` as tensors (rows, longest of them), with their labels under "labels"."""
-    padded = tokenizer.pad([tokens.rows[i] for i in indices], return_tensors="pt")
-    return {**padded, "labels": tokens.labels[torch.as_tensor(indices, dtype=torch.long)]}
+    """The rows `indices` as the tensors that the model takes, labels among them."""
+    return tokens.collate(tokenizer, indices)
+
+
+def weight_of(batch: Batch) -> int:
+    """How much a batch's mean loss counts beside others': its rows, or its labelled tokens."""
+    labels = batch["labels"]
+    return len(labels) if labels.dim() == 1 else int((labels[:, 1:] != IGNORED).sum())
+
+
+def rows_of(batch: Batch) -> int:
+    """Examples in a batch; in a packed one they begin at position 0."""
+    positions = batch.get("position_ids")
+    packed = positions is not None and batch["attention_mask"].dim() == 4
+    return int((positions == 0).sum()) if packed and positions is not None else len(batch["labels"])
 
 
 class Batches:

@@ -10,18 +10,21 @@ import torch
 from finespun.adapter import Adapter, load
 from finespun.errors import FileError, InputError
 from finespun.recipe import Recipe
+from finespun.train.lm import answer, answer_rows
+from finespun.train.lm_measure import measure
 from finespun.train.loop import outputs_of
 from finespun.train.metrics import evaluate
 from finespun.train.output import RECIPE, Result
-from finespun.train.run import choose_device, load_data
+from finespun.train.run import choose_device, load_data, load_model
 from finespun.train.tables import Columns, Examples, LabelKind, read_examples, read_texts
 from finespun.train.text import in_order, tokenize
-from finespun.train.zoo import TextModel, load_text_model
+from finespun.train.zoo import Task, TextModel
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """For classes: the likeliest one and the softmax probability of each. For a number: `value`."""
+    """For classes: the likeliest one and the softmax probability of each. For a number: `value`.
+    For words of a language model's own: they are the `label`, and no probability is known."""
 
     text: str
     value: float | None
@@ -46,12 +49,8 @@ class Trained:
         """
         result = Result.read(folder)
         recipe = Recipe.load(Path(folder) / RECIPE)
-        model = load_text_model(
-            recipe.model,
-            "classification" if result.classes else "regression",
-            len(result.classes) if result.classes else 1,
-            seed=recipe.training.seed,
-        )
+        task: Task = "classification" if result.classes else "regression"
+        model = load_model(recipe, task, len(result.classes or [""]))
         model.model.to(choose_device(recipe.training.device))
         return cls(recipe, result, model, load(model.model, folder))
 
@@ -70,11 +69,14 @@ class Trained:
             classes = None if self.result.classes is None else tuple(self.result.classes)
             kind: LabelKind = "numbers" if classes is None else "classes"
             examples = read_examples(file, self.columns, kind, classes)
+        if self.recipe.data.prompt is not None:
+            rows = answer_rows(self.recipe, self.text, examples)
+            return measure(self.text.model, rows, self.text.tokenizer.pad_token_id)
         return evaluate(self._outputs(examples), examples.label_tensor())
 
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Prediction]:
-        """One prediction for each text. Raises InputError for no texts, or pairs that are missing
-        or not asked for."""
+        """One prediction for each text; a language model that has too many answers to weigh says
+        its own. Raises InputError for no texts, or pairs that are missing or not asked for."""
         if not texts:
             raise InputError("no texts to predict")
         if (pairs is None) != (self.recipe.data.pair is None):
@@ -82,11 +84,13 @@ class Trained:
                 "this adapter was trained on "
                 + ("single texts" if self.recipe.data.pair is None else "pairs of texts")
             )
-        examples = Examples(
-            tuple(texts), None if pairs is None else tuple(pairs), (0.0,) * len(texts), None
-        )
-        outputs = self._outputs(examples)
         classes = self.result.classes
+        second = None if pairs is None else tuple(pairs)
+        if self.recipe.data.prompt is not None:
+            asked = Examples(tuple(texts), second, (0,) * len(texts), tuple(classes or ()))
+            answered = answer(self.recipe, self.text, asked)
+            return [Prediction(t, None, said, shares) for t, (said, shares) in zip(texts, answered)]
+        outputs = self._outputs(Examples(tuple(texts), second, (0.0,) * len(texts), None))
         if classes is None:
             values = outputs.reshape(-1).tolist()
             return [Prediction(t, v, None, {}) for t, v in zip(texts, values)]

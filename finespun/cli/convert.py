@@ -1,0 +1,84 @@
+"""`finespun convert`: an adapter made into another, on files."""
+
+import dataclasses
+import json
+from typing import Annotated, Any
+
+import typer
+
+EXAMPLE = "finespun convert out/trec-lsr-small out/squeezed --to lora --set rank=2"
+
+
+def command(
+    src: Annotated[str, typer.Argument(help="A folder that Finespun or PEFT wrote.")],
+    dst: Annotated[str, typer.Argument(help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="lora or lsr; lora without rank or energy is exact.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="An option of the new structure, as rank=8; may be repeated."),
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="For lora: the share of ‖ΔW‖² that every layer keeps.")
+    ] = None,
+    refine: Annotated[
+        int, typer.Option(min=0, help="For lsr: steps that lower the error further.")
+    ] = 0,
+    max_error: Annotated[
+        float | None, typer.Option(min=0.0, help="Refuse a larger relative error of any layer.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base, where updates depend on its weights (DoRA, ...).")
+    ] = None,
+    peft: Annotated[bool, typer.Option("--peft", help="Write a LoRA in PEFT's format.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Make an adapter into a smaller LoRA or an LSR; the loss of every layer is printed.
+
+    No model is loaded.
+    """
+    from finespun.convert import convert
+
+    made = convert(
+        src,
+        dst,
+        wanted(to, options or []),
+        refine,
+        max_error,
+        energy,
+        None if model is None else base_folder(model),
+        "peft" if peft else "native",
+    )
+    if as_json:
+        content = dataclasses.asdict(made) | {"folder": str(made.folder), "error": made.error}
+        content["structure"] = {"kind": made.structure.kind, **made.structure.options()}
+        typer.echo(json.dumps(content, ensure_ascii=False))
+        return
+    width = max(map(len, made.errors))
+    typer.echo(f"{'layer':<{width}}  rank  predicted  true error")
+    for name, error in made.errors.items():
+        rank, predicted = made.ranks[name], made.predicted[name]
+        typer.echo(f"{name:<{width}}  {rank:>4}  {predicted:>9.4f}  {error:>10.4f}")
+    typer.echo(str(made))
+
+
+def wanted(to: str, options: list[str]) -> Any:
+    """The structure that the options describe; a bare word where there are none."""
+    from finespun.errors import InputError
+    from finespun.recipe import read_structure
+    from finespun.recipe_yaml import apply_override
+
+    values: dict[str, Any] = {}
+    for option in options:
+        apply_override(values, option)
+    if not values:
+        return to
+    if to not in ("lora", "lsr"):
+        raise InputError(f"cannot convert to {to!r}; known: 'lora', 'lsr'")
+    return read_structure({"kind": to, **values})
+
+
+def base_folder(model: str) -> str:
+    """The folder of a model by name. Raises FileError."""
+    from finespun.train.zoo import find_model
+
+    return find_model(model)

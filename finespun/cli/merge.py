@@ -1,0 +1,28 @@
+"""`finespun merge`: an adapter folded into its base."""
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+EXAMPLE = "finespun merge out/trec-lsr-small out/whole"
+
+
+def command(
+    adapter: Annotated[str, typer.Argument(help="The output folder of a run, or any adapter.")],
+    out: Annotated[str, typer.Argument(help="The folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="The base; without it, the one that the recipe names.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write the adapted model as a transformers folder: weights, config, tokenizer, head."""
+    from finespun.convert.merge import merge
+
+    done = merge(adapter, out, model)
+    if as_json:
+        content = {**dataclasses.asdict(done), "folder": str(done.folder)}
+        typer.echo(json.dumps(content, ensure_ascii=False))
+    else:
+        typer.echo(str(done))
