@@ -1,0 +1,1 @@
+"""Side-by-side measurements against PEFT: `python -m benchmarks`, or one of its modules."""

@@ -1,0 +1,187 @@
+"""How times are taken: one thread, processor time, interleaved rounds, medians of ratios by round.
+
+A fixed matrix product is timed in every round as well; where its spread is wide the machine was
+too busy for the figures to mean much, and the report says so.
+"""
+
+import gc
+import os
+import platform
+import statistics
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+torch.set_num_threads(1)
+ROUNDS = 15
+LEAST = 0.02
+WIDE = 0.25
+GATES = Path(__file__).with_name("gates.toml")
+
+Work = Callable[[], object]
+
+
+@dataclass
+class Timed:
+    """Seconds of each contestant and of the fixed product, one figure a round."""
+
+    seconds: dict[str, list[float]]
+    product: list[float] = field(default_factory=list)
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+    def ratios(self, over: str, under: str) -> list[float]:
+        return [a / b for a, b in zip(self.seconds[over], self.seconds[under])]
+
+    @property
+    def spread(self) -> float:
+        """Width of the middle half of the fixed product's times, over their median."""
+        quarters = statistics.quantiles(self.product, n=4)
+        return (quarters[2] - quarters[0]) / quarters[1]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the report: milliseconds, and PEFT's time (or the named rival's) over ours."""
+
+    name: str
+    ours: float
+    theirs: float
+    ratio: float
+    low: float
+    high: float
+    spread: float
+    rival: str = "PEFT"
+    note: str = ""
+
+    @classmethod
+    def of(
+        cls, name: str, timed: Timed, rival: str = "PEFT", note: str = "", ours: str = "ours"
+    ) -> "Line":
+        ratios = timed.ratios(rival, ours)
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        return cls(
+            name,
+            1e3 * timed.median(ours),
+            1e3 * timed.median(rival),
+            middle,
+            low,
+            high,
+            timed.spread,
+            rival,
+            note,
+        )
+
+
+def nothing() -> None:
+    """The work before or after a timed call where there is none."""
+
+
+def timed(
+    contestants: Mapping[str, Work],
+    after: Mapping[str, Work] | None = None,
+    rounds: int = ROUNDS,
+    least: float = LEAST,
+) -> Timed:
+    """Time each contestant once a round, in an order that turns; `after` undoes it, untimed.
+
+    Without anything to undo, a call is repeated until it lasts `least` seconds.
+    """
+    undo = after or {}
+    repeats = {
+        name: 1 if name in undo else _repeats(work, least) for name, work in contestants.items()
+    }
+    a, b = torch.randn(512, 768), torch.randn(768, 768)
+    found = Timed({name: [] for name in contestants})
+    names = list(contestants)
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(-1, rounds):  # the first round warms up
+            product = _seconds(lambda: a @ b, 4)
+            turned = names[number % len(names) :] + names[: number % len(names)]
+            taken = {}
+            for name in turned:
+                taken[name] = _seconds(contestants[name], repeats[name])
+                undo.get(name, nothing)()
+            if number >= 0:
+                found.product.append(product)
+                for name, seconds in taken.items():
+                    found.seconds[name].append(seconds)
+    finally:
+        gc.enable()
+    return found
+
+
+def _seconds(work: Work, repeats: int) -> float:
+    start = time.process_time()
+    for _ in range(repeats):
+        work()
+    return (time.process_time() - start) / repeats
+
+
+def _repeats(work: Work, least: float) -> int:
+    work()
+    once = max(_seconds(work, 1), 1e-7)
+    return max(1, min(2000, round(least / once)))
+
+
+def gates() -> dict[str, float]:
+    """What each line must reach."""
+    return dict(tomllib.loads(GATES.read_text(encoding="utf-8"))["gates"])
+
+
+def machine() -> str:
+    """Processor, cores, memory and versions."""
+    import peft
+    import transformers
+
+    info = Path("/proc/cpuinfo")
+    names = [
+        line.partition(":")[2].strip()
+        for line in (info.read_text(encoding="utf-8").splitlines() if info.exists() else [])
+        if line.startswith("model name")
+    ]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, "
+        f"one thread; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, PEFT {peft.__version__}"
+    )
+
+
+def table(lines: Sequence[Line]) -> str:
+    """The lines in Markdown."""
+    least = gates()
+    rows = [
+        "| what | ours, ms | rival, ms | rival / ours | middle half | at least | met |",
+        "| --- | ---: | ---: | ---: | --- | ---: | --- |",
+    ]
+    for line in lines:
+        gate = least.get(line.name)
+        met = "" if gate is None else "yes" if line.ratio >= gate else "**no**"
+        rival = f"{line.theirs:.3g}" + ("" if line.rival == "PEFT" else f" ({line.rival})")
+        rows.append(
+            f"| {line.name} | {line.ours:.3g} | {rival} | {line.ratio:.2f} | "
+            f"{line.low:.2f} to {line.high:.2f} | {'' if gate is None else gate} | {met} |"
+        )
+    return "\n".join(rows)
+
+
+def report(measure: Callable[[], list[Line]]) -> None:
+    """Print what one module measured."""
+    lines = measure()
+    print(machine())
+    print(table(lines))
+    for line in lines:
+        if line.note:
+            print(f"{line.name}: {line.note}")
+    widest = max(line.spread for line in lines)
+    print(f"Spread of the fixed product: at most {100 * widest:.0f} %")
+    if widest > WIDE:
+        print(f"More than {100 * WIDE:.0f} %: the machine is too busy, run it again")

@@ -1,0 +1,53 @@
+"""Folding an adapter into the weights: in place, and with the old weights kept for undoing it."""
+
+import torch
+
+import finespun as fs
+from benchmarks.measure import Line, report, timed
+from benchmarks.models import pair, same
+from finespun import hosts
+
+WIDTH, LAYERS, RANK = 512, 8, 16
+
+
+def measure() -> list[Line]:
+    """Against `merge_adapter` without and with `safe_merge`."""
+    ours, theirs = pair(WIDTH, LAYERS, RANK)
+    adapter = fs.Adapter(ours, "default")
+    names = list(adapter.deltas)
+    base = theirs.base_model.model
+    kept = {n: ours.get_submodule(n).weight.detach().clone() for n in names}
+    adapter.merge(undo="none")
+    theirs.merge_adapter()
+    for n in names:
+        same(ours.get_submodule(n).weight, base.get_submodule(n).base_layer.weight, n)
+
+    def back() -> None:
+        board = hosts.board_of(ours)
+        board.merged, board.kept = {}, None
+        with torch.no_grad():
+            for name, weight in kept.items():
+                ours.get_submodule(name).weight.copy_(weight)
+
+    def theirs_back() -> None:
+        theirs.unmerge_adapter()
+
+    back()
+    theirs_back()
+    note = f"{len(names)} layers of width {WIDTH}, rank {RANK}"
+    in_place = timed(
+        {"ours": lambda: adapter.merge(undo="none"), "PEFT": theirs.merge_adapter},
+        {"ours": back, "PEFT": theirs_back},
+    )
+    undone = timed(
+        {"ours": adapter.merge, "PEFT": lambda: theirs.merge_adapter(safe_merge=True)},
+        {"ours": adapter.unmerge, "PEFT": theirs_back},
+    )
+    return [
+        Line.of("merge in place", in_place, note=note),
+        Line.of("merge, undo kept", undone, note=f"{note}; PEFT's with safe_merge=True"),
+    ]
+
+
+if __name__ == "__main__":
+    report(measure)
