@@ -33,7 +33,8 @@ class Case:
     `tolerance` bounds the relative distance of any path from the definition in float32.
     `kind` groups cases for checks too slow to run for all: one of a kind runs in the quick suite.
     `constant` says that part of the update is held constant in the gradient on purpose.
-    `exact_start` is passed to `adapt`; `inductor` asks for the compiled smoke as well.
+    `exact_start` is passed to `adapt`; `inductor` asks for the compiled smoke as well;
+    `one_graph` says that compilation needs no break.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Case:
     constant: bool = False
     exact_start: bool = False
     inductor: bool = False
+    one_graph: bool = True
 
     @property
     def zero(self) -> bool:
@@ -95,7 +97,11 @@ CASES = (
     Case("lora_xs", structures.LoRAXS(rank=5)),
     Case("lora_xs-noise", structures.LoRAXS(rank=4, noise=0.3)),
     Case("nola", structures.NOLA(rank=3, k=20), kind="formed"),
-    Case("nola-chunk", structures.NOLA(rank=3, k=20, l=14, share_basis=False, chunk=8)),
+    Case(
+        "nola-chunk",
+        structures.NOLA(rank=3, k=20, l=14, share_basis=False, chunk=8),
+        one_graph=False,
+    ),
     Case("unilora", structures.UniLoRA(size=60, bound=0.4), kind="formed bank"),
     Case("unilora-shadow", structures.UniLoRA(size=60, bound=0.4), exact_start=True),
     Case("tera", structures.TeRA(rank=3)),

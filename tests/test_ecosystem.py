@@ -163,7 +163,7 @@ def compiled_equals_eager(case, backend):
         assert relative(a, b) <= 1e-4
 
 
-@one_of_each_kind(kinds=FEW)
+@one_of_each_kind(lambda case: case.one_graph, kinds=FEW)
 def test_compiled_in_one_graph(case):
     compiled_equals_eager(case, "aot_eager")
 

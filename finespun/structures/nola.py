@@ -28,7 +28,8 @@ class NOLA(Ranked):
     at the start, where only β has a gradient. c = alpha / r with alpha = r. `l` is k unless given;
     `share_basis` lets all factors of one shape use one basis. The basis stays in memory,
     k·r·(in + out) numbers, unless `chunk` is set: then `chunk` matrices at a time are drawn anew in
-    every pass, forward and backward. Source: arXiv 2310.02556 (its code for language models).
+    every pass, forward and backward, outside compiled graphs. Source: arXiv 2310.02556 (its code
+    for language models).
     """
 
     k: int = 512
@@ -138,6 +139,11 @@ class Basis:
         """Coefficients (layers, n) -> flat factors (layers, size)."""
         if self.kept is not None:
             return coefficients @ self.kept.like(coefficients)
+        mixture: Tensor = self._redraw(coefficients)
+        return mixture
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _redraw(self, coefficients: Tensor) -> Tensor:
         mixture: Tensor = _Mix.apply(coefficients, self)  # type: ignore[no-untyped-call]
         return mixture
 

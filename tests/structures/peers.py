@@ -46,7 +46,7 @@ def rank(delta: Delta) -> int:
 
 def give(frozen: Frozen, tensor: Tensor) -> None:
     """Let frozen numbers be these instead of what their stream says."""
-    frozen._held = tensor.detach().clone()
+    frozen.held[tensor.device] = tensor.detach().clone()
 
 
 def fingerprint(tensor: Tensor) -> str:
