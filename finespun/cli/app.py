@@ -11,14 +11,18 @@ import typer
 
 from finespun.cli import (
     bench,
+    compare,
+    convert,
     env,
     evaluate,
     explain,
     export,
     init,
     inspect,
+    merge,
     methods,
     predict,
+    report,
     schema,
     train,
 )
@@ -42,7 +46,10 @@ app = typer.Typer(
 )
 
 # One module a command, in the order that help shows them; each has `command` and `EXAMPLE`.
-COMMANDS = (train, bench, init, evaluate, predict, inspect, export, methods, explain, schema, env)
+COMMANDS = (
+    train, bench, init, evaluate, predict, report, inspect, compare, convert, export, merge,
+    methods, explain, schema, env,
+)  # fmt: skip
 for module in COMMANDS:
     name = module.__name__.rpartition(".")[2]
     app.command(name, epilog=f"Example: {module.EXAMPLE}")(module.command)

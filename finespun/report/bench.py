@@ -108,7 +108,9 @@ def _rates(path: Path, metric: str) -> list[str]:
             raise FileError(f"{str(path)!r}, line {number} is no trial: {error}") from error
     drawn = []
     for member, by_epochs in found.items():
-        lines = [Curve(f"{n} epochs", sorted(p)) for n, p in sorted(by_epochs.items())]
+        lines = [
+            Curve(f"{n} epoch{'s' * (n > 1)}", sorted(p)) for n, p in sorted(by_epochs.items())
+        ]
         title = f"{member}: {metric} in the search, by rate"
         drawn.append(curves(title, lines, "rate", metric, log_x=True))
     return drawn

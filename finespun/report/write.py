@@ -28,4 +28,4 @@ def report(folder: str | Path) -> Path:
         why = "is no folder" if not place.is_dir() else "holds no run and no finished bench"
         raise FileError(f"{str(place)!r} {why}: neither {LOG} nor {SHEET} is in it")
     write_file(place / PAGE, page)
-    return place / PAGE
+    return Path(folder).expanduser() / PAGE
