@@ -395,7 +395,7 @@ def test_a_ranking_only_where_no_best_rate_lies_at_an_edge() -> None:
 def test_every_form_names_the_command_and_the_values(tmp_path: Path) -> None:
     found = summary(HEAD, LORA, row("LSR r=16", (0.8, None, 0.8)))
     text = markdown(found)
-    assert "| LoRA r=8 | 36,864 | 2,310 | 156,000 | 0.003 | 0.8200 ± 0.0497 | 12.3 |" in text
+    assert "| LoRA r=8 | 36,864 | 2,310 | 156,000 | 0.003 | 0.8200 ± 0.0497 | 12.3 | 11.0 |" in text
     assert "| diverged |" in text
     assert text.endswith("Made by: `finespun bench a.yaml`\n")
     table = list(csv.DictReader(io.StringIO(csv_text(found))))

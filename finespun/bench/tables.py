@@ -27,6 +27,7 @@ def heads(summary: Summary) -> list[str]:
         "best rate",
         summary.metric,
         "seconds",
+        "CPU seconds",
     ]
 
 
@@ -43,6 +44,7 @@ def lines(summary: Summary) -> list[list[str]]:
             _rate(row),
             _score(row.mean, row.half),
             f"{row.seconds:.1f}",
+            f"{row.cpu_seconds:.1f}",
         ]
         for row in summary.rows
     ]
