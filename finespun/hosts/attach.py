@@ -23,6 +23,14 @@ from finespun.structures import Delta, Plan, Structure
 BANKS = "finespun_banks"
 
 
+class Banks(nn.ModuleDict):
+    """Adapter name -> its bank. It hands on what it is given, so that an nn.Sequential root, which
+    runs all its children, still computes what it did."""
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
 def board_of(model: nn.Module) -> Board:
     """The model's board. Raises StateError when nothing was ever adapted."""
     board = model.__dict__.get("_finespun_board")
@@ -105,7 +113,7 @@ def materialise(model: nn.Module, entry: Entry) -> None:
     entry.bank = structure.bank(entry.plan)
     if entry.bank is not None:
         if BANKS not in model._modules:
-            model.add_module(BANKS, nn.ModuleDict())
+            model.add_module(BANKS, Banks())
         children(model, BANKS)[entry.name] = entry.bank
     for name, host in hosts.items():
         delta = structure.build(host, entry.plan, entry.bank).train(host.layer.training)
