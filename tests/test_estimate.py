@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_lm import write_lm_recipe
 from tiny_run import write_recipe
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,6 +68,46 @@ def test_small_batches_tell_of_a_large_one(file: Path, monkeypatch: pytest.Monke
     found = estimate(recipe)
     ratio = (found.activations + found.optimiser) / held_by_a_run(recipe)
     assert 1 / GROWN < ratio < GROWN, ratio
+
+
+LANGUAGE = [
+    [],
+    ["training.pack=true"],
+    ["training.batch_size=24", "structure={kind: lsr, rank: 4}"],
+]
+
+
+@pytest.fixture(scope="module")
+def asking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lm_recipe(tmp_path_factory.mktemp("language"), training={"epochs": 1})
+
+
+@pytest.mark.parametrize("changes", LANGUAGE, ids=lambda changes: " ".join(changes) or "as it is")
+def test_language_models_hold_what_was_estimated(changes: list[str], asking: Path) -> None:
+    recipe = Recipe.load(asking, changes)
+    found = estimate(recipe)
+    ratio = (found.activations + found.optimiser) / held_by_a_run(recipe)
+    assert 1 / FACTOR < ratio < FACTOR, ratio
+
+
+@pytest.mark.parametrize("changes", LANGUAGE, ids=lambda changes: " ".join(changes) or "as it is")
+def test_a_step_has_as_many_tokens_as_its_batches(changes: list[str], asking: Path) -> None:
+    recipe = Recipe.load(asking, [*changes, "training.accumulate=2"])
+    found, loop = estimate(recipe), prepare(recipe).loop()
+    tokens = sum(batch["input_ids"].numel() for batch in loop.batches.epoch())
+    assert found.steps == loop.steps
+    assert found.tokens == round(tokens / loop.steps_per_epoch)
+
+
+@pytest.mark.parametrize("pack", ["true", "false"])
+def test_small_batches_tell_of_a_long_row(
+    pack: str, asking: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory of attention grows with the square of a packed row."""
+    recipe = Recipe.load(asking, ["training.batch_size=32", f"training.pack={pack}"])
+    whole = estimate(recipe).activations
+    monkeypatch.setattr("finespun.train.estimate.WHOLE", 0)
+    assert 1 / GROWN < estimate(recipe).activations / whole < GROWN
 
 
 # --- what is exact -------------------------------------------------------------------------------

@@ -22,12 +22,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from finespun import hosts
 from finespun.recipe import Recipe
 from finespun.structures import SiteShape
+from finespun.train.lm_text import AnswerTokens
 from finespun.train.loop import train_mode
 from finespun.train.progress import Reporter, as_json
 from finespun.train.run import Job, prepare, surroundings
-from finespun.train.text import Batches, pad
+from finespun.train.text import Batches
 
-SMALL = 4  # rows of a small batch
+SMALL = (2, 3, 4)  # rows of small batches
 TIMED = 8  # rows of the batch that is timed
 WHOLE = 1 << 30  # bytes
 STATES = 3  # of every trained number: its gradient and two moments
@@ -87,7 +88,7 @@ def _estimate(job: Job) -> Estimate:
     adapter, training = job.adapter, job.recipe.training
     batches = Batches(job.text.tokenizer, job.train, training.batch_size, seed=training.seed)
     lengths = job.train.lengths
-    sizes = [len(rows) * max(lengths[i] for i in rows) for rows in batches.order(0)]
+    sizes = [_size(job, [lengths[i] for i in rows]) for rows in batches.order(0)]
     steps = -(-len(batches) // training.accumulate) * training.epochs
     tokens = round(sum(sizes) * training.epochs / steps)
     typical = Passes(job, _typical(batches, lengths))
@@ -112,6 +113,16 @@ def _estimate(job: Job) -> Estimate:
     )
 
 
+def _packs(job: Job) -> bool:
+    """Whether a batch is one long row, without padding."""
+    return isinstance(job.train, AnswerTokens) and job.train.pack
+
+
+def _size(job: Job, lengths: Sequence[int]) -> int:
+    """Tokens of a batch of rows of these lengths, padding included."""
+    return sum(lengths) if _packs(job) else len(lengths) * max(lengths)
+
+
 def _typical(batches: Batches, lengths: Sequence[int]) -> list[int]:
     """A few rows of the batch whose length is the median."""
     longest = [(max(lengths[i] for i in rows), rows) for rows in batches.order(0)]
@@ -123,19 +134,25 @@ def _typical(batches: Batches, lengths: Sequence[int]) -> list[int]:
 
 def _activations(job: Job) -> int:
     """Bytes that a batch of the longest rows holds, one short row among them so that there is
-    padding. Two small batches tell how they grow with rows; a batch that needs no more than `WHOLE`
-    is then measured whole, since a structure may multiply large batches in another way."""
+    padding. Three small batches tell how they grow: with rows, and with their square where a batch
+    is one row. A batch that needs no more than `WHOLE` is then measured whole, since a structure
+    may multiply large batches in another way."""
     lengths = job.train.lengths
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     short, long = order[0], order[-1]
     rows = min(job.recipe.training.batch_size, len(lengths))
-    if rows <= SMALL:
-        return Passes(job, [long] * (rows - 1) + [short if rows > 1 else long]).memory()
-    half, small = (Passes(job, [long] * (n - 1) + [short]).memory() for n in (SMALL // 2, SMALL))
-    grown = small + (small - half) * (rows - SMALL) // (SMALL - SMALL // 2)
-    if grown > WHOLE:
-        return grown
-    return Passes(job, [long] * (rows - 1) + [short]).memory()
+
+    def measured(count: int) -> int:
+        return Passes(job, [long] * max(1, count - 1) + [short] * (count > 1)).memory()
+
+    if rows > max(SMALL):
+        two, three, four = map(measured, SMALL)
+        bend = max(0, four - 2 * three + two) if _packs(job) else 0
+        more = rows - SMALL[-1]
+        grown = four + more * (four - two) // 2 + bend * more * (more + 2) // 2
+        if grown > WHOLE:
+            return grown
+    return measured(rows)
 
 
 # --- one batch, forwards and backwards -----------------------------------------------------------
@@ -145,7 +162,7 @@ class Passes:
     def __init__(self, job: Job, rows: Sequence[int]) -> None:
         self.job, self.model = job, job.adapter.model
         self.device = next(self.model.parameters()).device
-        padded = pad(job.text.tokenizer, job.train, rows)
+        padded = job.train.collate(job.text.tokenizer, rows)
         self.batch = {name: tensor.to(self.device) for name, tensor in padded.items()}
         self.tokens = padded["input_ids"].numel()
 
@@ -160,11 +177,12 @@ class Passes:
         return size
 
     def memory(self) -> int:
-        """The most bytes held at a time, gradients of the trained numbers left out."""
+        """The most bytes held at a time, the batch among them, gradients of the trained numbers
+        left out."""
         held = Held([*weights_of(self.job), *self.batch.values()])
         with held:
             gradients = self.run()
-        return max(0, held.most - gradients)
+        return max(0, held.most - gradients) + bytes_of(self.batch.values())
 
     def flops(self) -> int:
         """Floating point operations."""
