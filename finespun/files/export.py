@@ -112,7 +112,7 @@ def export(
     lineage = lineage or lineage_of(entry.structure)
     write_lora(folder, name, updates, config, whole, base, lineage, errors[worst])
     dropped = () if allow_full else entry.trained
-    notes = _notes(chosen, trained, dropped, per_module_rank)
+    notes = _notes(chosen, trained, dropped, len(set(ranks.values())) > 1)
     return Exported(Path(folder), chosen, errors, trained, dropped, notes)
 
 
