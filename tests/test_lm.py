@@ -290,28 +290,22 @@ def test_pefts_reader_gives_equal_logits(done):
 
 
 def test_free_answers_are_generated_and_measured(tmp_path, capsys):
-    lines = ["text,label"]
-    for i in range(40):
-        words = ["the cat", "a dog", "the ship", "a train"][i % 4].split()
-        extra = ("today", "soon", "runs", "stops", "sleeps")[i // 8]
-        lines.append(
-            f"{words[1]} {extra} {words[0]} {'fine' if i % 2 else 'grim'} {i},{extra} {words[1]}"
-        )
-    write_lm_recipe(tmp_path)
+    words = ("cat", "dog", "ship", "train", "today", "soon", "runs")
+    pairs = [(a, b) for a in words for b in words]
+    lines = ["text,label", *(f"the {a} {b},{b} {a}" for a, b in pairs)]
     (tmp_path / "free.csv").write_text("\n".join(lines) + "\n")
-    recipe = Recipe.load(tmp_path / "lm.yaml", [f"data.file={tmp_path / 'free.csv'}"])
-    job = prepare(recipe)
-    assert len(job.classes) == 20
-    from finespun.train import lm
-
-    few = tokenize_answers(
-        lm.asker_of(recipe, job.text),
-        Examples(("the cat",), None, (1,), ("a", "dog today")), ["a", "dog today"], 32, few=1,
-    )  # fmt: skip
-    assert set(measure(job.text.model, few, 0)) == {"exact_match", "loss"}
-    held = recipe.changed([f"data.test_file={tmp_path / 'free.csv'}"])
-    with pytest.raises(InputError, match="is in the test file"):
-        prepare(held)
+    short = {"epochs": 1}
+    path = write_lm_recipe(tmp_path, data={"file": str(tmp_path / "free.csv")}, training=short)
+    result = run(Recipe.load(path))
+    assert set(result.after) == {"exact_match", "loss"}
+    assert (result.train_rows, result.test_rows, len(result.classes)) == (39, 10, 49)
+    assert result.after["loss"] < result.before["loss"]
+    assert cli(["predict", str(tmp_path / "out"), "the cat runs"]) == 0
+    said, _, text = capsys.readouterr().out.rstrip("\n").rpartition("\t")
+    assert text == "the cat runs"
+    trained = Trained.open(tmp_path / "out")
+    prompt = Asker(trained.text.tokenizer, PROMPT).ids("Text: the cat runs\nKind:")
+    assert continue_prompts(trained.text.model, trained.text.tokenizer, [prompt], 24) == [said]
 
 
 # --- recipes -------------------------------------------------------------------------------------
