@@ -87,8 +87,10 @@ def timed(
     after: Mapping[str, Work] | None = None,
     rounds: int = ROUNDS,
     least: float = LEAST,
+    before: Work = nothing,
 ) -> Timed:
-    """Time each contestant once a round, in an order that turns; `after` undoes it, untimed.
+    """Time each contestant once a round, in an order that turns; `before` prepares each call and
+    `after` undoes it, both untimed.
 
     Without anything to undo, a call is repeated until it lasts `least` seconds.
     """
@@ -107,6 +109,7 @@ def timed(
             turned = names[number % len(names) :] + names[: number % len(names)]
             taken = {}
             for name in turned:
+                before()
                 taken[name] = _seconds(contestants[name], repeats[name])
                 undo.get(name, nothing)()
             if number >= 0:

@@ -3,11 +3,12 @@
 import torch
 
 import finespun as fs
+from benchmarks import memory
 from benchmarks.measure import Line, report, timed
 from benchmarks.models import pair, same
 from finespun import hosts
 
-WIDTH, LAYERS, RANK = 512, 8, 16
+WIDTH, LAYERS, RANK = 768, 4, 16
 
 
 def measure() -> list[Line]:
@@ -34,19 +35,25 @@ def measure() -> list[Line]:
 
     back()
     theirs_back()
-    note = f"{len(names)} layers of width {WIDTH}, rank {RANK}"
-    in_place = timed(
+    plainly = (
         {"ours": lambda: adapter.merge(undo="none"), "PEFT": theirs.merge_adapter},
         {"ours": back, "PEFT": theirs_back},
     )
-    undone = timed(
+    safely = (
         {"ours": adapter.merge, "PEFT": lambda: theirs.merge_adapter(safe_merge=True)},
         {"ours": adapter.unmerge, "PEFT": theirs_back},
     )
-    return [
-        Line.of("merge in place", in_place, note=note),
-        Line.of("merge, undo kept", undone, note=f"{note}; PEFT's with safe_merge=True"),
-    ]
+    shape = f"{len(names)} layers of width {WIDTH}, rank {RANK}"
+    fresh, warm = (
+        f"{shape}; on fresh memory, as a first merge is",
+        f"{shape}; on memory used before",
+    )
+    lines = []
+    for name, work in (("merge in place", plainly), ("merge, undo kept", safely)):
+        lines.append(Line.of(name, timed(*work, before=memory.give_back), note=fresh))
+        with memory.kept():
+            lines.append(Line.of(f"{name}, again", timed(*work), note=warm))
+    return lines
 
 
 if __name__ == "__main__":

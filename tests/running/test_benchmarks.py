@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic, gates and page; no times are asserted."""
 
+import dataclasses
 import re
 
 import pytest
@@ -53,11 +54,10 @@ def test_pairs_are_equal_and_a_difference_stops_everything():
 @pytest.fixture
 def short(monkeypatch):
     """Tiny shapes and few rounds."""
-    monkeypatch.setattr(measure.timed, "__defaults__", (None, 3, 0.0))
+    monkeypatch.setattr(measure.timed, "__defaults__", (None, 3, 0.0, measure.nothing))
     monkeypatch.setattr(training_step, "SHAPES", ((64, 1, 4, 2),))
-    for module in (merging,):
-        monkeypatch.setattr(module, "WIDTH", 64)
-        monkeypatch.setattr(module, "LAYERS", 1)
+    monkeypatch.setattr(merging, "WIDTH", 64)
+    monkeypatch.setattr(merging, "LAYERS", 1)
     monkeypatch.setattr(forming, "WIDTH", 32)
     monkeypatch.setattr(forming, "SITES", 2)
 
@@ -69,14 +69,31 @@ def test_parts_run_and_leave_their_models_as_they_were(short):
         "LSR step, width 64",
         "step, width 64, dropout 0.05",
         "merge in place",
+        "merge in place, again",
         "merge, undo kept",
+        "merge, undo kept, again",
         "form all factors of LSR",
         "the same with its backward pass",
     ]
     assert all(line.ours > 0 and line.theirs > 0 for line in lines)
-    text = pages.page({"merging": lines[3:5]}, "0.1", "0.2")
-    assert text.count("| merge") == 2
+    text = pages.page({"merging": lines[3:7]}, "0.1", "0.2")
+    assert text.count("| merge") == 4
     assert "7 layers of width 64" in text
+
+
+def test_a_part_is_measured_until_it_is_calm():
+    found = Timed({"ours": [1.0] * 4, "PEFT": [2.0] * 4}, [1.0] * 4)
+    spreads = iter([0.5, 0.3, 0.4, 0.1])
+    parts = []
+
+    def part():
+        parts.append([dataclasses.replace(Line.of("x", found), spread=next(spreads))])
+        return parts[-1]
+
+    assert pages.calmest(part) is parts[1]
+    assert len(parts) == 3
+    assert pages.calmest(part) is parts[3]
+    assert len(parts) == 4
 
 
 def test_the_page_has_a_line_for_every_gate():

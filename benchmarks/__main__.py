@@ -1,0 +1,93 @@
+"""Every measurement, one after the other; writes docs/benchmarks.md."""
+
+import gc
+import importlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.measure import ROUNDS, WIDE, Line, machine, table
+
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+PARTS = {
+    "training_step": "A training step",
+    "many_adapters": "Many adapters",
+    "mixed_rows": "Another adapter for each row",
+    "forming": "Forming LSR's factors",
+    "merging": "Merging",
+}
+HEAD = """\
+# Beside PEFT
+
+Written by `python -m benchmarks`; `python -m benchmarks.merging` and its neighbours run one part.
+
+Both sides hold the same weights and the same adapters and get the same batches. Outputs, gradients
+or merged weights are compared first and must agree to 1e-5 (relative), else nothing is timed. One
+thread; processor time, system time included; both sides in turn, {rounds} rounds after one to warm
+up; the ratio is the median of the ratios of the rounds, beside the middle half of them. "At least"
+is the gate in `benchmarks/gates.toml`. A ratio above 1 means that Finespun is faster.
+
+A fixed matrix product is timed in every round. Where it spreads by more than {wide:.0f} % (middle half
+over median) the part is measured anew, at most {tries} times in all, and the calmest is shown.
+
+{machine}. Load average at the start {start}, at the end {end}.
+"""
+TRIES = 3
+
+
+def page(parts: dict[str, list[Line]], start: str, end: str) -> str:
+    """The whole page in Markdown."""
+    text = HEAD.format(
+        rounds=ROUNDS,
+        machine=machine(),
+        start=start,
+        end=end,
+        wide=100 * WIDE,
+        tries=TRIES,
+    )
+    for name, lines in parts.items():
+        text += f"\n## {PARTS[name]}\n\n{table(lines)}\n\n"
+        notes: dict[str, list[str]] = {}
+        for line in lines:
+            if line.note:
+                notes.setdefault(line.note, []).append(line.name)
+        text += "\n".join(f"- {' and '.join(n)}: {note}." for note, n in notes.items()) + "\n"
+        wide = spread(lines)
+        busy = ": too busy, these figures mean little" if wide > WIDE else ""
+        text += f"- Spread of the fixed product: {100 * wide:.0f} %{busy}.\n"
+    return text
+
+
+def spread(lines: list[Line]) -> float:
+    """The widest spread of the fixed product in a part."""
+    return max(line.spread for line in lines)
+
+
+def calmest(measure: Callable[[], list[Line]]) -> list[Line]:
+    """The part's lines, measured until the fixed product is steady enough."""
+    found: list[list[Line]] = []
+    while len(found) < TRIES and (not found or spread(found[-1]) > WIDE):
+        found.append(measure())
+        gc.collect()
+    return min(found, key=spread)
+
+
+def load() -> str:
+    """How busy the machine was in the last minute."""
+    return f"{os.getloadavg()[0]:.1f}"
+
+
+def main() -> None:
+    """Measure everything, say what was measured, write the page."""
+    start, began, parts = load(), time.monotonic(), {}
+    for name in PARTS:
+        parts[name] = calmest(importlib.import_module(f"benchmarks.{name}").measure)
+        print(table(parts[name]), flush=True)
+    text = page(parts, start, load())
+    PAGE.write_text(text, encoding="utf-8")
+    print(f"{PAGE.name} written after {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
