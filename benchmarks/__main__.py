@@ -28,8 +28,8 @@ thread; processor time, system time included; both sides in turn, {rounds} round
 up; the ratio is the median of the ratios of the rounds, beside the middle half of them. "At least"
 is the gate in `benchmarks/gates.toml`. A ratio above 1 means that Finespun is faster.
 
-A fixed matrix product is timed in every round. Where it spreads by more than {wide:.0f} % (middle half
-over median) the part is measured anew, at most {tries} times in all, and the calmest is shown.
+A fixed matrix product is timed in every round. Where it spreads by more than {wide:.0f} % (middle
+half over median) the part is measured anew, at most {tries} times in all, and the calmest is shown.
 
 {machine}. Load average at the start {start}, at the end {end}.
 """
