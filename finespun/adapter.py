@@ -40,6 +40,10 @@ def adapt(
     model is frozen until `detach`. Raises TargetError, PlanError or InputError; the model stays as
     it was.
     """
+    if not isinstance(structure, Structure):
+        raise InputError(f"structure={structure!r} must be an instance such as fs.LSR(rank=4)")
+    if isinstance(train, str):
+        train = (train,)
     trained = hosts.find_head(model) if train is None else tuple(train)
     names = [n for n in hosts.find(model, targets, exclude, layers) if not _inside(n, trained)]
     if not names and not trained:
@@ -136,7 +140,7 @@ class Adapter:
 
     @scale.setter
     def scale(self, value: float) -> None:
-        if not math.isfinite(value):
+        if not isinstance(value, int | float) or not math.isfinite(value):
             raise InputError(f"scale={value} must be a finite number; 1.0 is as trained")
         if self.name in hosts.board_of(self.model).merged:
             raise StateError(f"{self.name!r} is merged; unmerge it before changing its strength")

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from finespun.errors import FileError, InputError, nearest
-from finespun.recipe_yaml import apply_override, explain, read_yaml
+from finespun.recipe_yaml import Quoting, apply_override, explain, read_yaml
 from finespun.structures import LSR, STRUCTURES, Structure
 
 DEFAULT_RATE = 1e-3
@@ -207,7 +207,7 @@ class Recipe(Section):
         for key in OPTIONAL:
             if not values["data"][key]:
                 del values["data"][key]
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return yaml.dump(values, Dumper=Quoting, sort_keys=False, allow_unicode=True)
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:

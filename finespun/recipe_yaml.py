@@ -116,3 +116,15 @@ def _reason(item: Mapping[str, Any], key: str, owner: type[BaseModel]) -> str:
 def _inside(key: str, loc: tuple[Hashable, ...]) -> str:
     """The key of an option: `loc` goes on below `key`, into a place that is no section."""
     return ".".join([key, *map(str, loc[1:2])])
+
+
+class Quoting(yaml.SafeDumper):
+    """Writes text with YAML's rarer line breaks in double quotes, where they can be escaped."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if set(text) & set("\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+Quoting.add_representer(str, _text)

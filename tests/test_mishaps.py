@@ -134,3 +134,50 @@ def test_a_bank_on_a_sequential_root_changes_nothing():
     adapter.detach()
     assert len(model) == 2
     assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "x", None])
+def test_a_weight_must_be_a_finite_number(weight):
+    model, _ = stirred(case("lora"), net())
+    with pytest.raises(InputError, match="finite number"):
+        fs.activate(model, {"default": weight})
+
+
+def test_nothing_else_is_activated_while_an_adapter_is_merged():
+    model, adapter = stirred(case("lora"), net())
+    adapter.merge()
+    y = model(batch())
+    for change in (
+        lambda: fs.activate(model, None),
+        lambda: fs.activate(model, {"default": 0.5}),
+        lambda: fs.adapt(model, fs.LoRA(rank=1), ["up"], name="b"),
+    ):
+        with pytest.raises(StateError, match="unmerge it first"):
+            change()
+    adapter.activate()
+    assert torch.equal(model(batch()), y)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: fs.LoRA(rank="4"), "rank='4' must be a whole number"),
+        (lambda m: fs.LSR(rank=2.5), "whole number"),
+        (lambda m: fs.LoRA(rank=True), "whole number"),
+        (lambda m: fs.adapt(m, "lora", ["up"]), "an instance such as"),
+        (lambda m: fs.adapt(m, fs.LoRA, ["up"]), "an instance such as"),
+        (lambda m: fs.adapt(m, fs.LoRA(), 3), "targets are names"),
+        (lambda m: fs.adapt(m, fs.LoRA(), [3]), "targets are names"),
+        (lambda m: fs.adapt(m, fs.LoRA(rank=1), ["up"], train="haed"), "called 'haed'"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(call, message):
+    with pytest.raises(InputError, match=message):
+        call(net())
+
+
+@pytest.mark.parametrize("names", ["ab", [0, 1], [b"x"]])
+def test_rows_take_names(names):
+    model, _ = stirred(case("lora"), net())
+    with pytest.raises(InputError, match="a name, or None, for each row"):
+        fs.rows(model, names).__enter__()

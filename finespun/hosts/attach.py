@@ -54,6 +54,9 @@ def new_entry(
     tie: bool = False,
 ) -> Entry:
     """Plan, build and attach a new adapter; on any error the model is left as it was."""
+    board = model.__dict__.get("_finespun_board")
+    if isinstance(board, Board) and board.merged:
+        raise StateError(f"{', '.join(board.merged)} is merged into the weights; unmerge it first")
     found = list(sites(model, targets, structure).values())
     check_trained(model, targets, trained)
     plan = structure.plan(found, scores)
@@ -307,6 +310,8 @@ def rows(
     board = board_of(model)
     if board.merged:
         raise StateError(f"{', '.join(board.merged)} is merged into the weights; unmerge it first")
+    if isinstance(names, str) or not all(n is None or isinstance(n, str) for n in names):
+        raise InputError(f"rows takes a list with a name, or None, for each row, not {names!r}")
     if lengths is not None and (len(lengths) != len(names) or min(lengths, default=1) < 0):
         raise InputError(f"{len(names)} names need as many lengths >= 0, not {list(lengths)}")
     for name in {n for n in names if n is not None}:

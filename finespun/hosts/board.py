@@ -3,6 +3,7 @@
 Layers read it on every forward pass; switching between activated adapters changes this object only.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -135,12 +136,21 @@ class Board:
     def weights(self, wanted: str | Sequence[str] | Mapping[str, float] | None) -> Weights:
         """What the user asked for as (name, weight) pairs, names checked."""
         if wanted is None:
-            return ()
+            wanted = ()
         if isinstance(wanted, str):
             wanted = {wanted: 1.0}
+        if not isinstance(wanted, Sequence | Mapping):
+            raise InputError(f"activate takes a name, names or name: weight, not {wanted!r}")
         if not isinstance(wanted, Mapping):
             wanted = dict.fromkeys(wanted, 1.0)
-        return tuple((self[name].name, float(weight)) for name, weight in wanted.items())
+        for name, weight in wanted.items():
+            if not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise InputError(f"weight {weight!r} of {name!r} must be a finite number; try 1.0")
+        found = tuple((self[name].name, float(weight)) for name, weight in wanted.items())
+        for name, weight in self.merged.items():
+            if (name, weight) not in found:
+                raise StateError(f"{name!r} is merged into the weights; unmerge it first")
+        return found
 
     def in_force(self) -> Weights:
         """The active adapters that are not merged into the weights, strengths included."""

@@ -47,6 +47,9 @@ def find(
     the same language; `layers` keeps those whose first number in the name is among them. Raises
     TargetError, with the nearest names, where an entry matches nothing.
     """
+    for given in (targets, exclude):
+        if not isinstance(given, str | Sequence) or not all(isinstance(t, str) for t in given):
+            raise TargetError(f"targets are names, not {given!r}; try 'all-linear' or ['query']")
     known = modules(model)
     wanted = [targets] if isinstance(targets, str) else list(targets)
     regex = isinstance(targets, str) and targets not in WORDS

@@ -18,6 +18,12 @@ DRAWS: dict[str, Draw] = {
 _known: "WeakValueDictionary[tuple[Any, ...], Frozen]" = WeakValueDictionary()
 
 
+def not_compiled(function: Callable[..., Any]) -> None:
+    """Let compiled code leave its graph for `function`. It sets the mark of torch.compiler.disable,
+    which itself would load the whole compiler on import."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
 class Frozen:
     """A tensor of `shape` fixed by (law, seed, stream): equal keys are one object, which holds one
     tensor per device.
@@ -48,15 +54,15 @@ class Frozen:
         never read before, compilation breaks its graph here, the first time."""
         device = torch.device(device)
         held = self.held.get(device)
-        drawn: Tensor = self._draw(device) if held is None else held
-        return drawn
+        return self._draw(device) if held is None else held
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _draw(self, device: torch.device) -> Tensor:
         law, seed, stream, shape = self.key
         with torch.inference_mode(False):
             self.held[device] = DRAWS[law](streams.key(seed, *stream), shape).to(device)
         return self.held[device]
+
+    not_compiled(_draw)
 
     def like(self, other: Tensor) -> Tensor:
         """The tensor on the device and in the dtype of another."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from finespun.errors import InputError, PlanError
 from finespun.linalg import streams
 from finespun.structures.delta import Bank, Delta, Factors
-from finespun.structures.frozen import Frozen
+from finespun.structures.frozen import Frozen, not_compiled
 from finespun.structures.site import Site, SiteShape
 from finespun.structures.structure import Plan, Ranked, register
 
@@ -142,10 +142,11 @@ class Basis:
         mixture: Tensor = self._redraw(coefficients)
         return mixture
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _redraw(self, coefficients: Tensor) -> Tensor:
         mixture: Tensor = _Mix.apply(coefficients, self)  # type: ignore[no-untyped-call]
         return mixture
+
+    not_compiled(_redraw)
 
 
 def mixed(wanted: Sequence[tuple[Basis, Tensor]]) -> list[Tensor]:
