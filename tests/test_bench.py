@@ -395,7 +395,7 @@ def test_a_ranking_only_where_no_best_rate_lies_at_an_edge() -> None:
 def test_every_form_names_the_command_and_the_values(tmp_path: Path) -> None:
     found = summary(HEAD, LORA, row("LSR r=16", (0.8, None, 0.8)))
     text = markdown(found)
-    assert "| LoRA r=8 | 36,864 | 2,310 | 156,000 | 0.003 | 0.8200 ± 0.0497 | 12.3 | 11.0 |" in text
+    assert "| LoRA r=8 | 36,864 | 156,000 | 0.003 | 0.8200 ± 0.0497 | 12.3 | 11.0 |" in text
     assert "| diverged |" in text
     assert text.endswith("Made by: `finespun bench a.yaml`\n")
     table = list(csv.DictReader(io.StringIO(csv_text(found))))
@@ -403,10 +403,11 @@ def test_every_form_names_the_command_and_the_values(tmp_path: Path) -> None:
     assert float(table[1]["mean"]) == LORA.mean
     assert [table[2][f"accuracy_seed_{i}"] for i in range(3)] == ["0.8", "", "0.8"]
     assert {line["command"] for line in table} == {"finespun bench a.yaml"}
-    console = Console(record=True, width=120, file=io.StringIO())
+    console = Console(record=True, width=80, file=io.StringIO())
     show(found, console)
     printed = console.export_text()
-    assert "0.8200 ± 0.0497" in printed
+    assert "LoRA r=8    36,864  156,000  0.003  0.8200 ± 0.0497" in printed
+    assert "without the head's 2,310" in printed
     assert "Made by: finespun bench a.yaml" in printed
     assert json.loads(json.dumps(found.as_json()))["refusal"] == found.refusal
 

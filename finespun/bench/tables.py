@@ -9,6 +9,10 @@ from rich.table import Table
 
 from finespun.bench.summary import Row, Summary, cells
 
+COLUMNS = (
+    "numbers: trained in the layers, without the head's {head}; bytes: the adapter's tensors in a "
+    "file, with the head; rate: the best of those tried; seconds: in training steps, mean of runs."
+)
 NOTE = (
     "± is half the 95 % interval of the mean over {runs} seeds (Student's t). It covers the draw "
     "of the head, the structure and the order of rows, on the same {rows:,} held-out rows."
@@ -18,17 +22,7 @@ NOTE = (
 def heads(summary: Summary) -> list[str]:
     """Column heads of the printed table."""
     ranked = ["rank"] if summary.ranking else []
-    return [
-        *ranked,
-        "member",
-        "trained numbers",
-        "head",
-        "adapter bytes",
-        "best rate",
-        summary.metric,
-        "seconds",
-        "CPU seconds",
-    ]
+    return [*ranked, "member", "numbers", "bytes", "rate", summary.metric, "seconds", "CPU s"]
 
 
 def lines(summary: Summary) -> list[list[str]]:
@@ -39,7 +33,6 @@ def lines(summary: Summary) -> list[list[str]]:
             *([places[row.name]] if places else []),
             row.name,
             f"{row.update_numbers:,}",
-            f"{row.module_numbers:,}",
             f"{row.bytes:,}",
             _rate(row),
             _score(row.mean, row.half),
@@ -52,7 +45,9 @@ def lines(summary: Summary) -> list[list[str]]:
 
 def remarks(summary: Summary) -> list[str]:
     """What belongs under the table, the command that made it last."""
-    told = [NOTE.format(runs=len(summary.seeds), rows=summary.test_rows)]
+    trained = sorted({row.module_numbers for row in summary.rows})
+    told = [COLUMNS.format(head=" or ".join(f"{count:,}" for count in trained))]
+    told += [NOTE.format(runs=len(summary.seeds), rows=summary.test_rows)]
     for gap in summary.differences:
         sure = gap.half is not None and abs(gap.mean) > gap.half
         told.append(
@@ -69,7 +64,7 @@ def show(summary: Summary, console: Console) -> None:
     """Print the table."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for head in heads(summary):
-        table.add_column(head, justify="left" if head == "member" else "right")
+        table.add_column(head, justify="left" if head == "member" else "right", no_wrap=True)
     for line in lines(summary):
         table.add_row(*line)
     console.print(table)
