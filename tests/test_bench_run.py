@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -265,3 +266,18 @@ def test_the_command_prints_the_table_and_refuses_a_ranking_by_its_exit_code(
     assert "head only" in printed.out
     assert printed.err == ""
     assert run(["bench", str(tmp_path / "b.yaml"), "seads=[1]"]) == 2
+
+
+@pytest.mark.slow
+def test_the_published_comparison_follows_from_its_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every trial that the example asks for was run, and gives the table that docs show."""
+    root = Path(__file__).parent.parent
+    published = root / "docs" / "results" / "comparison-trec-small"
+    shutil.copy(published / "results.jsonl", tmp_path)
+    monkeypatch.delattr(Workbench, "run")
+    found = BenchSpec.load(root / "examples" / "comparison.yaml", [f"output={tmp_path}"])
+    Bench(found, "finespun bench examples/comparison.yaml").run()
+    assert (tmp_path / "table.csv").read_text() == (published / "table.csv").read_text()
+    assert (tmp_path / "table.md").read_text() == (published / "table.md").read_text()
