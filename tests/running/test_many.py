@@ -132,7 +132,8 @@ def switching(layers):
         fs.activate(model, "one")
         fs.activate(model, {"two": 0.5, "three": 0.5})
         fs.activate(model, None)
-    return written, made.count, calls(lambda: fs.activate(model, "one"))
+    switches = list(written)
+    return switches, made.count, calls(lambda: fs.activate(model, "one"))
 
 
 def test_switching_writes_one_attribute_however_many_layers():
