@@ -406,7 +406,7 @@ def test_every_form_names_the_command_and_the_values(tmp_path: Path) -> None:
     console = Console(record=True, width=80, file=io.StringIO())
     show(found, console)
     printed = console.export_text()
-    assert "LoRA r=8    36,864  156,000  0.003  0.8200 ± 0.0497" in printed
+    assert "LoRA r=8   36,864 156,000 0.003 0.8200 ± 0.0497" in printed
     assert "without the head's 2,310" in printed
     assert "Made by: finespun bench a.yaml" in printed
     assert json.loads(json.dumps(found.as_json()))["refusal"] == found.refusal

@@ -62,7 +62,7 @@ def remarks(summary: Summary) -> list[str]:
 
 def show(summary: Summary, console: Console) -> None:
     """Print the table."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for head in heads(summary):
         table.add_column(head, justify="left" if head == "member" else "right", no_wrap=True)
     for line in lines(summary):
