@@ -7,24 +7,20 @@ impossible value is an InputError that names the key, the line, the value and wh
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     TypeAdapter,
-    ValidationError,
     WithJsonSchema,
     model_validator,
 )
 
-from finespun.errors import FileError, InputError, nearest
-from finespun.recipe_yaml import Quoting, apply_override, explain, read_yaml
+from finespun.errors import InputError, nearest
+from finespun.recipe_yaml import Document, Quoting, Section
 from finespun.structures import LSR, STRUCTURES, Structure
 
 DEFAULT_RATE = 1e-3
@@ -67,12 +63,6 @@ AnyStructure = Annotated[
 
 TABLE = frozenset(("file", "test_file", "text", "pair", "label", "labels", "test_share"))
 OPTIONAL = ("train_rows", "test_rows", "prompt", "answers", "chat")
-
-
-class Section(BaseModel):
-    """A part of a recipe: no unknown keys, no change after it was checked."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -142,7 +132,7 @@ class Training(Section):
     checkpoint_every: int | None = Field(None, ge=1, description="steps; null: every epoch")
 
 
-class Recipe(Section):
+class Recipe(Document):
     """A run, whole: the same recipe gives the same adapter on the same machine and threads."""
 
     model: str = Field(description="minilm-l6, minilm-l3, smollm2-135m, a folder or a hub model")
@@ -169,29 +159,6 @@ class Recipe(Section):
         if self.training.rate is not None:
             return self.training.rate
         return DEFAULT_RATES.get(self.structure.kind, DEFAULT_RATE)
-
-    @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a YAML file and apply `section.key=value` overrides.
-
-        Raises FileError if it is missing, InputError for anything in it that cannot work.
-        """
-        file = Path(path).expanduser()
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            near = [p.name for p in file.parent.glob("*.y*ml")]
-            raise FileError(
-                f"recipe {str(path)!r} cannot be read ({error}); "
-                f"in {str(file.parent)!r} {nearest(file.name, near)}"
-            ) from error
-        return cls.parse(text, overrides, source=str(path))
-
-    @classmethod
-    def parse(cls, text: str, overrides: Sequence[str] = (), source: str = "recipe") -> Self:
-        """Read YAML text; `source` names it in errors. Raises InputError."""
-        values, lines = read_yaml(text, source)
-        return cls._checked(values, overrides, lines, source)
 
     def changed(self, overrides: Sequence[str]) -> Self:
         """The same recipe with `section.key=value` overrides. Raises InputError."""
@@ -220,20 +187,3 @@ class Recipe(Section):
             choices.append({**options, "required": ["kind"], "additionalProperties": False})
         schema["properties"]["structure"]["oneOf"] = choices
         return schema
-
-    @classmethod
-    def _checked(
-        cls,
-        values: dict[str, Any],
-        overrides: Sequence[str],
-        lines: Mapping[str, int],
-        source: str,
-    ) -> Self:
-        for override in overrides:
-            apply_override(values, override)
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            overridden = [override.partition("=")[0] for override in overrides]
-            where = {key: line for key, line in lines.items() if key not in overridden}
-            raise InputError(explain(error, cls, where, source)) from error

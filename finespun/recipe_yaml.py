@@ -1,13 +1,14 @@
 """The text side of recipes: YAML with line numbers, overrides, and errors a person can act on."""
 
 import re
-from collections.abc import Hashable, Mapping
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from finespun.errors import InputError, nearest
+from finespun.errors import FileError, InputError, nearest
 
 
 class _Loader(yaml.SafeLoader):
@@ -128,3 +129,56 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 Quoting.add_representer(str, _text)
+
+
+class Section(BaseModel):
+    """A part of a YAML file: no unknown keys, no change after it was checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Document(Section):
+    """A whole YAML file; `noun` is what errors call it, `source` where its text came from."""
+
+    noun: ClassVar[str] = "recipe"
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file and apply `section.key=value` overrides.
+
+        Raises FileError if it is missing, InputError for anything in it that cannot work.
+        """
+        file = Path(path).expanduser()
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            near = [p.name for p in file.parent.glob("*.y*ml")]
+            raise FileError(
+                f"{cls.noun} {str(path)!r} cannot be read ({error}); "
+                f"in {str(file.parent)!r} {nearest(file.name, near)}"
+            ) from error
+        return cls.parse(text, overrides, source=str(path))
+
+    @classmethod
+    def parse(cls, text: str, overrides: Sequence[str] = (), source: str | None = None) -> Self:
+        """Read YAML text; `source` names it in errors. Raises InputError."""
+        source = source or cls.noun
+        values, lines = read_yaml(text, source)
+        return cls._checked(values, overrides, lines, source)
+
+    @classmethod
+    def _checked(
+        cls,
+        values: dict[str, Any],
+        overrides: Sequence[str],
+        lines: Mapping[str, int],
+        source: str,
+    ) -> Self:
+        for override in overrides:
+            apply_override(values, override)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            overridden = [override.partition("=")[0] for override in overrides]
+            where = {key: line for key, line in lines.items() if key not in overridden}
+            raise InputError(explain(error, cls, where, source)) from error

@@ -81,3 +81,19 @@ def test_tables_without_text_or_label_say_so(tmp_path: Path) -> None:
     unlabelled = table(tmp_path, "text,id", [f"t{i},u{i}" for i in range(9)])
     with pytest.raises(InputError, match="no column looks like a label"):
         suggest_recipe(unlabelled, "minilm-l6")
+
+
+def test_a_column_with_a_label_word_in_its_name_goes_before_a_half_empty_one(
+    tmp_path: Path,
+) -> None:
+    rows = [f"{i},wie geht es Ihnen {i},{'ab'[i % 2]},{'x' if i % 3 else ''}" for i in range(20)]
+    file = table(tmp_path, "№ id,Frage (Text),My Label?,notes", rows)
+    assert Recipe.parse(suggest_recipe(file, "minilm-l3")).data.label == "My Label?"
+    plain = table(tmp_path, "id,words,kind of,notes", rows, "other.csv")
+    assert Recipe.parse(suggest_recipe(plain, "minilm-l3")).data.label == "kind of"
+
+
+def test_labels_that_are_all_the_same_are_refused(tmp_path: Path) -> None:
+    file = table(tmp_path, "text,label", [f"row {i},x" for i in range(9)])
+    with pytest.raises(InputError, match="all labels in 'label' are the same"):
+        suggest_recipe(file, "minilm-l3")

@@ -2,8 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     BeforeValidator,
@@ -14,9 +13,9 @@ from pydantic import (
     model_validator,
 )
 
-from finespun.errors import FileError, InputError, nearest
-from finespun.recipe import AnyStructure, Recipe, Section
-from finespun.recipe_yaml import apply_override, explain, read_yaml
+from finespun.errors import InputError
+from finespun.recipe import AnyStructure, Recipe
+from finespun.recipe_yaml import Document, Section, explain
 from finespun.structures import LSR, Structure
 
 FEWEST_RATES = 3
@@ -136,11 +135,13 @@ class Search(Section):
     rows: float = Field(0.2, gt=0, lt=1)
 
 
-class BenchSpec(Section):
+class BenchSpec(Document):
     """A comparison, whole. Every member is trained at its own best rate with every seed.
 
     A seed sets the head's start, the structure's draw, the order of rows and dropout.
     """
+
+    noun: ClassVar[str] = "bench file"
 
     recipe: Recipe = Field(description="what all members share")
     members: Annotated[tuple[Member, ...], BeforeValidator(read_members)]
@@ -172,36 +173,6 @@ class BenchSpec(Section):
     def rungs(self) -> tuple[int, ...]:
         """Epochs of every stage of the search, the recipe's own number last."""
         return (*self.search.epochs, self.recipe.training.epochs)
-
-    @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a YAML file and apply `section.key=value` overrides.
-
-        Raises FileError if it is missing, InputError for anything in it that cannot work.
-        """
-        file = Path(path).expanduser()
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            near = [p.name for p in file.parent.glob("*.y*ml")]
-            raise FileError(
-                f"bench file {str(path)!r} cannot be read ({error}); "
-                f"in {str(file.parent)!r} {nearest(file.name, near)}"
-            ) from error
-        return cls.parse(text, overrides, source=str(path))
-
-    @classmethod
-    def parse(cls, text: str, overrides: Sequence[str] = (), source: str = "bench") -> Self:
-        """Read YAML text; `source` names it in errors. Raises InputError."""
-        values, lines = read_yaml(text, source)
-        for override in overrides:
-            apply_override(values, override)
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            overridden = [override.partition("=")[0] for override in overrides]
-            where = {key: line for key, line in lines.items() if key not in overridden}
-            raise InputError(explain(error, cls, where, source)) from error
 
 
 def describe(structure: Structure) -> str:

@@ -49,8 +49,8 @@ def choose(method: str, options: Sequence[str]) -> "Structure":
     """The structure with its options set. Raises InputError naming a wrong one."""
     from pydantic import ValidationError
 
-    from finespun.recipe import AnyStructure, Section
-    from finespun.recipe_yaml import apply_override, explain
+    from finespun.recipe import AnyStructure
+    from finespun.recipe_yaml import Section, apply_override, explain
 
     class Choice(Section):
         """What was typed, as the part of a recipe that it would be."""

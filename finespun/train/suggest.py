@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import polars as pl
@@ -105,12 +106,22 @@ def _mean_length(column: pl.Series) -> float:
 
 
 def _label_column(table: pl.DataFrame, taken: set[str | None], path: str) -> str:
+    """The column called like a label, one with such a word in its name, or the last full one with
+    few values. Raises InputError where none stands out or all its values are one."""
     free = [name for name in table.columns if name not in taken]
     known = {name.lower(): name for name in free}
-    for name in (*LABELS, *NUMBERS):
-        if name in known:
-            return known[name]
+    named = [known[name] for name in (*LABELS, *NUMBERS) if name in known]
+    words = {name: set(re.findall(r"[a-z]+", name.lower())) for name in free}
+    named += [name for name in free if words[name] & {*LABELS, *NUMBERS}]
+    if named:
+        if table[named[0]].drop_nulls().n_unique() < 2:
+            raise InputError(
+                f"{path!r}: all labels in {named[0]!r} are the same; there is nothing to learn"
+            )
+        return named[0]
     for name in reversed(free):
+        if table[name].null_count():
+            continue
         values = table[name].n_unique()
         if table[name].dtype.is_float() or 2 <= values <= min(MANY_CLASSES, len(table) // 2):
             return name
