@@ -144,7 +144,7 @@ REFUSALS = {
     "unknown": ({"use_drora": True}, "use_drora=True is unknown; nearest: 'use_dora'"),
     "rank": ({"r": 3}, "while the config gives it rank 3"),
     "no rank": ({"r": 0}, "rank=0"),
-    "text": ({"r": "8"}, "is damaged: TypeError"),
+    "text": ({"r": "8"}, "rank='8' must be a whole number"),
     "alpha": ({"lora_alpha": "big"}, "is damaged: ValueError"),
     "pattern": ({"rank_pattern": {"(": 2}}, "'(' is no regular expression"),
     "patterns": ({"rank_pattern": [1]}, "is damaged: AttributeError"),

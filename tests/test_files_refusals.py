@@ -110,7 +110,7 @@ CONFIGS = {
     "kind of a list": (lambda c: c["structure"].update(kind=["lora"]), "structure.kind must be t"),
     "option": (lambda c: c["structure"]["options"].update(rnk=1), "no option 'rnk'; nearest: 'ra"),
     "bad option": (lambda c: c["structure"]["options"].update(rank=0), "rank=0 must be at least 1"),
-    "text option": (lambda c: c["structure"]["options"].update(rank="2"), "is damaged: TypeError"),
+    "text option": (lambda c: c["structure"]["options"].update(rank="2"), "must be a whole number"),
     "name": (lambda c: c.update(name=3), "name must be text"),
     "strength": (lambda c: c.update(strength="big"), "strength must be a finite number"),
     "nothing": (
