@@ -1,7 +1,7 @@
 """A bench from file to table: members fitted, rates searched, all seeds trained, all written."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 import finespun
-from finespun.bench.budget import fit
+from finespun.bench.budget import fit, total
 from finespun.bench.picture import draw
 from finespun.bench.search import Choice, Score, choose_rate
-from finespun.bench.spec import BenchSpec, Member, describe
+from finespun.bench.spec import BenchSpec, Member, describe, rounded
 from finespun.bench.summary import Row, Summary
 from finespun.bench.tables import csv_text, markdown
 from finespun.bench.trials import Outcome, Results, Trial
@@ -35,6 +35,9 @@ class Contender:
     recipe: Recipe
     rates: tuple[float, ...]
     budget: int | None
+    numbers: int = 0
+    rate_of: str | None = None
+    rate_power: float = 0.0
 
     def trial(self, rate: float, seed: int, epochs: int, held: float | None = None) -> Trial:
         """The trial at one rate and seed; `held`: measured on that share of the training rows."""
@@ -72,7 +75,7 @@ class Bench:
     def measure(self) -> Summary:
         """All trials that are still missing, and what they say."""
         metric, contenders = self.metric, self.contenders()
-        choices = {one.name: self.search(one) for one in contenders}
+        choices = self.choices(contenders)
         epochs = self.spec.recipe.training.epochs
         found: dict[str, list[Outcome]] = {one.name: [] for one in contenders}
         for seed in self.spec.seeds:
@@ -109,11 +112,41 @@ class Bench:
             for budget in member.numbers or (None,):
                 sized = recipe.model_copy(update={"structure": self.fitted(member, recipe, budget)})
                 name = self.name(member, sized.structure, budget)
-                found.append(Contender(name, sized, member.rates or self.spec.rates, budget))
+                sites = self.workbench.sites(sized, sized.structure)
+                found.append(
+                    Contender(
+                        name,
+                        sized,
+                        member.rates or self.spec.rates,
+                        budget,
+                        total(sized.structure, sites) if sites else 0,
+                        member.rate_of,
+                        member.rate_power,
+                    )
+                )
         names = [one.name for one in found]
         for name in names:
             if names.count(name) > 1:
                 raise InputError(f"two members are called {name!r}; give one of them a name")
+        searched = [one.name for one in found if one.rate_of is None]
+        for one in found:
+            if one.rate_of is not None and one.rate_of not in searched:
+                raise InputError(
+                    f"{one.name!r} takes the rate of {one.rate_of!r}, which no member with a "
+                    f"search is called; {nearest(one.rate_of, searched)}"
+                )
+        return found
+
+    def choices(self, contenders: Sequence[Contender]) -> dict[str, Choice]:
+        """Everyone's rate: searched first, then carried over by r·(numbers / own numbers)^p."""
+        found = {one.name: self.search(one) for one in contenders if one.rate_of is None}
+        numbers = {one.name: one.numbers for one in contenders}
+        for one in contenders:
+            if one.rate_of is not None:
+                source = found[one.rate_of]
+                ratio = numbers[one.rate_of] / one.numbers
+                rate = source.rate and rounded(source.rate * ratio**one.rate_power)
+                found[one.name] = Choice(rate, source.rates, source.at_edge)
         return found
 
     def fitted(self, member: Member, recipe: Recipe, budget: int | None) -> Structure:
