@@ -1,5 +1,6 @@
-"""The moments of a training step, clipping, and what may happen there."""
+"""The moments of a training step, clipping, and gradients of the base weights before it."""
 
 from finespun.driver.driver import Driver, Moments
+from finespun.driver.gradients import estimate_gradients
 
-__all__ = ["Driver", "Moments"]
+__all__ = ["Driver", "Moments", "estimate_gradients"]
