@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from finespun.errors import StateError
 from finespun.hosts.board import Board, Rows
-from finespun.structures import Delta, SiteShape
+from finespun.structures import Coupling, Delta, SiteShape
 from finespun.structures.delta import Factors
 
 Base = Callable[..., Any]
@@ -37,6 +37,7 @@ class Host:
     featured: ClassVar[bool] = True
     writable: ClassVar[bool] = True
     layer: Any
+    coupling: Coupling | None = None
     gain: Tensor | None = None
     overlay: Callable[[Tensor], Tensor] | None = None
 
@@ -121,7 +122,7 @@ class Host:
             raise StateError(f"{adapter!r} at {self.name!r} is a {type(found).__name__}, no delta")
         return found
 
-    def _held(self) -> dict[str, Delta]:
+    def held(self) -> dict[str, Delta]:
         """Adapter name -> Delta without nn.ModuleDict's overhead: read on every forward pass."""
         return self.layer.__dict__["_modules"]["deltas"].__dict__["_modules"]
 
@@ -132,7 +133,7 @@ class Host:
             self.ran = True
         if self.board.rows is not None:
             return self._by_rows(base, x, self.board.rows)
-        found = self._held()
+        found = self.held()
         active = [(found[n], c) for n, c in self.board.in_force() if n in found and c != 0.0]
         if len(active) == 1:
             y = self._alone(base, x, *active[0])
@@ -154,7 +155,7 @@ class Host:
 
     def _by_rows(self, base: Base, x: Tensor, rows: Rows) -> Tensor:
         """Another adapter, or none, for each row or packed position of x."""
-        found = self._held()
+        found = self.held()
         y: Tensor = base(x)
         shape, packed = y.shape, rows.lengths is not None
         if packed:

@@ -1,5 +1,6 @@
 """Fold adapters into the base weights, and take them out again by a pointer swap."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -31,7 +32,7 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
         raise StateError(f"{', '.join(board.merged)} is merged already; unmerge first")
     for name in weights:
         materialise(model, board[name])
-    hosts = {n: h for n, h in hosts_of(model).items() if any(w in h.deltas() for w in weights)}
+    hosts = {n: h for n, h in hosts_of(model).items() if any(w in h.held() for w in weights)}
     strengths = {name: w * board[name].scale for name, w in weights.items()}
     _check(model, hosts, weights)
     kept: dict[str, Stored] = {}
@@ -39,7 +40,7 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
         with torch.no_grad():
             for name, host in hosts.items():
                 kept[name] = host.stored()
-                _fold(host, strengths, in_place=undo == "none")
+                _fold(host, kept[name], strengths, in_place=undo == "none")
     except BaseException as error:
         if undo == "memory":
             _restore(hosts, kept)
@@ -100,31 +101,35 @@ def _restore(hosts: dict[str, Host], kept: dict[str, Stored]) -> None:
 
 
 def _check(model: nn.Module, hosts: dict[str, Host], weights: dict[str, float]) -> None:
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    uses = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+    own = {name: id(host.layer._parameters.get("weight")) for name, host in hosts.items()}
+    reached = Counter(own.values())
     for name, host in hosts.items():
-        for adapter in weights:
-            delta = host.deltas()._modules.get(adapter)
-            if delta is not None and not delta.mergeable:
+        for adapter, delta in host.held().items():
+            if adapter in weights and not delta.mergeable:
                 raise StateError(
                     f"{adapter!r} adds around {name!r}, not into a weight: it cannot be merged"
                 )
-        weight = id(host.layer._parameters.get("weight"))
-        reached = sum(id(h.layer._parameters.get("weight")) == weight for h in hosts.values())
-        if uses.get(weight, 0) > reached and not isinstance(host, PartHost):
+        weight = own[name]
+        if uses[weight] > reached[weight] and not isinstance(host, PartHost):
             raise StateError(
                 f"{name!r} shares its weight with another module: untie them before merging "
                 'them (tie_word_embeddings=False), or adapt with tie="both"'
             )
 
 
-def _fold(host: Host, strengths: dict[str, float], in_place: bool) -> None:
-    deltas, stored = host.deltas(), host.stored()
-    here = [(host.delta(n), c) for n, c in strengths.items() if n in deltas]
-    active = [(delta, c) for delta, c in here if not isinstance(delta, Mirror)]
+def _fold(host: Host, stored: Stored, strengths: dict[str, float], in_place: bool) -> None:
+    held = host.held()
+    active = [
+        (held[name], c)
+        for name, c in strengths.items()
+        if name in held and not isinstance(held[name], Mirror)
+    ]
     if not active:
         return
     weight, bias = host.read(stored), stored[1]
@@ -140,7 +145,7 @@ def _fold(host: Host, strengths: dict[str, float], in_place: bool) -> None:
             add = total.addmm_ if own else total.addmm
             total = add(pair[1], pair[0], alpha=delta.scale * c)
         own = own or total is not weight
-    moves = [m * c for d, c in active if (m := d.bias_change()) is not None]
+    moves = [m * c for delta, c in active if (m := delta.bias_change()) is not None]
     moved = None if not moves or bias is None else (bias.float() + sum(moves)).to(bias.dtype)
     if plain:
         if total is not weight:

@@ -72,7 +72,7 @@ class PartHost(LinearHost):
             raise StateError(f"{self.name!r} holds no parts")
         return found
 
-    def _held(self) -> dict[str, Any]:
+    def held(self) -> dict[str, Any]:
         return self.deltas().__dict__["_modules"]
 
     def _alone(self, base: Base, x: Tensor, delta: Any, strength: float) -> Tensor:

@@ -206,8 +206,8 @@ class Delta(_Precise):
 
     def bias_change(self) -> Tensor | None:
         """b − b0, shape (out,), or None when the bias stays."""
-        b0 = self.site.bias()
-        if b0 is None or "map_bias" not in self.written:
+        b0 = self.site.bias() if "map_bias" in self.written else None
+        if b0 is None:
             return None
         b0 = b0.detach().float()
         if self.origin is None:

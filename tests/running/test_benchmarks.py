@@ -69,6 +69,7 @@ def test_parts_run_and_leave_their_models_as_they_were(short):
         "LSR step, width 64",
         "step, width 64, dropout 0.05",
         "merge in place",
+        "merge in place, the floor",
         "merge in place, again",
         "merge, undo kept",
         "merge, undo kept, again",
@@ -76,8 +77,8 @@ def test_parts_run_and_leave_their_models_as_they_were(short):
         "the same with its backward pass",
     ]
     assert all(line.ours > 0 and line.theirs > 0 for line in lines)
-    text = pages.page({"merging": lines[3:7]}, "0.1", "0.2")
-    assert text.count("| merge") == 4
+    text = pages.page({"merging": lines[3:8]}, "0.1", "0.2")
+    assert text.count("| merge") == 5
     assert "7 layers of width 64" in text
 
 
