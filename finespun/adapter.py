@@ -14,7 +14,7 @@ from finespun import files, hosts
 from finespun.errors import InputError, StateError, TargetError
 from finespun.hosts.targets import Targets
 from finespun.linalg import LowRank
-from finespun.structures import Delta, Structure, calculus
+from finespun.structures import Delta, Scores, Structure, calculus
 from finespun.structures.compact import compact
 
 
@@ -25,7 +25,7 @@ def adapt(
     train: Sequence[str] | None = None,
     name: str = "default",
     exact_start: bool = False,
-    scores: Mapping[str, float] | None = None,
+    scores: Scores | None = None,
     exclude: Targets = (),
     layers: Iterable[int] | None = None,
     tie: Literal["both"] | None = None,

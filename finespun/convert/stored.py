@@ -92,6 +92,7 @@ class StoredSite:
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32
+    coupling: None = None
 
     @property
     def device(self) -> torch.device:

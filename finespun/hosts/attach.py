@@ -18,7 +18,7 @@ from finespun.hosts.kinds import sites
 from finespun.hosts.mirror import TIE, Mirror, ties
 from finespun.hosts.seat import all_hosts, bare, children, front, seat, unseat
 from finespun.hosts.targets import modules
-from finespun.structures import Delta, Plan, Structure
+from finespun.structures import Delta, Plan, Scores, Structure
 
 BANKS = "finespun_banks"
 
@@ -50,7 +50,7 @@ def new_entry(
     structure: Structure,
     targets: Sequence[str],
     trained: Sequence[str] = (),
-    scores: Mapping[str, float] | None = None,
+    scores: Scores | None = None,
     tie: bool = False,
 ) -> Entry:
     """Plan, build and attach a new adapter; on any error the model is left as it was."""

@@ -8,6 +8,7 @@ from finespun.errors import TargetError, nearest
 from finespun.hosts.block import BlockHost
 from finespun.hosts.board import Board
 from finespun.hosts.conv import ConvHost
+from finespun.hosts.coupling import couple
 from finespun.hosts.embedding import EmbeddingHost
 from finespun.hosts.host import Host
 from finespun.hosts.layer import plain_class
@@ -28,7 +29,10 @@ def sites(model: nn.Module, targets: Iterable[str], structure: Structure) -> dic
     Raises TargetError for modules that cannot carry a delta, or would carry it in vain.
     """
     known, board = modules(model), model.__dict__.get("_finespun_board") or Board()
-    return {t: _site(model, known, board, t, structure) for t in targets}
+    found = {t: _site(model, known, board, t, structure) for t in targets}
+    for host in found.values():
+        host.coupling = couple(model, known, host)
+    return found
 
 
 def _site(

@@ -27,12 +27,14 @@ from finespun.structures.nola import NOLA
 from finespun.structures.oft import OFT
 from finespun.structures.randlora import RandLoRA
 from finespun.structures.s2_lora import S2LoRA
+from finespun.structures.s2ft import S2FT
 from finespun.structures.shira import SHiRA
-from finespun.structures.site import Site, SiteShape, TensorSite
+from finespun.structures.site import Coupling, Site, SiteShape, TensorSite
 from finespun.structures.structure import (
     STRUCTURES,
     Plan,
     Ranked,
+    Scores,
     Structure,
     register,
     structure,
@@ -51,10 +53,12 @@ __all__ = [
     "NOLA",
     "OFT",
     "STRUCTURES",
+    "S2FT",
     "Bank",
     "BlockLoRA",
     "Bypass",
     "DeLoRA",
+    "Coupling",
     "Delta",
     "DoRA",
     "FourierFT",
@@ -78,6 +82,7 @@ __all__ = [
     "S2LoRA",
     "SHiRA",
     "Site",
+    "Scores",
     "SiteShape",
     "Structure",
     "TeRA",

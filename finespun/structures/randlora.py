@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finespun.structures.delta import Bank, Delta, Factors
 from finespun.structures.frozen import Frozen
 from finespun.structures.site import Site, SiteShape
-from finespun.structures.structure import Plan, Ranked, register
+from finespun.structures.structure import Plan, Ranked, Scores, register
 
 
 @register
@@ -41,7 +41,7 @@ class RandLoRA(Ranked):
         "projection_prng_key": "seed",
     }
 
-    def plan(self, sites: Sequence[Site], scores: Mapping[str, float] | None = None) -> Plan:
+    def plan(self, sites: Sequence[Site], scores: Scores | None = None) -> Plan:
         plan = super().plan(sites, scores)
         sides = [sorted((s.in_features, s.out_features)) for s in plan.sites]
         widest = {name: max((s[i] for s in sides), default=0) for i, name in enumerate(("m", "M"))}

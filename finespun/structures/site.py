@@ -1,7 +1,7 @@
 """Where a delta attaches, seen from the mathematics: a name, a shape and a weight to read."""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,12 +17,28 @@ class SiteShape:
     kind: str = "linear"
 
 
+@dataclass(frozen=True)
+class Coupling:
+    """Hidden features of a block that some of its layers write (side "out": their rows) and others
+    read (side "in": their columns): attention's heads, or a feed-forward block's channels.
+
+    The `units` (heads that share keys and values, or channels) are chosen or moved as one in all
+    these layers; a layer with n of the features has n / units of each unit. `name` is the block's.
+    """
+
+    name: str
+    side: Literal["in", "out"]
+    units: int
+    kind: Literal["heads", "channels"] = "channels"
+
+
 @runtime_checkable
 class Site(Protocol):
     """A place that a delta can attach to. Hosts implement it; `TensorSite` needs no model.
 
     `weight()` is W0 as (out_features, in_features), dequantised where the base is quantised;
-    `bias()` is b0 (out_features,) or None.
+    `bias()` is b0 (out_features,) or None; `coupling` says what the layer shares with others of its
+    block, None where it is not known.
     """
 
     @property
@@ -31,6 +47,8 @@ class Site(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def device(self) -> torch.device: ...
+    @property
+    def coupling(self) -> Coupling | None: ...
     def weight(self) -> Tensor: ...
     def bias(self) -> Tensor | None: ...
 
@@ -46,6 +64,7 @@ class TensorSite:
     value: Tensor
     offset: Tensor | None = None
     kind: str = "linear"
+    coupling: Coupling | None = None
 
     @property
     def shape(self) -> SiteShape:

@@ -14,6 +14,8 @@ from finespun.errors import InputError, PlanError, nearest
 from finespun.structures.delta import Bank, Delta, Factors
 from finespun.structures.site import Site, SiteShape
 
+Scores = Mapping[str, float | Tensor]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -74,8 +76,9 @@ class Structure:
         """Whether ΔW is exactly zero after `build`."""
         return True
 
-    def plan(self, sites: Sequence[Site], scores: Mapping[str, float] | None = None) -> Plan:
-        """Decide for all sites at once; `scores` (site name -> importance) may steer sizes.
+    def plan(self, sites: Sequence[Site], scores: Scores | None = None) -> Plan:
+        """Decide for all sites at once; `scores` (site name -> importance of the site, or of its
+        features or entries as a tensor) may steer sizes and choices.
 
         Raises PlanError where a site's shape cannot take this structure.
         """

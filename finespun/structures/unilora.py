@@ -13,7 +13,7 @@ from finespun.linalg import streams
 from finespun.structures.delta import Bank, Delta, Factors
 from finespun.structures.frozen import DRAWS, Frozen
 from finespun.structures.site import Site, SiteShape
-from finespun.structures.structure import Plan, Ranked, register
+from finespun.structures.structure import Plan, Ranked, Scores, register
 
 
 @register
@@ -56,7 +56,7 @@ class UniLoRA(Ranked):
     def starts_at_zero(self) -> bool:
         return False
 
-    def plan(self, sites: Sequence[Site], scores: Mapping[str, float] | None = None) -> Plan:
+    def plan(self, sites: Sequence[Site], scores: Scores | None = None) -> Plan:
         plan, total = super().plan(sites, scores), 0
         for shape in sorted(plan.sites):
             plan = plan.choose(shape.name, offset=total)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finespun.structures.delta import Bank, Delta, Factors
 from finespun.structures.frozen import Frozen
 from finespun.structures.site import Site, SiteShape
-from finespun.structures.structure import Plan, Ranked, register
+from finespun.structures.structure import Plan, Ranked, Scores, register
 
 
 @register
@@ -36,7 +36,7 @@ class VeRA(Ranked):
     usual_scale = 1.0
     aliases = {**Ranked.aliases, "vera_dropout": "dropout", "projection_prng_key": "seed"}
 
-    def plan(self, sites: Sequence[Site], scores: Mapping[str, float] | None = None) -> Plan:
+    def plan(self, sites: Sequence[Site], scores: Scores | None = None) -> Plan:
         plan = super().plan(sites, scores)
         widest = {
             "in": max((s.in_features for s in plan.sites), default=0),
