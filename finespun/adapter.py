@@ -188,12 +188,15 @@ class Adapter:
         entry = self.entry
         structure, plan, small = compact(entry.structure, entry.plan, self.deltas)
         trained = any(p.requires_grad for p in self.parameters())
+        places = hosts.hosts_of(self.model, self.name)
+        for name in entry.deltas.keys() - small.keys():
+            hosts.unseat(places[name], self.name)
         for name, delta in small.items():
             delta.__dict__["owner"] = self.name
             delta.train(entry.deltas[name].training)
             for number in delta.numbers():
                 number.requires_grad_(trained)
-            hosts.hosts_of(self.model, self.name)[name].deltas()[self.name] = delta
+            places[name].deltas()[self.name] = delta
         hosts.replace(self.model, entry, structure, plan, small)
         return self
 

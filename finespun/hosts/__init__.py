@@ -14,6 +14,7 @@ from finespun.hosts.attach import (
     rows,
     tensors_of,
 )
+from finespun.hosts.block import link
 from finespun.hosts.board import Board, Entry
 from finespun.hosts.flat import FlatState
 from finespun.hosts.host import Host
@@ -21,6 +22,7 @@ from finespun.hosts.kinds import sites
 from finespun.hosts.layer import Adapted, adapted_class, plain_class
 from finespun.hosts.linear import LinearHost
 from finespun.hosts.merging import disabled, merge, unmerge
+from finespun.hosts.seat import unseat
 from finespun.hosts.targets import find, find_head, modules
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "find",
     "find_head",
     "hosts_of",
+    "link",
     "load_tensors",
     "materialise",
     "merge",
@@ -51,4 +54,5 @@ __all__ = [
     "sites",
     "tensors_of",
     "unmerge",
+    "unseat",
 ]

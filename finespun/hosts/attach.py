@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finespun.errors import InputError, StateError, TargetError, nearest
+from finespun.hosts.block import link
 from finespun.hosts.board import Board, Entry, Rows
 from finespun.hosts.copies import CopyHost
 from finespun.hosts.flat import FlatState
@@ -149,6 +150,7 @@ def replace(
     reads any more goes."""
     if entry.bank is not None and all(delta.bank is None for delta in deltas.values()):
         _take_bank(model, entry)
+    link(entry.name, plan, deltas)
     entry.structure, entry.plan, entry.deltas = structure, plan, deltas
     forms = deltas and structure.forms_together
     entry.former = Former(structure, list(deltas.values())) if forms else None

@@ -19,6 +19,7 @@ from finespun.hosts.seat import host_at
 from finespun.hosts.targets import modules
 from finespun.structures import Structure
 
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 KINDS = "nn.Linear, Conv1d to Conv3d, Embedding, transformers' Conv1D and quantised linears"
 
 
@@ -51,7 +52,7 @@ def _site(
             f"{name!r} lies in a {plain_class(parent).__name__}, whose fast path reads the "
             "weight without calling the layer: an adapter there would do nothing"
         )
-    if structure.site_kind == "block":
+    if structure.site_kind == "block" and not _is_layer(module):
         if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             raise TargetError(
                 f"{name!r} is a {plain_class(module).__name__}, which would run its adapters as "
@@ -64,6 +65,12 @@ def _site(
     if not isinstance(host, LinearHost) or isinstance(host, QuantisedHost):
         raise TargetError(f"{name!r} is no plain linear layer: it has no parts such as {part!r}")
     return PartHost(host, part)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module is a single layer, around which a bypass is an update of its weight."""
+    plain = issubclass(plain_class(module), LAYERS)
+    return plain or (plain_class(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
 def _host(module: nn.Module, name: str, board: Board) -> Host:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from finespun.errors import PlanError
 from finespun.structures.delta import Bank, Bypass, Delta, Factors
+from finespun.structures.groups import module_group
 from finespun.structures.lora import LoRADelta
 from finespun.structures.site import Site, SiteShape
 from finespun.structures.structure import Plan, Ranked, register
@@ -24,7 +25,9 @@ class LoR2C(Ranked):
     With `share` all blocks have one A: d·r numbers and d·r a block. B starts at zero, A is drawn as
     LoRA's. It is no update of any weight: it cannot be merged, nor exported as a LoRA. After a
     block that ends in a norm (BERT's) it adds behind the norm: keep c at 2 or below.
-    Source: arXiv 2503.00572.
+    `allocation.MergeInject` joins neighbouring bypasses into one around both blocks, and turns a
+    bypass into LoRAs of half the rank in those layers of its block that are targets too; until
+    then these sleep. Source: arXiv 2503.00572.
     """
 
     share: bool = False
@@ -33,10 +36,20 @@ class LoR2C(Ranked):
     site_kind = "block"
     source = "arXiv 2503.00572"
 
+    def choose(self, site: Site) -> dict[str, Any]:
+        choice = super().choose(site)
+        inside = {"rank": self.inside_rank, "asleep": True}
+        return choice if site.shape.kind == "block" else choice | inside
+
+    @property
+    def inside_rank(self) -> int:
+        """The rank of the LoRAs that take over inside a block."""
+        return max(1, self.rank // 2)
+
     def bank(self, plan: Plan) -> Bank | None:
-        if not self.share:
+        widths = {s.in_features: s.name for s in plan.sites if s.kind == "block"}
+        if not self.share or not widths:
             return None
-        widths = {s.in_features: s.name for s in plan.sites}
         if len(widths) > 1:
             named = ", ".join(f"{name!r} has {width}" for width, name in widths.items())
             raise PlanError(f"blocks of different widths cannot share A: {named}; try share=False")
@@ -46,41 +59,48 @@ class LoR2C(Ranked):
 
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> Delta:
         choice, name = plan.choices[site.shape.name], site.shape.name
-        if self.share:
+        if not choice["rank"]:
+            return End(site)
+        if self.share and site.shape.kind == "block":
             return SharedLoR2CDelta(site, Bank.at(bank, site), choice["rank"], choice["scale"])
-        delta = LoR2CDelta(site, choice["rank"], choice["scale"])
+        form = LoR2CDelta if site.shape.kind == "block" else InsideDelta
+        delta = form(site, choice["rank"], choice["scale"])
         delta.A.data.copy_(self.kaiming(name, "A", delta.A.shape))
+        if choice.get("asleep"):
+            delta.switch_off(module_group(delta))
         return delta
 
     def numbers(self, shape: SiteShape) -> int:
+        if shape.kind != "block":
+            return self.inside_rank * (shape.in_features + shape.out_features)
         return (1 if self.share else 2) * self.rank * shape.in_features
 
     def shared_numbers(self, plan: Plan) -> int:
-        return self.rank * plan.sites[0].in_features if self.share else 0
+        widths = [s.in_features for s in plan.sites if s.kind == "block"]
+        return self.rank * widths[0] if self.share and widths else 0
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 4 * tokens * self.rank * shape.in_features
+        rank = self.rank if shape.kind == "block" else self.inside_rank
+        return 2 * tokens * rank * (shape.in_features + shape.out_features)
 
 
-def spectrum_score(delta: Delta) -> dict[str, float]:
-    """sfs = 1 − (σ_1 + .. + σ_⌊r/2⌋) / (σ_1 + .. + σ_r) of B·A: near ½ the spectrum is flat, at 0
-    half the ranks do nothing. Empty while B·A is zero."""
-    σ = delta.as_low_rank().singular_values()
-    total = float(σ.sum())
-    return {"sfs": 1.0 - float(σ[: len(σ) // 2].sum()) / total} if total > 0 and len(σ) > 1 else {}
-
-
-class LoR2CDelta(Bypass, LoRADelta):
-    """A (r, d) and B (d, r)."""
+class InsideDelta(LoRADelta):
+    """A (r/2, in) and B (out, r/2) in a layer of a block; asleep until the bypass turns into it."""
 
     def diagnostics(self) -> dict[str, float]:
         return spectrum_score(self)
 
-    def compact(self) -> tuple["LoR2CDelta", dict[str, Any]]:
+    def compact(self) -> tuple[Any, dict[str, Any]]:
+        if silent(self):
+            return End(self.site), {"rank": 0}
         small, choice = super().compact()
-        own = LoR2CDelta(self.site, choice["rank"], choice["scale"])
+        own = type(self)(self.site, choice["rank"], choice["scale"])
         own.load_state_dict(small.state_dict())
         return own, choice
+
+
+class LoR2CDelta(Bypass, InsideDelta):
+    """A (r, d) and B (d, r)."""
 
 
 class SharedLoR2CDelta(Bypass):
@@ -99,3 +119,28 @@ class SharedLoR2CDelta(Bypass):
 
     def diagnostics(self) -> dict[str, float]:
         return spectrum_score(self)
+
+    def compact(self) -> tuple[Delta, dict[str, Any]]:
+        return (End(self.site), {"rank": 0}) if silent(self) else (self, {})
+
+
+class End(Bypass):
+    """A block that a span begins or ends at and whose own bypass is gone: no numbers."""
+
+    def low_rank(self) -> Factors:
+        A = torch.zeros(0, self.site.shape.in_features, device=self.site.device)
+        return A, A.new_zeros(self.site.shape.out_features, 0)
+
+
+def spectrum_score(delta: Delta) -> dict[str, float]:
+    """sfs = 1 − (σ_1 + .. + σ_⌊r/2⌋) / (σ_1 + .. + σ_r) of B·A: near ½ the spectrum is flat, at 0
+    half the ranks do nothing. Empty while B·A is zero."""
+    σ = delta.as_low_rank().singular_values()
+    total = float(σ.sum())
+    return {"sfs": 1.0 - float(σ[: len(σ) // 2].sum()) / total} if total > 0 and len(σ) > 1 else {}
+
+
+def silent(delta: Delta) -> bool:
+    """Whether every number of the update is switched off."""
+    masks = delta.masks()
+    return bool(masks) and not any(bool(mask.any()) for mask in masks.values())
