@@ -65,15 +65,18 @@ def load(
     force: bool = False,
     trainable: bool = False,
     strict: bool = True,
+    part: str | None = None,
 ) -> "Adapter":
-    """Load an adapter that Finespun or PEFT wrote, and activate it.
+    """Load an adapter that Finespun, PEFT, diffusers or kohya's scripts wrote, and activate it.
 
     `name` replaces the name it was saved under; `trainable` lets it be trained further, else its
     numbers are frozen. `force` loads on another base, `strict=False` passes over unknown keys; both
-    warn of what they passed over. Raises FileError, BaseMismatch, TargetError or PlanError naming
-    every file, key or site that is wrong, and leaves the model untouched.
+    warn of what they passed over. `part` says which part of a pipeline the model is ("unet",
+    "text_encoder", ...) where a file holds several that fit it. Raises FileError, BaseMismatch,
+    TargetError or PlanError naming every file, key or site that is wrong, and leaves the model
+    untouched.
     """
-    saved = files.read_adapter(folder, strict).named(name)
+    saved = files.read_for(model, folder, strict, part).named(name)
     notes = files.register_saved(model, saved, force)
     try:
         hosts.activate(model, saved.entry.name)
@@ -237,7 +240,7 @@ class Adapter:
         compilation. Raises InputError where the two differ in form, BaseMismatch for another base
         unless `force`, StateError while this adapter is merged; nothing has changed then.
         """
-        saved, mine = files.read_adapter(folder, strict), self.entry
+        saved, mine = files.read_for(self.model, folder, strict), self.entry
         theirs = saved.entry
         if self.name in hosts.board_of(self.model).merged:
             raise StateError(f"{self.name!r} is merged; unmerge it before swapping its numbers")

@@ -14,7 +14,7 @@ from finespun.files.fitting import check_fit, register_saved
 from finespun.files.lineage import Lineage, Parent, lineage_of
 from finespun.files.lora_folder import lora_config, write_lora
 from finespun.files.native import Saved, save, write
-from finespun.files.reading import read_adapter
+from finespun.files.reading import read_adapter, read_for
 
 __all__ = [
     "Exported",
@@ -33,6 +33,7 @@ __all__ = [
     "lora_config",
     "random_state",
     "read_adapter",
+    "read_for",
     "register_saved",
     "save",
     "save_checkpoint",

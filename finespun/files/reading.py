@@ -2,25 +2,50 @@
 
 from pathlib import Path
 
+from torch import nn
+
 from finespun.errors import FileError
-from finespun.files import native, peft
+from finespun.files import diffusion, native, peft
 from finespun.files.atomic import settled
+from finespun.files.diffusion_names import Unplaced, layers_of, place_on
 from finespun.files.native import Saved
 
 
 def read_adapter(folder: str | Path, strict: bool = True) -> Saved:
-    """The adapter in a folder of Finespun's or of PEFT's.
+    """The adapter in a folder of Finespun's, PEFT's or diffusers', or in a single file of
+    diffusers' or kohya's, whose names `read_for` then finds in a model.
 
-    Where both lie in one folder, Finespun's is read. Raises FileError where there is neither.
+    Where several lie in one folder, the first of these is read. Raises FileError where there is
+    none.
     """
     place = settled(folder)
+    if place.is_file():
+        return diffusion.read_diffusion(place)
     if (place / native.CONFIG).is_file():
         return native.read(place, strict)
     if (place / peft.CONFIG).is_file():
         return peft.read_peft(place, strict)
+    if (place / diffusion.WEIGHTS).is_file():
+        return diffusion.read_diffusion(place / diffusion.WEIGHTS)
     if not place.is_dir():
-        raise FileError(f"{place} is no folder")
-    names = native.CONFIG, peft.CONFIG
+        raise FileError(f"{place} is no folder and no file")
+    names = native.CONFIG, peft.CONFIG, diffusion.WEIGHTS
     below = sorted(p.name for p in place.iterdir() if any((p / n).is_file() for n in names))
     hint = f"; its folders {', '.join(below[:5])} do" if below else ""
+    if single := sorted(p.name for p in place.glob("*.safetensors")):
+        hint += f"; for an adapter in one file name the file, such as {place / single[0]}"
     raise FileError(f"{place} holds neither {names[0]} nor {names[1]}{hint}")
+
+
+def read_for(
+    model: nn.Module, folder: str | Path, strict: bool = True, part: str | None = None
+) -> Saved:
+    """`read_adapter`, its sites named as the model's layers. `part` says which part of a pipeline
+    ("unet", "text_encoder", ...) to take from a file that holds several; else the one that fits.
+
+    Raises TargetError naming what the model lacks and the nearest there is, PlanError for another
+    size, InputError where `part` is missing or not in the file.
+    """
+    saved = read_adapter(folder, strict)
+    layers = layers_of(model) if isinstance(saved, Unplaced) else {}
+    return place_on(saved, layers, part)
