@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from finespun import files
+from finespun.convert import diffusion
 from finespun.convert.stored import (
     StoredDeltas,
     StoredWeights,
@@ -31,8 +32,13 @@ from finespun.structures import LSR, LoRA, Plan, Structure
 from finespun.structures.lora import lora_of
 from finespun.structures.lsr import LSRDelta
 
-Format = Literal["native", "peft"]
-OTHER = {"native": "adapter_config.json", "peft": "adapter.json"}
+Format = Literal["native", "peft", "diffusers", "kohya"]
+NAMES = {
+    "native": "adapter.json",
+    "peft": "adapter_config.json",
+    "diffusers": "pytorch_lora_weights.safetensors",
+}
+FORMATS = (*NAMES, "kohya")
 OFFERED = ("lora", "lsr")
 SHOWN = 5
 
@@ -78,18 +84,22 @@ def convert(
     energy: float | None = None,
     model: str | Path | None = None,
     format: Format = "native",
+    part: str | None = None,
 ) -> Converted:
-    """Write the adapter in folder `src` (ours or PEFT's) to `dst` as a LoRA or an LSR.
+    """Write the adapter in `src` (any that `load` reads) to `dst` as a LoRA or an LSR.
 
     To a LoRA: the best approximation of its rank, ΔW' = Σ_{i≤r} σ_i u_i v_iᵀ; `energy` takes at
     each site the smallest rank that keeps this share of ‖ΔW‖². The word "lora" takes every factor
     there is: exact. To an LSR: the balanced factors of ΔW, each replaced by its nearest Kronecker
     sum, then `refine` steps of L-BFGS on ‖ΔW' − ΔW‖. Trained modules (a head) go along; strength is
-    folded in; the source is recorded as the parent. `format="peft"` writes a LoRA in PEFT's format,
-    of one rank, instead of ours.
+    folded in; the source is recorded as the parent. `format` "peft", "diffusers" or "kohya" writes
+    a LoRA in that format, of one rank, instead of ours; for the last `dst` is a file. `part` says
+    which part of a pipeline ("unet", ...) to take from a file, or to write, where nothing else
+    tells.
 
     No model is loaded and one ΔW is held at a time; where ΔW depends on the base weight (DoRA,
-    HiRA, ...), `model` names its transformers folder and single tensors are read from it. Raises
+    HiRA, ...), `model` names its folder and single tensors are read from it; kohya's names are
+    compared with those in it, and convolutions have their kernels' sizes from there. Raises
     InputError where an error exceeds `max_error`, FileError for files that are damaged or cannot
     be written; `dst` is untouched then.
     """
@@ -98,12 +108,13 @@ def convert(
         raise InputError(f"refine={refine} must be at least 0, max_error={max_error} in [0, 1)")
     if located(src) == located(dst):
         raise InputError(f"{str(dst)!r} is the adapter itself; name another folder")
-    if (located(dst) / OTHER[format]).exists():
+    if any((located(dst) / name).exists() for f, name in NAMES.items() if f != format):
         raise InputError(f"{str(dst)!r} holds an adapter in another format; name another folder")
     saved = files.read_adapter(src)
     if not saved.entry.plan.sites:
         raise InputError(f"{str(src)!r} changes no weight: there is nothing to convert")
     base = None if model is None else StoredWeights(model)
+    saved, part = diffusion.named(saved, base, format, part)
     fitted = _Fitted({}, {}, {}, {}, {})
     if isinstance(target, LSR):
         _as_lsr(saved, base, target, refine, fitted)
@@ -113,13 +124,16 @@ def convert(
     made = target or LoRA(rank=max(fitted.ranks.values()), alpha=max(fitted.ranks.values()))
     entry = _entry(saved, made, fitted)
     line = _lineage(saved, made, fitted, refine)
+    path = Path(dst)
     if format == "native":
         files.write(entry, saved.base, line, dst)
-    else:
+    elif format == "peft":
         _write_peft(saved, entry, line, Path(src), dst)
+    else:
+        path = diffusion.write(saved, entry, line, src, dst, format, part, base)
     stored = sum(t.numel() for k, t in fitted.tensors.items() if k.startswith("delta/"))
     before = numbers_of(saved)
-    return Converted(Path(dst), made, fitted.errors, fitted.predicted, fitted.ranks, before, stored)
+    return Converted(path, made, fitted.errors, fitted.predicted, fitted.ranks, before, stored)
 
 
 @dataclass
@@ -147,13 +161,14 @@ def _target(structure: Structure | str, energy: float | None, format: Format) ->
             f"cannot convert to {structure.kind!r}: only a LoRA or an LSR can be fitted to an "
             "update that another method made"
         )
-    if format not in OTHER:
-        raise InputError(f"format={format!r} is not known; {nearest(format, OTHER)}")
+    if format not in FORMATS:
+        raise InputError(f"format={format!r} is not known; {nearest(format, FORMATS)}")
     if isinstance(structure, LSR):
         if energy is not None:
             raise InputError("energy chooses ranks of a LoRA; an LSR has the rank you give it")
-        if format == "peft":
-            raise InputError("PEFT's format holds no LSR; convert to 'lora', which is exact")
+        if format != "native":
+            told = "PEFT's" if format == "peft" else f"{format}'s"
+            raise InputError(f"{told} format holds no LSR; convert to 'lora', which is exact")
         if structure.rank_split is not None and len(structure.rank_split) == 3:
             raise InputError("three Kronecker factors have no best approximation; use two")
     return None if exact else structure

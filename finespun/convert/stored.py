@@ -1,5 +1,6 @@
 """Updates of an adapter that lies in files, one layer at a time and without a model."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from finespun.errors import FileError, InputError, nearest
 from finespun.files import Saved
+from finespun.files.diffusion_names import Layer
 from finespun.files.safe import read_json
 from finespun.hosts import tensors_of
 from finespun.linalg import LowRank
@@ -61,6 +63,19 @@ class StoredWeights:
                 f"{self.folder}: {key!r} is {tuple(value.shape)}, the adapter has it as {wanted}"
             )
         return value.reshape(wanted)
+
+    def layers(self) -> dict[str, Layer]:
+        """Every weight of two dimensions or more as a layer, by the name of its module."""
+        found = {}
+        for key, path in self.files.items():
+            name, _, leaf = key.rpartition(".")
+            with safe_open(path, "pt") as file:
+                size = tuple(file.get_slice(key).get_shape())
+            if leaf == "weight" and len(size) > 1:
+                kind = "linear" if len(size) == 2 else "conv"
+                shape = SiteShape(name, size[0], math.prod(size[1:]), kind)
+                found[name] = Layer(shape, size[1:] if kind == "conv" else ())
+        return found
 
     def has(self, shape: SiteShape, leaf: str) -> bool:
         """Whether the folder has this tensor."""

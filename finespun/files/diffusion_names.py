@@ -50,10 +50,10 @@ _RESNET = {
 
 
 class Layer(NamedTuple):
-    """A layer of a model: its site, and the size of the weight as it is stored."""
+    """A layer of a model: its site, and (in, k, ...) where it is a convolution."""
 
     shape: SiteShape
-    size: tuple[int, ...]
+    kernel: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
     except TargetError:
         hosts = {n: h for n in names for h in _site(model, n)}
     return {
-        name: Layer(h.shape, tuple(h.layer.weight.shape) if h.kind == "conv" else ())
+        name: Layer(h.shape, tuple(h.layer.weight.shape[1:]) if h.kind == "conv" else ())
         for name, h in hosts.items()
     }
 
