@@ -26,6 +26,7 @@ install: $(READY) ## the package, its tools, a small real model and data, into .
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell finespun docs examples benchmarks *.md
 
 types: $(READY)
 	$(BIN)/mypy
@@ -42,7 +43,7 @@ slow: $(READY)
 docs: $(READY) ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-check: lint types imports quick ## format, lint, types, floors, quick tests
+check: lint types imports quick ## format, lint, spelling, types, floors, quick tests
 
 test: check docs slow ## check, the documentation and the tests on real models
 
@@ -51,7 +52,7 @@ format: $(READY) ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 
 demo: $(READY) ## train an LSR adapter on a real model, then compare it with LoRA
-	$(BIN)/finespun train examples/trec-lsr.yaml
+	$(BIN)/finespun train examples/trec-lsr.yaml --resume
 	$(BIN)/finespun bench examples/demo.yaml
 
 clean: ## remove .venv and everything that was built

@@ -146,6 +146,9 @@ class Recipe(Document):
     )
     training: Training = Training()
     output: str = Field("out", min_length=1, description="the folder that the run writes")
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = Field(
+        (), description="programs that follow the run, each an extra of its own"
+    )
 
     @model_validator(mode="after")
     def _packs_prompts(self) -> Self:
@@ -174,6 +177,8 @@ class Recipe(Document):
         for key in OPTIONAL:
             if not values["data"][key]:
                 del values["data"][key]
+        if not self.trackers:
+            del values["trackers"]
         return yaml.dump(values, Dumper=Quoting, sort_keys=False, allow_unicode=True)
 
     @classmethod

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from finespun.errors import FileError
-from finespun.train.progress import Bar, JsonLines, Log, as_json
+from finespun.train.progress import Bar, JsonLines, Log, as_json, worst
 
 
 def test_json_lines_are_thinned_and_strict(tmp_path: Path) -> None:
@@ -24,6 +24,15 @@ def test_json_lines_are_thinned_and_strict(tmp_path: Path) -> None:
     assert json.loads(as_json({"a": [float("inf"), {"b": (1.5, "ü")}]})) == {
         "a": [None, {"b": [1.5, "ü"]}]
     }
+
+
+def test_a_line_about_a_checkpoint_tells_the_worst_layer(tmp_path: Path) -> None:
+    text = io.StringIO()
+    health = {f"layer.{i}": {"condition_A": float(i), "condition_B": None} for i in range(50)}
+    JsonLines(text).tell({"event": "checkpoint", "step": 7, "diagnostics": health})
+    told = json.loads(text.getvalue())
+    assert told == {"event": "checkpoint", "step": 7, "worst": {"condition_A": 49.0}}
+    assert worst({}) == {}
 
 
 def test_the_bar_shows_loss_rate_and_speed() -> None:
@@ -50,11 +59,11 @@ def test_the_bar_shows_loss_rate_and_speed() -> None:
 def test_a_log_can_go_back(tmp_path: Path) -> None:
     log = Log(tmp_path / "log")
     assert log.size == 0
-    log.append({"step": 1})
+    log.tell({"step": 1})
     size = log.size
-    log.append({"step": 2})
+    log.tell({"step": 2})
     log.cut(size)
-    log.append({"step": 3})
+    log.tell({"step": 3})
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 3]
     log.cut(10**6)
     assert len(log.path.read_text().splitlines()) == 2
@@ -62,4 +71,4 @@ def test_a_log_can_go_back(tmp_path: Path) -> None:
 
 def test_a_full_disk_under_the_log_is_told() -> None:
     with pytest.raises(FileError, match=r"'/dev/full' cannot be written: No space left"):
-        Log(Path("/dev/full")).append({"event": "step"})
+        Log(Path("/dev/full")).tell({"event": "step"})

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import CLASSES, tiny_table, write_recipe
 
+import finespun as fs
 from finespun.errors import FileError, FinespunError, InputError, TargetError, TrainingError
 from finespun.files import atomic
 from finespun.recipe import Recipe
@@ -194,19 +195,36 @@ def test_a_finished_run_is_not_repeated(
     assert run(recipe, resume=True) == result
 
 
-def test_a_finished_run_can_be_replaced(recipe: Recipe) -> None:
+def test_a_finished_run_is_replaced_only_on_request(recipe: Recipe) -> None:
     first = run(recipe)
-    second = run(recipe.changed(["training.seed=3"]))
+    other = recipe.changed(["training.seed=3"])
+    saved = adapter_of(Path(recipe.output))
+    with pytest.raises(InputError, match="holds a finished run: --overwrite replaces it"):
+        run(other)
+    assert Result.read(recipe.output) == first
+    assert all(torch.equal(t, saved[key]) for key, t in adapter_of(Path(recipe.output)).items())
+    with pytest.raises(InputError, match="choose one"):
+        run(other, resume=True, overwrite=True)
+    second = run(other, overwrite=True)
     assert second.loss != first.loss
     assert Result.read(recipe.output) == second
 
 
-def test_an_unfinished_run_is_not_overwritten(recipe: Recipe) -> None:
+def test_an_unfinished_run_is_not_overwritten_unasked(recipe: Recipe) -> None:
     interrupted(recipe)
-    with pytest.raises(InputError, match="holds an unfinished run: go on with --resume, or delete"):
+    with pytest.raises(InputError, match="holds an unfinished run: --resume goes on, --overwrite"):
         run(recipe)
     with pytest.raises(FileError, match="the run in it has not ended"):
         Trained.open(recipe.output)
+    assert run(recipe, overwrite=True).steps == 8
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_adapter_without_a_run_is_not_overwritten(resume: bool, recipe: Recipe) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    fs.adapt(model, fs.LoRA(rank=1), ["0"], train=[]).save(recipe.output)
+    with pytest.raises(InputError, match="holds an adapter: --overwrite replaces it"):
+        run(recipe, resume)
 
 
 def test_resuming_another_recipe_names_the_key(recipe: Recipe) -> None:

@@ -167,6 +167,8 @@ class BenchSpec(Document):
             if key in section.model_fields_set:
                 other = {"structure": "members", "rate": "rates"}.get(key, "output")
                 raise InputError(f"recipe must not set {key}; a bench has {other} of its own")
+        if recipe.trackers:
+            raise InputError("recipe must not set trackers: a bench keeps its trials itself")
         rungs = (*self.search.epochs, recipe.training.epochs)
         if list(rungs) != sorted(set(rungs)):
             raise InputError(

@@ -25,6 +25,9 @@ def command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that the output folder holds.")
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print what would be trained, memory and time; do nothing."),
@@ -44,13 +47,14 @@ def command(
     if dry_run:
         from finespun.train.estimate import estimate
 
-        if resume:
-            raise InputError("--dry-run looks at a whole run: leave out --resume")
+        if resume or overwrite:
+            raise InputError("--dry-run writes nothing: leave out --resume and --overwrite")
         found = estimate(Recipe.load(recipe, changes), choose_reporter(False, quiet))
         typer.echo(found.as_json() if as_json else foretell(found))
         return
     try:
-        result = run(Recipe.load(recipe, changes), resume, choose_reporter(as_json, quiet))
+        reporter = choose_reporter(as_json, quiet)
+        result = run(Recipe.load(recipe, changes), resume, reporter, overwrite)
     except Interrupted as error:
         again = shlex.join(["finespun", "train", recipe, *changes, "--resume"])
         typer.echo(f"{error}; a checkpoint is saved. Go on with:\n  {again}", err=True)

@@ -27,6 +27,7 @@ from finespun.train.loop import train_mode
 from finespun.train.progress import Reporter, as_json
 from finespun.train.run import Job, prepare, surroundings
 from finespun.train.text import Batches
+from finespun.train.trackers import check_installed
 
 SMALL = (2, 3, 4)  # rows of small batches
 TIMED = 8  # rows of the batch that is timed
@@ -78,6 +79,7 @@ class Estimate:
 def estimate(recipe: Recipe, reporter: Reporter | None = None) -> Estimate:
     """Look at a recipe without training. Raises what `run` would raise before its first step,
     except for the output folder, which is not touched."""
+    check_installed(recipe.trackers)
     with surroundings(recipe):
         job = prepare(recipe, reporter)
         with train_mode(job.adapter):

@@ -1,7 +1,6 @@
 """The output folder of a run: what is in it, who may take it over, and its result."""
 
 import dataclasses
-import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -15,11 +14,13 @@ from finespun.adapter import Adapter
 from finespun.errors import FileError, InputError
 from finespun.files import check_writable, checkpoints, write_file
 from finespun.files.atomic import recover
+from finespun.files.safe import read_json
 from finespun.recipe import Recipe
 from finespun.train.progress import as_json
 
 RECIPE, RESULT, LOG, CHECKPOINT = "recipe.yaml", "metrics.json", "metrics.jsonl", "checkpoints"
 ADAPTER = ("adapter.safetensors", "adapter.json")
+FREE = {"output", "trackers"}  # keys that may change when a run goes on
 
 
 @dataclass(frozen=True)
@@ -56,22 +57,32 @@ class Result:
     def read(cls, folder: str | Path) -> Self:
         """The result of a finished run in `folder`. Raises FileError where there is none."""
         path = Path(folder) / RESULT
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**found)
-        except FileNotFoundError as error:
+        if not path.exists():
             why = "the run in it has not ended" if (path.parent / RECIPE).exists() else "no run"
-            raise FileError(f"{str(path)!r} does not exist: {why}") from error
-        except (OSError, ValueError, TypeError) as error:
+            raise FileError(f"{str(path)!r} does not exist: {why}")
+        try:
+            found = cls(**read_json(path))
+        except TypeError as error:
             raise FileError(f"{str(path)!r} cannot be read: {error}") from error
+        texts = found.classes if isinstance(found.classes, list) else []
+        if (found.classes is not None and not texts) or not all(type(t) is str for t in texts):
+            raise FileError(f"{str(path)!r}: classes={str(found.classes)[:80]!r} are no texts")
+        for name in ("before", "after"):
+            if not isinstance(getattr(found, name), dict):
+                raise FileError(f"{str(path)!r}: {name} must be an object")
+        return found
 
 
-def claim(folder: Path, recipe: Recipe, resume: bool) -> Result | None:
+def claim(
+    folder: Path, recipe: Recipe, resume: bool = False, overwrite: bool = False
+) -> Result | None:
     """Look at the output folder before anything is loaded; no work in it is lost.
 
     Returns the result if the run to resume has ended already. Raises FileError if the folder cannot
-    be written, InputError if it holds an unfinished run that would be lost, or another recipe's.
+    be written, InputError if it holds a run or an adapter that would be lost, or another recipe's.
     """
+    if resume and overwrite:
+        raise InputError("resume goes on with a run and overwrite starts anew: choose one")
     try:
         recover(folder)
         check_writable(folder / RECIPE)
@@ -79,15 +90,11 @@ def claim(folder: Path, recipe: Recipe, resume: bool) -> Result | None:
         raise FileError(
             f"output={recipe.output!r} cannot be written ({error.strerror}); name another folder"
         ) from error
-    ended = (folder / RESULT).exists()
-    if not resume:
-        if checkpoints(folder / CHECKPOINT) and not ended:
-            raise InputError(
-                f"{str(folder)!r} holds an unfinished run: go on with --resume, "
-                f"or delete {str(folder / CHECKPOINT)!r} to start anew"
-            )
+    began, ended = (folder / RECIPE).exists(), (folder / RESULT).exists()
+    if overwrite:
         return None
-    if not (folder / RECIPE).exists():
+    if not (resume and began):
+        refuse_to_lose(folder, ended)
         return None
     check_same(recipe, folder / RECIPE)
     if not ended:
@@ -96,12 +103,25 @@ def claim(folder: Path, recipe: Recipe, resume: bool) -> Result | None:
     return Result.read(folder)
 
 
+def refuse_to_lose(folder: Path, ended: bool) -> None:
+    """Raise InputError naming what a new run would take the place of: a run or an adapter."""
+    another = "--overwrite replaces it, output=FOLDER keeps both"
+    if ended:
+        raise InputError(
+            f"{str(folder)!r} holds a finished run: {another}; --resume prints its result"
+        )
+    if checkpoints(folder / CHECKPOINT):
+        raise InputError(f"{str(folder)!r} holds an unfinished run: --resume goes on, {another}")
+    if any((folder / name).exists() for name in ADAPTER):
+        raise InputError(f"{str(folder)!r} holds an adapter: {another}")
+
+
 def check_same(recipe: Recipe, path: Path) -> None:
     """Raise InputError naming the first key in which `recipe` differs from the one saved."""
     began = flat(yaml.safe_load(Recipe.load(path).dump()))
     now = flat(yaml.safe_load(recipe.dump()))
-    for key in sorted(began.keys() | now.keys()):
-        if key != "output" and began.get(key) != now.get(key):
+    for key in sorted((began.keys() | now.keys()) - FREE):
+        if began.get(key) != now.get(key):
             raise InputError(
                 f"{key} was {began.get(key)!r} when the run in {str(path.parent)!r} began and is "
                 f"{now.get(key)!r} now: resume with {str(path)!r}, or choose another output"

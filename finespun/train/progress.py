@@ -43,10 +43,36 @@ class Reporter:
         """The run is over or has failed."""
 
 
+class Several(Reporter):
+    """Tells each of several reporters in turn."""
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self.reporters = reporters
+
+    def tell(self, record: Record) -> None:
+        for reporter in self.reporters:
+            reporter.tell(record)
+
+
+def worst(diagnostics: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
+    """The largest value of every diagnostic over all layers.
+
+    >>> worst({"query": {"condition_A": 2.0}, "value": {"condition_A": 3.5}})
+    {'condition_A': 3.5}
+    """
+    found: dict[str, float] = {}
+    for numbers in diagnostics.values():
+        for name, value in numbers.items():
+            if value is not None:
+                found[name] = max(value, found.get(name, value))
+    return found
+
+
 class JsonLines(Reporter):
     """One JSON object a line on `stream`, for programs and logs.
 
-    Steps are thinned to every `every`-th, and the last; 0 means about forty in a run.
+    Steps are thinned to every `every`-th, and the last; 0 means about forty in a run. Of a
+    checkpoint's diagnostics the worst of all layers is told; metrics.jsonl has every layer's.
     """
 
     def __init__(self, stream: IO[str], every: int = 0) -> None:
@@ -58,6 +84,9 @@ class JsonLines(Reporter):
         every = self.every or max(1, self.steps // 40)
         if record["event"] == "step" and record["step"] % every and record["step"] != self.steps:
             return
+        if record["event"] == "checkpoint":
+            told = {"event": "checkpoint", "step": record["step"]}
+            record = {**told, "worst": worst(record["diagnostics"])}
         self.stream.write(as_json(record) + "\n")
         self.stream.flush()
 
@@ -108,14 +137,14 @@ class Bar(Reporter):
             self.progress = None
 
 
-class Log:
+class Log(Reporter):
     """A file of JSON lines that only grows, except when a run goes back to a checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, record: Record) -> None:
-        """Write one line."""
+    def tell(self, record: Record) -> None:
+        """Write one line. Raises FileError where that cannot be done."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(as_json(record) + "\n")
@@ -126,6 +155,11 @@ class Log:
     def size(self) -> int:
         """Bytes written so far."""
         return self.path.stat().st_size if self.path.exists() else 0
+
+    def past(self) -> list[Record]:
+        """What was told before."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.size else []
+        return [json.loads(line) for line in lines]
 
     def cut(self, size: int) -> None:
         """Forget what was written after the first `size` bytes."""

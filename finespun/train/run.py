@@ -43,10 +43,11 @@ from finespun.train.output import (
     disk_needed,
     peak_memory,
 )
-from finespun.train.progress import Log, Reporter
+from finespun.train.progress import Log, Reporter, Several
 from finespun.train.tables import Columns, Examples, Split, load_split
 from finespun.train.tasks import load_task
 from finespun.train.text import Batches, Tokens, in_order, tokenize
+from finespun.train.trackers import check_installed, followed
 from finespun.train.zoo import Task, TextModel, load_text_model
 
 
@@ -86,19 +87,26 @@ class Job:
         return Loop(self.adapter, batches, training, self.recipe.rate, reporter, **options)
 
 
-def run(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None) -> Result:
+def run(
+    recipe: Recipe,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    overwrite: bool = False,
+) -> Result:
     """Carry out a recipe and return what it came to; the output folder then holds the adapter,
     recipe.yaml, metrics.json and metrics.jsonl.
 
     With `resume` an interrupted run goes on from its last checkpoint and ends with the adapter, bit
-    for bit, of a run that was never interrupted; a finished one is not repeated. What can be wrong
+    for bit, of a run that was never interrupted; a finished one is not repeated. `overwrite` starts
+    anew where the folder holds a run or an adapter, which is refused otherwise. What can be wrong
     is looked for before training. Raises InputError, FileError, TrainingError; Interrupted
     after Ctrl-C.
     """
     reporter = reporter or Reporter()
     folder = Path(recipe.output).expanduser()
+    check_installed(recipe.trackers)
     try:
-        if (found := claim(folder, recipe, resume)) is not None:
+        if (found := claim(folder, recipe, resume, overwrite)) is not None:
             return found
         with surroundings(recipe):
             return _run(recipe, folder, resume, reporter)
@@ -110,41 +118,51 @@ def _run(recipe: Recipe, folder: Path, resume: bool, reporter: Reporter) -> Resu
     job = prepare(recipe, reporter)
     check_writable(folder / CHECKPOINT, disk_needed(job.adapter))
     log = Log(folder / LOG)
-    teller = Both(reporter, log)
     kept = resume and checkpoints(folder / CHECKPOINT)
     state = load_checkpoint(folder / CHECKPOINT) if kept else None
     if state is None:
         begin(folder, recipe)
-        before = job.measure()
-        teller.tell({"event": "evaluation", "when": "before", "metrics": before})
-    else:
-        before = state["before"]
-        if state["data"] != job.data_key:
-            raise InputError(
-                f"the rows to train on changed since the run in {str(folder)!r} began: bring them "
-                f"back, or delete {str(folder / CHECKPOINT)!r} to start anew"
-            )
-    about = {"before": before, "threads": torch.get_num_threads(), "data": job.data_key}
-
-    def save(loop_state: dict[str, Any]) -> None:
-        save_checkpoint(folder / CHECKPOINT, {**about, "log": log.size, **loop_state})
-
-    loop = job.loop(teller, save=save)
-    torch.manual_seed(recipe.training.seed)
-    if state is not None:
-        loop.load_state_dict(state)
+    elif state["data"] == job.data_key:
         log.cut(state["log"])
-        reporter.tell({"event": "note", "text": _resumed(loop, state)})
-    loop.run()
-    after = job.measure()
-    teller.tell({"event": "evaluation", "when": "after", "metrics": after})
+    else:
+        raise InputError(
+            f"the rows to train on changed since the run in {str(folder)!r} began: bring them "
+            f"back, or delete {str(folder / CHECKPOINT)!r} to start anew"
+        )
+    with followed(recipe, log.past()) as trackers:
+        loop, before, after = _trained(job, state, Several(reporter, log, trackers), log)
     for line in samples(job.text, job.adapter, job.test):
-        teller.tell({"event": "note", "text": line})
+        Several(reporter, log).tell({"event": "note", "text": line})
     job.adapter.save(folder, lineage(recipe, after))
     result = _result(job, loop, before, after)
     write_file(folder / RESULT, result.as_json() + "\n")
     shutil.rmtree(folder / CHECKPOINT)
     return result
+
+
+def _trained(
+    job: Job, state: dict[str, Any] | None, teller: Reporter, log: Log
+) -> tuple[Loop, dict[str, float], dict[str, float]]:
+    """The loop after its last step, and the metrics before and after it; `state` is where to go on
+    from."""
+    checkpoint = Path(job.recipe.output).expanduser() / CHECKPOINT
+    before = job.measure() if state is None else state["before"]
+    if state is None:
+        teller.tell({"event": "evaluation", "when": "before", "metrics": before})
+    about = {"before": before, "threads": torch.get_num_threads(), "data": job.data_key}
+
+    def save(loop_state: dict[str, Any]) -> None:
+        save_checkpoint(checkpoint, {**about, "log": log.size, **loop_state})
+
+    loop = job.loop(teller, save=save)
+    torch.manual_seed(job.recipe.training.seed)
+    if state is not None:
+        loop.load_state_dict(state)
+        teller.tell({"event": "note", "text": _resumed(loop, state)})
+    loop.run()
+    after = job.measure()
+    teller.tell({"event": "evaluation", "when": "after", "metrics": after})
+    return loop, before, after
 
 
 def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Job:
@@ -237,17 +255,6 @@ def surroundings(recipe: Recipe) -> Iterator[None]:
 
 
 # --- small parts ---------------------------------------------------------------------------------
-class Both(Reporter):
-    """Tells a reporter and the log file."""
-
-    def __init__(self, reporter: Reporter, log: Log) -> None:
-        self.reporter, self.log = reporter, log
-
-    def tell(self, record: Any) -> None:
-        self.log.append(record)
-        self.reporter.tell(record)
-
-
 def lineage(recipe: Recipe, metrics: dict[str, float]) -> Lineage:
     """What adapter.json says of the run that made it."""
     seeds = {"training": recipe.training.seed, "data": recipe.data.seed}
