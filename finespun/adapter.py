@@ -217,17 +217,19 @@ class Adapter:
         max_error: float | None = None,
         allow_full: bool = True,
         per_module_rank: bool = False,
+        portable: bool = True,
     ) -> files.Exported:
         """Write PEFT's LoRA files, which PEFT, vLLM, llama.cpp and others load unchanged.
 
         Exact where the structure has factors and `rank` is not below theirs, else the best
         approximation, with a warning that says how far off it is; InputError beyond `max_error`.
         `allow_full=False` leaves trained modules out; `per_module_rank` gives every layer its own
-        rank, which PEFT alone reads. Printing the result tells all.
+        rank, which PEFT alone reads; `portable=False` writes all that PEFT alone reads: DoRA as it
+        is, embeddings, convolutions, biases, trained tokens. Printing the result tells all.
         """
-        lineage = self.lineage
+        line, own = self.lineage, per_module_rank
         done = files.export(
-            self.model, self.name, folder, rank, max_error, allow_full, lineage, per_module_rank
+            self.model, self.name, folder, rank, max_error, allow_full, line, own, portable
         )
         if done.error or done.dropped:
             warnings.warn(str(done), stacklevel=2)

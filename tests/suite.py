@@ -117,6 +117,7 @@ CASES = (
     Case("vblora", structures.VBLoRA(num_vectors=9, vector_length=4, bound=0.4)),
     Case("vblora-shadow", structures.VBLoRA(num_vectors=9, vector_length=4), exact_start=True),
     Case("gralora-hybrid", structures.GraLoRA(rank=4, k=4, hybrid_rank=2)),
+    Case("tokens", structures.Tokens(tokens=(3, 0, 7))),
     Case("dora-through", structures.DoRA(rank=2), kind="around", constant=True),
     Case("hira-own", structures.HiRA(rank=2)),
     Case("ia3-own", structures.IA3()),

@@ -133,13 +133,19 @@ def test_our_own_exports_know_their_base_and_makers(tmp_path):
 
 
 REFUSALS = {
-    "use_dora": ({"use_dora": True}, "use_dora=True"),
+    "use_dora": ({"use_dora": True}, "query.lora_magnitude_vector' is missing"),
     "lora_bias": ({"lora_bias": True}, "lora_bias=True"),
-    "bias": ({"bias": "all"}, "bias=all"),
-    "several": ({"bias": "all", "use_qalora": True}, "use_qalora=True, bias=all"),
+    "bias": ({"bias": "some"}, "bias=some"),
+    "several": ({"bias": "some", "use_qalora": True}, "use_qalora=True, bias=some"),
     "replication": ({"layer_replication": [[0, 1]]}, "layer_replication="),
-    "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices="),
+    "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices=[1], and no such rows"),
+    "parameters": ({"target_parameters": ["experts.up"]}, "target_parameters=['experts.up']"),
+    "alora": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens=[1, 2]"),
+    "megatron": ({"megatron_config": {"a": 1}}, "megatron_config="),
+    "tied": ({"ensure_weight_tying": True}, "ensure_weight_tying=True"),
     "type": ({"peft_type": "LOHA"}, "'LOHA'; only 'LORA'"),
+    "loftq": ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' changes the base"),
+    "corda": ({"init_lora_weights": "corda"}, "init_lora_weights='corda' changes the base"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base"),
     "unknown": ({"use_drora": True}, "use_drora=True is unknown; nearest: 'use_dora'"),
     "rank": ({"r": 3}, "while the config gives it rank 3"),
@@ -170,12 +176,21 @@ TENSORS = {
     "unknown": (lambda t: t.update({PREFIX + "x.weight": torch.ones(1)}), "neither lora_A nor"),
     "prefix": (lambda t: t.update({"x.lora_A.weight": torch.ones(1)}), "does not begin with"),
     "DoRA": (
-        lambda t: t.update({QUERY + "magnitude_vector": torch.ones(24)}), "DoRA's magnitudes"),
+        lambda t: t.update({QUERY + "magnitude_vector": torch.ones(24)}),
+        "magnitude_vector' is there although use_dora is false"),
     "bias": (lambda t: t.update({QUERY + "B.bias": torch.ones(24)}), "a bias on lora_B"),
     "embedding": (
-        lambda t: t.update({PREFIX + "x.lora_embedding_A": torch.ones(2)}), "on an embedding"),
+        lambda t: t.update({PREFIX + "x.lora_embedding_A": torch.ones(2)}), "no factor of a LoRA"),
+    "a table's": (
+        lambda t: t.update({PREFIX + "x.lora_embedding_A": torch.ones(2, 5)}),
+        "x.lora_embedding_B' is missing"),
+    "rows": (
+        lambda t: t.update({PREFIX + "x.token_adapter.trainable_tokens_delta": torch.ones(2, 5)}),
+        "'x' has 2 trained rows, the config names none"),
+    "bias of a layer": (lambda t: t.update({PREFIX + "x.bias": torch.ones(2)}), "neither lora_A"),
     "convolution": (
-        lambda t: t.update({QUERY + "A.weight": torch.ones(8, 24, 1, 1)}), "only linear layers"),
+        lambda t: t.update({QUERY + "A.weight": torch.ones(8, 24, 1, 1)}),
+        "is a linear's, its other factor a conv's"),
     "shape": (lambda t: t.update({QUERY + "A.weight": torch.ones(7, 24)}), "gives it rank 8"),
     "turned": (lambda t: t.update({QUERY + "A.weight": torch.ones(24, 8)}), "gives it rank 8"),
     "NaN": (

@@ -116,7 +116,7 @@ def test_operations_grow_with_the_rows(case):
 
 
 # Nothing of theirs is drawn: they start at constants, or from W0.
-UNDRAWN = {"ia3", "oft", "boft", "miss", "mora", "c3a", "lora_xs", "shira-magnitude"}
+UNDRAWN = {"ia3", "oft", "boft", "miss", "mora", "c3a", "lora_xs", "shira-magnitude", "tokens"}
 
 # Numbers at 768², FLOPs for a token at 768² and 4096², and once per step at 768²: the published
 # comparison, but for LSR as (1, 4), where 64·12 would cost 52,224 and the tie goes to 48·16.

@@ -3,7 +3,8 @@
 The portable profile: every scale folded into B and lora_alpha = r, one rank for all sites (zeros
 fill up), plain keys, float32. Then PEFT, vLLM, SGLang, LoRAX, llama.cpp and diffusers, which differ
 in how they read alpha and patterns, all compute ΔW = B A. A rank for each site, in rank_pattern and
-an equal alpha_pattern, is for PEFT alone: vLLM passes over patterns without a word.
+an equal alpha_pattern, is for PEFT alone: vLLM passes over patterns without a word. So is the full
+form (`portable=False`): DoRA, embeddings, convolutions, biases, trained rows of tables.
 """
 
 import re
@@ -19,13 +20,16 @@ from torch import nn
 from finespun.errors import InputError
 from finespun.files.fingerprint import fingerprint
 from finespun.files.lineage import Lineage, lineage_of
-from finespun.files.lora_folder import lora_config, write_lora
+from finespun.files.lora_folder import lora_config, tokens_config, write_lora
 from finespun.files.native import checked_tensors
+from finespun.files.peft_form import BESIDE, Form, check_tied, full_form
 from finespun.hosts import Entry, board_of, materialise, modules, plain_class
 from finespun.hosts.parts import PartHost
 from finespun.linalg import LowRank
 from finespun.structures import Delta
+from finespun.structures.dora import DoRADelta
 
+ONLY_PEFT = "in PEFT's own form, which most servers read in part or not at all"
 SERVED_RANK = 16  # the most that vLLM serves unless told otherwise
 TASKS = (
     ("ForSequenceClassification", "SEQ_CLS", ("classifier", "score")),
@@ -52,7 +56,7 @@ class Exported:
     @property
     def error(self) -> float:
         """The largest of `errors`; 0.0 where the export is exact."""
-        return max(self.errors.values())
+        return max(self.errors.values(), default=0.0)
 
     def __str__(self) -> str:
         how = "exact" if self.error == 0 else f"relative error up to {self.error:.2%}"
@@ -70,6 +74,7 @@ def export(
     allow_full: bool = True,
     lineage: Lineage | None = None,
     per_module_rank: bool = False,
+    portable: bool = True,
 ) -> Exported:
     """Write adapter `name`, its strength included, as a PEFT LoRA folder.
 
@@ -78,8 +83,10 @@ def export(
     `max_error`, or 16. Trained modules (a head) are written in full, because without them the
     adapter computes something else; `allow_full=False` leaves them out for servers that refuse
     them. `per_module_rank` gives every layer its own rank (the least that keeps `max_error`, where
-    that is given): fewer numbers, for PEFT alone. Raises InputError where the error would exceed
-    `max_error` or a site is no linear layer, FileError where the folder cannot be written.
+    that is given): fewer numbers, for PEFT alone. `portable=False` writes what PEFT alone reads:
+    DoRA as it is, embeddings, convolutions, biases, trained rows of tables, each layer's own rank.
+    Raises InputError where the error would exceed `max_error` or the format cannot say an update,
+    FileError where the folder cannot be written.
     """
     if rank is not None and rank < 1:
         raise InputError(f"rank={rank} must be at least 1; try {SERVED_RANK}")
@@ -88,45 +95,56 @@ def export(
     entry = board_of(model)[name]
     materialise(model, entry)
     checked_tensors(entry)
-    updates = _updates(entry)
-    if not updates:
+    check_tied(entry, portable)
+    names = list(modules(model))
+    form = Form() if portable else full_form(model, entry, lambda n: _module_name(n, (), names))
+    updates = _updates(entry, portable)
+    if not updates and not form.tensors:
         raise InputError(f"{name!r} changes no weight: there is nothing a LoRA could hold")
     falling = {n: _errors(u) for n, u in updates.items()}
-    chosen = _rank(entry, falling, rank, max_error)
+    chosen = _rank(entry, falling, rank, max_error, portable)
     ranks = dict.fromkeys(updates, chosen)
     if per_module_rank:
         bound = 0.0 if max_error is None else max_error
         ranks = {n: min(chosen, _enough(e, bound)) for n, e in falling.items()}
+    elif not portable:
+        ranks = {n: min(chosen, len(e) - 1) for n, e in falling.items()}
     errors = {n: e[min(ranks[n], len(e) - 1)] for n, e in falling.items()}
-    worst = max(errors, key=lambda n: errors[n])
-    if max_error is not None and errors[worst] > max_error:
-        enough = max(_enough(e, max_error) for e in falling.values())
-        raise InputError(
-            f"at rank {chosen} the update of {worst!r} is off by {errors[worst]:.2%}, more than "
-            f"max_error={max_error}; rank={enough} keeps it"
-        )
-    trained = entry.trained if allow_full else ()
+    _check_errors(errors, falling, max_error, form)
+    whole_modules = tuple(n for n in entry.trained if n not in form.dropped)
+    trained = whole_modules if allow_full else ()
     whole = {f"{n}.{k}": v for n in trained for k, v in entry.copies[n].state_dict().items()}
-    config = _config(model, list(updates), ranks, trained)
+    config = _config(model, ranks, trained, form)
     base = fingerprint(model, entry.trained)
     lineage = lineage or lineage_of(entry.structure)
-    write_lora(folder, name, updates, config, whole, base, lineage, errors[worst])
-    dropped = () if allow_full else entry.trained
-    notes = _notes(chosen, trained, dropped, len(set(ranks.values())) > 1)
+    worst = max(errors.values(), default=0.0)
+    write_lora(folder, name, updates, config, whole, base, lineage, worst, form)
+    dropped = () if allow_full else whole_modules
+    own = len(set(ranks.values())) > 1
+    notes = _notes(chosen, trained, dropped, own) if portable else (ONLY_PEFT,)
     return Exported(Path(folder), chosen, errors, trained, dropped, notes)
 
 
-def _updates(entry: Entry) -> dict[str, LowRank]:
-    """ΔW of every linear layer, strength included; parts of one layer are put together."""
+def _updates(entry: Entry, portable: bool) -> dict[str, LowRank]:
+    """ΔW of every layer, strength included; parts of one layer are put together. Of a DoRA that
+    stays one, B A."""
     found: dict[str, LowRank] = {}
     for name, delta in entry.deltas.items():
         site = delta.site
-        if not delta.mergeable or site.shape.kind != "linear":
+        if not delta.mergeable or (portable and site.shape.kind != "linear"):
+            way = "; portable=False writes it, for PEFT alone" if delta.mergeable else ""
             raise InputError(
                 f"{name!r} is a {site.shape.kind}: a portable LoRA speaks of linear layers only"
+                + way
             )
-        _check_bias(name, delta)
-        update = delta.as_low_rank() * entry.scale
+        if portable:
+            _check_bias(name, delta)
+        elif isinstance(delta, BESIDE):
+            continue
+        if isinstance(delta, DoRADelta) and not portable:
+            update = LowRank(delta.A.detach(), delta.B.detach() * delta.scale)
+        else:
+            update = delta.as_low_rank() * entry.scale
         if isinstance(site, PartHost):
             below = site.whole.shape.out_features - site.end
             update = LowRank(update.A, F.pad(update.B, (0, 0, site.start, below)))
@@ -135,10 +153,33 @@ def _updates(entry: Entry) -> dict[str, LowRank]:
     return found
 
 
+def _check_errors(
+    errors: Mapping[str, float],
+    falling: Mapping[str, list[float]],
+    max_error: float | None,
+    form: Form,
+) -> None:
+    if not errors:
+        return
+    worst = max(errors, key=lambda n: errors[n])
+    if form.config.get("use_dora") and errors[worst] > 0:
+        enough = max(len(e) - 1 for e in falling.values())
+        raise InputError(f"a DoRA that stays one keeps its rank; rank={enough} does")
+    if max_error is not None and errors[worst] > max_error:
+        enough = max(_enough(e, max_error) for e in falling.values())
+        raise InputError(
+            f"with the rank asked for, the update of {worst!r} is off by {errors[worst]:.2%}, more "
+            f"than max_error={max_error}; rank={enough} keeps it"
+        )
+
+
 def _check_bias(name: str, delta: Delta) -> None:
     moved = delta.bias_change() if "map_bias" in delta.written else None
     if moved is not None and bool(moved.any()):
-        raise InputError(f"the adapter moves the bias of {name!r}, which a plain LoRA cannot say")
+        raise InputError(
+            f"the adapter moves the bias of {name!r}, which a plain LoRA cannot say; "
+            "portable=False writes it, for PEFT alone"
+        )
 
 
 def _errors(update: LowRank) -> list[float]:
@@ -151,12 +192,17 @@ def _errors(update: LowRank) -> list[float]:
 
 
 def _rank(
-    entry: Entry, falling: Mapping[str, list[float]], rank: int | None, max_error: float | None
+    entry: Entry,
+    falling: Mapping[str, list[float]],
+    rank: int | None,
+    max_error: float | None,
+    portable: bool,
 ) -> int:
     if rank is not None:
         return rank
     whole = max(1, *(len(e) - 1 for e in falling.values()))
-    if all(d.factors() is not None for d in entry.deltas.values()):
+    kept = () if portable else (DoRADelta,)
+    if all(isinstance(d, kept) or d.factors() is not None for d in entry.deltas.values()):
         return whole
     if max_error is not None:
         return max(_enough(e, max_error) for e in falling.values())
@@ -169,17 +215,27 @@ def _enough(errors: list[float], max_error: float) -> int:
 
 
 def _config(
-    model: nn.Module, sites: list[str], ranks: Mapping[str, int], trained: tuple[str, ...]
+    model: nn.Module, ranks: Mapping[str, int], trained: tuple[str, ...], form: Form
 ) -> dict[str, Any]:
-    known = modules(model)
-    return lora_config(
+    known, sites = modules(model), list(ranks)
+    source = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+    if "token_indices" in form.config:
+        if trained:
+            raise InputError(
+                f"PEFT's trainable tokens alone hold no {trained[0]!r} beside them; "
+                "allow_full=False leaves it out"
+            )
+        tables = [k.removesuffix(".trainable_tokens_delta") for k in form.tensors]
+        return tokens_config(form.config["token_indices"], tables, source)
+    told = lora_config(
         ranks,
         _target_modules(sites, list(known), trained),
         [_module_name(n, trained, list(known)) for n in trained],
-        str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
+        source,
         _task(model, list(known), trained),
         any(plain_class(known[s]).__name__ == "Conv1D" for s in sites),
     )
+    return {**told, **form.config}
 
 
 def _target_modules(sites: list[str], known: list[str], trained: tuple[str, ...]) -> Any:

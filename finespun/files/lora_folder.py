@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from finespun.files.atomic import whole_folder
 from finespun.files.fingerprint import Fingerprint
 from finespun.files.lineage import Lineage
-from finespun.files.peft import CONFIG, PREFIX, SIDE, TENSORS
+from finespun.files.peft import CONFIG, SIDE, TENSORS
+from finespun.files.peft_form import Form
+from finespun.files.peft_keys import PREFIX
 from finespun.files.safe import write_json, write_tensors
 from finespun.linalg import LowRank
 
@@ -55,6 +56,23 @@ def lora_config(
     }
 
 
+def tokens_config(
+    tokens: Sequence[int], targets: Sequence[str], source: str = ""
+) -> dict[str, Any]:
+    """The content of adapter_config.json where rows of tables are trained and nothing else."""
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": source,
+        "inference_mode": True,
+        "init_weights": True,
+        "peft_type": "TRAINABLE_TOKENS",
+        "revision": None,
+        "target_modules": list(targets),
+        "task_type": None,
+        "token_indices": list(tokens),
+    }
+
+
 def write_lora(
     folder: str | Path,
     name: str,
@@ -64,18 +82,19 @@ def write_lora(
     base: Fingerprint | None,
     lineage: Lineage,
     error: float,
+    form: Form | None = None,
 ) -> None:
     """Write ΔW of every site at the rank that `config` gives it, zeros filling up, and the tensors
-    `trained` by their names in the model. Raises FileError where the folder cannot be written."""
-    own = {key.removeprefix("^"): rank for key, rank in config["rank_pattern"].items()}
+    `trained` by their names in the model; `form` where not all sites are plain linear layers.
+    Raises FileError where the folder cannot be written."""
+    form = form or Form()
+    own = {key.removeprefix("^"): rank for key, rank in config.get("rank_pattern", {}).items()}
     tensors: dict[str, Tensor] = {}
     for site, update in updates.items():
         rank = own.get(re.escape(site), config["r"])
         small = update.squeeze(rank) if update.rank > rank else update
-        empty = rank - small.rank
-        tensors[f"{PREFIX}{site}.lora_A.weight"] = F.pad(small.A.float(), (0, 0, 0, empty))
-        tensors[f"{PREFIX}{site}.lora_B.weight"] = F.pad(small.B.float(), (0, empty))
-    for key, value in trained.items():
+        tensors |= form.factors(site, small, rank)
+    for key, value in {**trained, **form.tensors}.items():
         tensors[f"{PREFIX}{key}"] = value.float() if value.is_floating_point() else value
     with whole_folder(folder, sum(t.nbytes for t in tensors.values()) + (1 << 20)) as work:
         digest = write_tensors(work / TENSORS, tensors, {"format": "pt"})

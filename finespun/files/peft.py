@@ -1,8 +1,10 @@
 """Reading LoRA folders in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
 Each site's scale is alpha / r, or alpha / √r with rsLoRA; rank_pattern and alpha_pattern give
-single sites their own r and alpha, their keys being regular expressions for the end of a path. What
-cannot be read is refused by name. Format: PEFT 0.21; the paths in the file decide where updates go.
+single sites their own r and alpha, their keys being regular expressions for the end of a path.
+DoRA, embeddings, convolutions, biases, modules saved whole and trained rows of tables (beside a
+LoRA, or alone as PEFT's TRAINABLE_TOKENS) are read; what cannot be is refused by name. The paths in
+the file decide where updates go. Format: PEFT 0.13 to 0.21.
 """
 
 import math
@@ -18,13 +20,14 @@ from finespun.files.atomic import located, settled
 from finespun.files.fingerprint import Fingerprint
 from finespun.files.lineage import Lineage
 from finespun.files.native import Saved, blame
+from finespun.files.peft_keys import Pair, Parts, sort
 from finespun.files.safe import TensorFile, read_json, read_tensors
 from finespun.hosts import Entry, FlatState
-from finespun.structures import LoRA, Plan, SiteShape
+from finespun.structures import LoRA, Plan, SiteShape, Structure, structure
 
 CONFIG, TENSORS, SIDE = "adapter_config.json", "adapter_model.safetensors", "finespun.json"
-PREFIX = "base_model.model."
-STARTS = (True, False, "gaussian", "orthogonal", "eva")
+STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+BIASES = ("none", "all", "lora_only")
 USED = frozenset(
     [
         "peft_type",
@@ -37,8 +40,11 @@ USED = frozenset(
         "rank_pattern",
         "alpha_pattern",
         "modules_to_save",
+        "use_dora",
+        "trainable_token_indices",
     ]
 )
+TOKENS_USED = frozenset(["peft_type", "token_indices", "init_weights"])
 # These change nothing once the paths of the tensors are known,
 PASSED = frozenset(
     [
@@ -64,12 +70,10 @@ PASSED = frozenset(
 )
 # and these change the function in ways that are not read.
 REFUSED = [
-    "use_dora",
     "lora_bias",
     "use_qalora",
     "layer_replication",
     "target_parameters",
-    "trainable_token_indices",
     "alora_invocation_tokens",
     "use_bdlora",
     "arrow_config",
@@ -79,16 +83,11 @@ REFUSED = [
     "megatron_config",
     "ensure_weight_tying",
 ]
-_PAIR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
-_OTHER = {
-    ".lora_embedding_": "a LoRA on an embedding",
-    ".lora_magnitude_vector": "DoRA's magnitudes",
-    ".lora_B.bias": "a bias on lora_B",
-}
 
 
 def read_peft(folder: str | Path, strict: bool = True) -> Saved:
-    """A PEFT LoRA folder as a flat entry with a `LoRA` structure, named after the folder.
+    """A PEFT folder as a flat entry with a `LoRA`, `DoRA` or `Tokens` structure, named after the
+    folder.
 
     With `strict` off, unknown keys of the config become notes. Raises FileError naming what is
     damaged, missing or not read.
@@ -98,12 +97,7 @@ def read_peft(folder: str | Path, strict: bool = True) -> Saved:
     notes: list[str] = []
     with blame(place / CONFIG):
         _check_config(config, strict, notes)
-        structure = LoRA(
-            rank=config.get("r", 8),
-            alpha=float(config.get("lora_alpha", 8)),
-            dropout=float(config.get("lora_dropout", 0.0)),
-            rslora=bool(config.get("use_rslora", False)),
-        )
+        made = _structure(config)
     if not (place / TENSORS).exists() and (place / "adapter_model.bin").exists():
         raise FileError(
             f"{place} holds adapter_model.bin, which is pickled and not opened; save it again from "
@@ -111,26 +105,43 @@ def read_peft(folder: str | Path, strict: bool = True) -> Saved:
         )
     held = read_tensors(place / TENSORS)
     with blame(place / TENSORS):
-        pairs, whole = _sort(held.tensors, _names(config.get("modules_to_save") or []))
-        sites, choices = _plan(pairs, config, notes)
-    tensors = {f"delta/{p}/{side}": t for p, pair in pairs.items() for side, t in pair.items()}
-    tensors |= {f"trained/{m}/{k}": t for m, state in whole.items() for k, t in state.items()}
+        saved = _names(config.get("modules_to_save") or [])
+        bias, dora = config.get("bias", "none") != "none", bool(config.get("use_dora"))
+        parts = sort(held.tensors, saved, bias, dora)
+        sites, choices, tensors = _plan(parts, config, notes)
+    tensors |= {f"trained/{m}/{k}": t for m, state in parts.whole.items() for k, t in state.items()}
     name, base, lineage = _beside(place, held, notes)
     entry = Entry(
         name=name or re.sub(r"[.:/]", "-", located(folder).name) or "default",
-        structure=structure,
+        structure=made,
         plan=Plan(sites, choices),
-        trained=tuple(whole),
+        trained=tuple(parts.whole),
         flat=FlatState.pack(tensors),
     )
-    return Saved(entry, base, lineage, held.sha256, tuple(notes))
+    return Saved(entry, base, lineage, held.sha256, tuple(notes), parts.base)
+
+
+def _structure(config: Mapping[str, Any]) -> Structure:
+    if config["peft_type"] == "TRAINABLE_TOKENS":
+        return structure("tokens", tokens=_indices(config.get("token_indices"), "token_indices"))
+    told = LoRA(
+        rank=config.get("r", 8),
+        alpha=float(config.get("lora_alpha", 8)),
+        dropout=float(config.get("lora_dropout", 0.0)),
+        rslora=bool(config.get("use_rslora", False)),
+    )
+    if not config.get("use_dora"):
+        return told
+    alpha = told.scale * told.rank
+    return structure("dora", rank=told.rank, alpha=alpha, dropout=told.dropout)
 
 
 def _check_config(config: Mapping[str, Any], strict: bool, notes: list[str]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise FileError(f"peft_type is {config.get('peft_type')!r}; only 'LORA' is read")
+    kind = config.get("peft_type")
+    if kind not in ("LORA", "TRAINABLE_TOKENS"):
+        raise FileError(f"peft_type is {kind!r}; only 'LORA' and 'TRAINABLE_TOKENS' are read")
     refused = [k for k in REFUSED if config.get(k)]
-    if config.get("bias", "none") != "none":
+    if config.get("bias", "none") not in BIASES:
         refused.append("bias")
     if refused:
         raise FileError(
@@ -143,7 +154,7 @@ def _check_config(config: Mapping[str, Any], strict: bool, notes: list[str]) -> 
             f"init_lora_weights={start!r} changes the base's own weights when PEFT loads it; save "
             "it from PEFT with path_initial_model_for_weight_conversion"
         )
-    known = {*USED, *PASSED, *REFUSED}
+    known = {*(USED if kind == "LORA" else TOKENS_USED), *PASSED, *REFUSED}
     for key, value in config.items():
         if value and key not in known:
             told = f"{key}={str(value)[:60]} is unknown; {nearest(key, known)}"
@@ -158,69 +169,93 @@ def _names(value: Any) -> list[str]:
     return value
 
 
-def _sort(
-    tensors: Mapping[str, Tensor], saved: list[str]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
-    """Path -> its A and B, and module -> the numbers of its own copy."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    whole: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        for mark, what in _OTHER.items():
-            if mark in key:
-                raise FileError(f"{key!r} is {what}, which is not read")
-        if not key.startswith(PREFIX):
-            raise FileError(f"{key!r} does not begin with {PREFIX!r}")
-        found = _PAIR.fullmatch(key, len(PREFIX))
-        if found:
-            if tensor.dim() != 2:
-                raise FileError(f"{key!r} is {tuple(tensor.shape)}: only linear layers are read")
-            pairs.setdefault(found["path"], {})[found["side"]] = tensor.float()
-            continue
-        module = _saved_module(key, saved)
-        if module is None:
-            raise FileError(f"{key!r} is neither lora_A nor lora_B, nor under modules_to_save")
-        whole.setdefault(module, {})[key.removeprefix(f"{PREFIX}{module}.")] = tensor
-    for path, pair in pairs.items():
-        if len(pair) == 1:
-            missing = "B" if "A" in pair else "A"
-            raise FileError(f"'{PREFIX}{path}.lora_{missing}.weight' is missing")
-    if not pairs:
-        raise FileError("there is no lora_A and lora_B")
-    return dict(sorted(pairs.items())), whole
-
-
-def _saved_module(key: str, saved: list[str]) -> str | None:
-    """The module that a key belongs to: PEFT takes every one whose path ends like a name listed."""
-    parts = key.removeprefix(PREFIX).split(".")
-    for end in range(1, len(parts)):
-        path = ".".join(parts[:end])
-        if any((PREFIX + path).endswith(name) for name in saved):
-            return path
-    return None
+def _indices(value: Any, where: str) -> list[int]:
+    if not isinstance(value, list) or not all(type(i) is int for i in value):
+        raise FileError(f"{where} must be a list of row numbers, got {str(value)[:80]!r}")
+    return value
 
 
 def _plan(
-    pairs: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], notes: list[str]
-) -> tuple[tuple[SiteShape, ...], dict[str, dict[str, Any]]]:
-    sites, choices = [], {}
-    for path, pair in pairs.items():
-        A, B = pair["A"], pair["B"]
-        rank, usual = A.shape[0], config.get("r", 8)
-        meant = _matching(config.get("rank_pattern"), path) or [usual]
-        if B.shape[1] != rank or rank not in meant:
+    parts: Parts, config: Mapping[str, Any], notes: list[str]
+) -> tuple[tuple[SiteShape, ...], dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """Sites, their choices and the tensors of their deltas. A choice that is `open` stands at a
+    site of which the file does not tell the size: `fitting.settle` asks the model."""
+    sites, choices, tensors = [], {}, dict[str, Tensor]()
+    for path, pair in parts.pairs.items():
+        site, choices[path] = _pair(path, pair, config, notes)
+        sites.append(site)
+        tensors |= {f"delta/{path}/{s}": getattr(pair, s) for s in ("A", "B")}
+        if pair.m is not None:
+            tensors[f"delta/{path}/m"] = pair.m
+    _check_claims(parts, config, notes)
+    for path, values in parts.tokens.items():
+        tokens = _tokens(path, config)
+        if len(tokens) != len(values) or path in choices:
             raise FileError(
-                f"{path!r}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, while the "
-                f"config gives it rank {meant[0]}"
+                f"{path!r} has {len(values)} trained rows, the config names {len(tokens) or 'none'}"
+                + (", and it carries a LoRA as well" if path in choices else "")
             )
-        alphas = _matching(config.get("alpha_pattern"), path) or [config.get("lora_alpha", 8)]
-        if len(set(alphas)) > 1:
-            notes.append(f"alpha_pattern gives {path!r} {alphas}: {alphas[0]} is taken, as in PEFT")
-        if not math.isfinite(alpha := float(alphas[0])):
-            raise FileError(f"{path!r}: alpha is {alpha}")
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        sites.append(SiteShape(path, B.shape[0], A.shape[1]))
-        choices[path] = {"rank": rank, "scale": scale}
-    return tuple(sites), choices
+        sites.append(SiteShape(path, values.shape[1], max(tokens, default=0) + 1, "embedding"))
+        choices[path] = {"tokens": tokens, "open": True}
+        tensors[f"delta/{path}/values"] = values
+    for path, bias in parts.biases.items():
+        if any(path == m or path.startswith(f"{m}.") for m in parts.whole):
+            continue
+        if path in choices:
+            choices[path]["bias"] = True
+        else:
+            sites.append(SiteShape(path, len(bias), 1))
+            choices[path] = {"only": "bias", "open": True}
+        tensors[f"delta/{path}/b"] = bias
+    return tuple(sites), choices, tensors
+
+
+def _check_claims(parts: Parts, config: Mapping[str, Any], notes: list[str]) -> None:
+    """What the config speaks of must be in the file; a bias may be missing, with a note."""
+    key = "trainable_token_indices"
+    if config.get(key) and not parts.tokens:
+        raise FileError(f"the config has {key}={str(config[key])[:60]}, and no such rows are there")
+    bias = config.get("bias", "none")
+    if bias != "none" and not parts.biases:
+        notes.append(f"bias={bias!r}, and no bias is there (PEFT left them out up to 0.20)")
+
+
+def _tokens(path: str, config: Mapping[str, Any]) -> list[int]:
+    """The row numbers that the config gives a table."""
+    given = config.get("token_indices", config.get("trainable_token_indices"))
+    if isinstance(given, dict):
+        found = [name for name in given if path.endswith(name)]
+        if not found:
+            raise FileError(
+                f"trainable_token_indices names no tokens for {path!r}; {nearest(path, given)}"
+            )
+        given = given[found[0]]
+    return _indices([] if given is None else given, "trainable_token_indices")
+
+
+def _pair(
+    path: str, pair: Pair, config: Mapping[str, Any], notes: list[str]
+) -> tuple[SiteShape, dict[str, Any]]:
+    A, B = pair.A, pair.B
+    if A is None or B is None:
+        raise FileError(f"{path!r} lacks a factor")
+    rank, usual = A.shape[0], config.get("r", 8)
+    meant = _matching(config.get("rank_pattern"), path) or [usual]
+    if B.shape[1] != rank or rank not in meant:
+        raise FileError(
+            f"{path!r}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, while the "
+            f"config gives it rank {meant[0]}"
+        )
+    if pair.m is not None and len(pair.m) != len(B):
+        raise FileError(f"{path!r}: {len(pair.m)} magnitudes for {len(B)} outputs")
+    alphas = _matching(config.get("alpha_pattern"), path) or [config.get("lora_alpha", 8)]
+    if len(set(alphas)) > 1:
+        notes.append(f"alpha_pattern gives {path!r} {alphas}: {alphas[0]} is taken, as in PEFT")
+    if not math.isfinite(alpha := float(alphas[0])):
+        raise FileError(f"{path!r}: alpha is {alpha}")
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    site = SiteShape(path, B.shape[0], A.shape[1], pair.kind)
+    return site, {"rank": rank, "scale": scale}
 
 
 def _matching(patterns: Any, path: str) -> list[Any]:

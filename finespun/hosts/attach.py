@@ -122,7 +122,8 @@ def materialise(model: nn.Module, entry: Entry) -> None:
     for name, host in hosts.items():
         delta = structure.build(host, entry.plan, entry.bank).train(host.layer.training)
         delta.__dict__["owner"] = entry.name
-        if host.kind == "embedding" and "low_rank" not in delta.written:
+        made = entry.flat is None
+        if made and host.kind == "embedding" and "low_rank" not in delta.written:
             raise TargetError(
                 f"{structure.kind} has no factors: at {name!r} its dense update would hold "
                 f"{host.shape.out_features * host.shape.in_features:,} numbers; use lora or lsr"

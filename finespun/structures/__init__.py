@@ -41,6 +41,7 @@ from finespun.structures.structure import (
 )
 from finespun.structures.tera import TeRA
 from finespun.structures.tied_lora import TiedLoRA
+from finespun.structures.tokens import Tokens
 from finespun.structures.unilora import UniLoRA
 from finespun.structures.vblora import VBLoRA
 from finespun.structures.vera import VeRA
@@ -88,6 +89,7 @@ __all__ = [
     "TeRA",
     "TensorSite",
     "TiedLoRA",
+    "Tokens",
     "UniLoRA",
     "VBLoRA",
     "VeRA",

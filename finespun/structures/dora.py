@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finespun.structures.delta import Bank, Base, Delta
+from finespun.structures.extras import OwnBias, extra
 from finespun.structures.site import Site, SiteShape
 from finespun.structures.structure import Plan, Ranked, register
 
@@ -27,9 +28,13 @@ class DoRA(Ranked):
     kind = "dora"
     source = "arXiv 2402.09353"
 
-    def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "DoRADelta":
+    def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> Delta:
         choice, name = plan.choices[site.shape.name], site.shape.name
-        delta = DoRADelta(site, choice["rank"], choice["scale"])
+        other = extra(site, choice)
+        if other is not None:
+            return other
+        kind: type[DoRADelta] = BiasedDoRADelta if choice.get("bias") else DoRADelta
+        delta = kind(site, choice["rank"], choice["scale"])
         delta.A.data.copy_(self.kaiming(name, "A", delta.A.shape))
         delta.m.data.copy_(delta.norm(delta.base_weight()))
         return delta
@@ -71,3 +76,13 @@ class DoRADelta(Delta):
         plain = y if b0 is None else y - b0
         change = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B) * self.scale
         return y + ((gain - 1) * plain + gain * change).to(y.dtype)
+
+
+class BiasedDoRADelta(DoRADelta, OwnBias):
+    """A DoRA beside a trained bias; the layer takes the dense path."""
+
+    through = Delta.through
+
+    def __init__(self, site: Site, rank: int, scale: float) -> None:
+        super().__init__(site, rank, scale)
+        self._take_bias()

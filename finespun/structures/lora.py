@@ -10,6 +10,7 @@ from torch import nn
 from finespun.errors import InputError
 from finespun.linalg import LowRank
 from finespun.structures.delta import Bank, Delta, Factors
+from finespun.structures.extras import OwnBias, extra
 from finespun.structures.groups import Group
 from finespun.structures.site import Site, SiteShape
 from finespun.structures.structure import Plan, Ranked, register
@@ -44,9 +45,13 @@ class LoRA(Ranked):
     def scale(self) -> float:
         return super().scale * (math.sqrt(self.rank) if self.rslora else 1.0)
 
-    def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "LoRADelta":
+    def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> Delta:
         choice = plan.choices[site.shape.name]
-        delta = LoRADelta(site, choice["rank"], choice["scale"])
+        other = extra(site, choice)
+        if other is not None:
+            return other
+        kind: type[LoRADelta] = BiasedLoRADelta if choice.get("bias") else LoRADelta
+        delta = kind(site, choice["rank"], choice["scale"])
         if self.start == "kaiming":
             drawn = self.kaiming(site.shape.name, "A", delta.A.shape)
         else:
@@ -86,7 +91,7 @@ class LoRADelta(Delta):
             for i in range(len(self.A))
         ]
 
-    def compact(self) -> tuple["LoRADelta", dict[str, Any]]:
+    def compact(self) -> "tuple[LoRADelta, dict[str, Any]]":
         A, B = (t.detach() for t in self.complete((self.A, self.B)))
         alive = torch.ones(len(A), dtype=torch.bool)
         own = alive[: len(self.A)]
@@ -96,6 +101,20 @@ class LoRADelta(Delta):
             own &= gate.cpu().ne(0)
         alive[0] |= not alive.any()
         return lora_of(self.site, LowRank(A[alive], B[:, alive]), self.scale)
+
+
+class BiasedLoRADelta(LoRADelta, OwnBias):
+    """A LoRA beside a trained bias b (out,)."""
+
+    def __init__(self, site: Site, rank: int, scale: float) -> None:
+        super().__init__(site, rank, scale)
+        self._take_bias()
+
+    def compact(self) -> tuple[LoRADelta, dict[str, Any]]:
+        small, choice = super().compact()
+        biased = BiasedLoRADelta(self.site, len(small.A), small.scale)
+        biased.load_state_dict({**small.state_dict(), "b": self.b.detach()})
+        return biased, {**choice, "bias": True}
 
 
 def lora_of(site: Site, update: LowRank, scale: float = 1.0) -> tuple[LoRADelta, dict[str, Any]]:
