@@ -1,5 +1,6 @@
 """LoR2C: a low-rank way around every block (arXiv 2503.00572)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from finespun.structures.delta import Bank, Bypass, Delta, Factors
 from finespun.structures.groups import module_group
 from finespun.structures.lora import LoRADelta
 from finespun.structures.site import Site, SiteShape
-from finespun.structures.structure import Plan, Ranked, register
+from finespun.structures.structure import Plan, Ranked, Scores, register
 
 
 @register
@@ -35,6 +36,16 @@ class LoR2C(Ranked):
     kind = "lor2c"
     site_kind = "block"
     source = "arXiv 2503.00572"
+
+    def plan(self, sites: Sequence[Site], scores: Scores | None = None) -> Plan:
+        blocks = [s.shape.name for s in sites if s.shape.kind == "block"]
+        for name in (s.shape.name for s in sites if s.shape.kind != "block"):
+            if not any(name.startswith(block + ".") for block in blocks):
+                raise PlanError(
+                    f"{name!r} is a layer inside none of the targets: LoR2C goes around blocks; "
+                    "name the blocks"
+                )
+        return super().plan(sites, scores)
 
     def choose(self, site: Site) -> dict[str, Any]:
         choice = super().choose(site)

@@ -271,6 +271,11 @@ def test_sleeping_layers_do_nothing_until_they_are_woken():
         inject(bare.entry, "layer.2")
 
 
+def test_a_layer_outside_all_blocks_is_refused():
+    with pytest.raises(PlanError, match=r"'layer.3.query'.*none of the targets"):
+        fs.adapt(Stack(), LoR2C(rank=2), ["layer.0", "layer.3.query"], train=())
+
+
 def test_the_rules_choose_by_the_spectrum():
     for flattest, pair in ((False, ["layer.2", "layer.3"]), (True, ["layer.0", "layer.1"])):
         _, adapter = adapted()

@@ -1,15 +1,18 @@
 """OFT against its definition, PEFT, and the invariants of arXiv 2306.07280."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import Layers, adapted, moved, outputs_agree, peft, rank, site, update
 from peft import OFTConfig
+from torch import nn
 
 import finespun as fs
 from finespun.errors import InputError, PlanError
-from finespun.structures import OFT, SiteShape
+from finespun.structures import IA3, OFT, SiteShape
 from finespun.structures.oft import cayley
 
 
@@ -97,3 +100,21 @@ def test_what_cannot_be_is_named():
         OFT(neumann=1)
     with pytest.raises(InputError, match=r"block_size=1.*32"):
         OFT(block_size=1)
+
+
+@pytest.mark.parametrize("form", [OFT(block_size=4), IA3(feedforward=("fc0:k",))], ids=str)
+def test_a_slice_of_a_fused_layer_sees_the_turned_input(form):
+    model, x = Layers((12, 8), bias=True).double(), torch.randn(4, 3, 8, dtype=torch.float64)
+    layer = copy.deepcopy(model.fc0)
+    adapter = fs.adapt(model, form, ["fc0:k"], train=())
+    (delta,) = adapter.deltas.values()
+    for p in delta.double().parameters():
+        nn.init.normal_(p)
+    changed = layer.weight.detach().clone()
+    changed[4:8] += delta.dense(changed[4:8])
+    wanted = x @ changed.T + layer.bias
+    torch.testing.assert_close(model.fc0(x), wanted)
+    with fs.rows(model, ["default", None, None, "default"]):
+        y = model.fc0(x)
+    torch.testing.assert_close(y[[0, 3]], wanted[[0, 3]])
+    torch.testing.assert_close(y[[1, 2]], layer(x)[[1, 2]])
