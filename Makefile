@@ -1,7 +1,7 @@
 # Every target installs what it needs into .venv first; a second run installs nothing.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install check format lint types imports quick slow docs test demo clean
+.PHONY: help install check format lint types imports sizes quick slow docs test demo clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORKERS ?= 2
@@ -34,6 +34,9 @@ types: $(READY)
 imports: $(READY)
 	$(BIN)/lint-imports
 
+sizes:
+	@$(PYTHON) tests/sizes.py
+
 quick: $(READY)
 	$(PYTEST) -m "not slow"
 
@@ -43,7 +46,7 @@ slow: $(READY)
 docs: $(READY) ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-check: lint types imports quick ## format, lint, spelling, types, floors, quick tests
+check: lint types imports sizes quick ## format, lint, spelling, types, floors, sizes, quick tests
 
 test: check docs slow ## check, the documentation and the tests on real models
 

@@ -4,24 +4,19 @@ import errno
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import CLASSES, tiny_table, write_recipe
+from tiny_run import CLASSES, Events, tiny_table, write_recipe
 
-import finespun as fs
 from finespun.errors import FileError, FinespunError, InputError, TargetError, TrainingError
 from finespun.files import atomic
 from finespun.recipe import Recipe
 from finespun.structures import SiteShape
-from finespun.train import run as running
-from finespun.train.loop import Interrupted
 from finespun.train.output import Result
-from finespun.train.progress import Reporter
 from finespun.train.run import prepare, run
 from finespun.train.use import Trained
 
@@ -41,17 +36,6 @@ def recipe(tmp_path: Path, done: tuple[Path, Recipe, Result]) -> Recipe:
 
 def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter.safetensors")
-
-
-class Events(Reporter):
-    def __init__(self) -> None:
-        self.records: list[Any] = []
-
-    def tell(self, record: Any) -> None:
-        self.records.append(record)
-
-    def notes(self) -> str:
-        return "\n".join(r["text"] for r in self.records if r["event"] == "note")
 
 
 # --- what a run writes ---------------------------------------------------------------------------
@@ -172,96 +156,6 @@ def test_what_a_person_should_know_is_told(recipe: Recipe, tmp_path: Path) -> No
     official = ["structure={kind: lsr, rank: 4, start: official}"]
     prepare(recipe.changed(official), events)
     assert "does not start at the base: ‖ΔW‖ up to" in events.notes()
-
-
-# --- resuming ------------------------------------------------------------------------------------
-def interrupted(recipe: Recipe) -> None:
-    """Leave the recipe's output as Ctrl-C after step 4 does."""
-
-    class Press(Reporter):
-        def tell(self, record: Any) -> None:
-            if record["event"] == "step" and record["step"] == 4:
-                signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(Interrupted):
-        run(recipe, reporter=Press())
-
-
-def test_a_finished_run_is_not_repeated(
-    done: tuple[Path, Recipe, Result], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, recipe, result = done
-    monkeypatch.setattr(running, "prepare", None)
-    assert run(recipe, resume=True) == result
-
-
-def test_a_finished_run_is_replaced_only_on_request(recipe: Recipe) -> None:
-    first = run(recipe)
-    other = recipe.changed(["training.seed=3"])
-    saved = adapter_of(Path(recipe.output))
-    with pytest.raises(InputError, match="holds a finished run: --overwrite replaces it"):
-        run(other)
-    assert Result.read(recipe.output) == first
-    assert all(torch.equal(t, saved[key]) for key, t in adapter_of(Path(recipe.output)).items())
-    with pytest.raises(InputError, match="choose one"):
-        run(other, resume=True, overwrite=True)
-    second = run(other, overwrite=True)
-    assert second.loss != first.loss
-    assert Result.read(recipe.output) == second
-
-
-def test_an_unfinished_run_is_not_overwritten_unasked(recipe: Recipe) -> None:
-    interrupted(recipe)
-    with pytest.raises(InputError, match="holds an unfinished run: --resume goes on, --overwrite"):
-        run(recipe)
-    with pytest.raises(FileError, match="the run in it has not ended"):
-        Trained.open(recipe.output)
-    assert run(recipe, overwrite=True).steps == 8
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_an_adapter_without_a_run_is_not_overwritten(resume: bool, recipe: Recipe) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    fs.adapt(model, fs.LoRA(rank=1), ["0"], train=[]).save(recipe.output)
-    with pytest.raises(InputError, match="holds an adapter: --overwrite replaces it"):
-        run(recipe, resume)
-
-
-def test_resuming_another_recipe_names_the_key(recipe: Recipe) -> None:
-    interrupted(recipe)
-    with pytest.raises(InputError) as caught:
-        run(recipe.changed(["training.rate=0.5"]), resume=True)
-    assert "training.rate was 0.03" in str(caught.value)
-    assert "is 0.5 now" in str(caught.value)
-
-
-def test_resuming_on_other_rows_is_refused(recipe: Recipe, tmp_path: Path) -> None:
-    table = tmp_path / "table.csv"
-    shutil.copy(str(recipe.data.file), table)
-    mine = recipe.changed([f"data.file={table}"])
-    interrupted(mine)
-    text = table.read_text()
-    table.write_text(text.replace("dog", "cat"))
-    with pytest.raises(InputError, match="the rows to train on changed since the run"):
-        run(mine, resume=True)
-    table.write_text(text)
-    assert run(mine, resume=True).steps == 8
-
-
-def test_resuming_where_nothing_began_starts(recipe: Recipe) -> None:
-    assert run(recipe, resume=True).steps == 8
-
-
-def test_other_threads_are_told_when_resuming(recipe: Recipe) -> None:
-    free = recipe.changed(["training.threads=null"])
-    interrupted(free)
-    events = Events()
-    torch.set_num_threads(2)
-    try:
-        run(free, resume=True, reporter=events)
-    finally:
-        torch.set_num_threads(1)
-    assert "resumed after step 4 of 8; it began with 1 threads and goes on with 2" in events.notes()
 
 
 # --- refusals ------------------------------------------------------------------------------------

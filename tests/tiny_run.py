@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import yaml
 
+from finespun.train.progress import Reporter
+
 WORDS = ("the", "a", "cat", "dog", "ship", "train", "runs", "sleeps", "stops", "today", "soon")
 GOOD, BAD = ("fine", "bright", "lovely"), ("grim", "dull", "broken")
 CLASSES = ("bad", "good")
@@ -85,6 +87,20 @@ def write_recipe(folder: Path, **training: Any) -> Path:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(tiny_recipe(folder, **training)))
     return path
+
+
+class Events(Reporter):
+    """Keeps every event of a run."""
+
+    def __init__(self) -> None:
+        self.records: list[Any] = []
+
+    def tell(self, record: Any) -> None:
+        self.records.append(record)
+
+    def notes(self) -> str:
+        """The texts of all notes."""
+        return "\n".join(r["text"] for r in self.records if r["event"] == "note")
 
 
 def carry_out(arguments: list[str], kill: tuple[str, int] | None, errors: str) -> None:

@@ -85,6 +85,13 @@ def draw(path: Path) -> None:
     for i, line in enumerate(lines):
         word(ax, 56, 31 - 3.1 * i, line, 10.5, **left)
 
+    counts(ax)
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
+
+
+def counts(ax: Axes) -> None:
+    """Bars of trained numbers."""
+    left = {"ha": "left"}
     shape = SiteShape("layer", 768, 768)
     word(ax, 2, 11.6, "trained numbers of one 768 × 768 layer", 13, **left)
     bars = (
@@ -97,7 +104,6 @@ def draw(path: Path) -> None:
         word(ax, 2, y, name, 10.5, **left)
         ax.barh(y, 56 * count / bars[0][1], left=20, height=1.9, color=colour)
         word(ax, 21 + 56 * count / bars[0][1], y, f"{count:,}", 10.5, **left)
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
 if __name__ == "__main__":
