@@ -125,7 +125,7 @@ def place_on(saved: Saved, layers: Mapping[str, Layer], part: str | None = None)
         more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise (TargetError if best.missing else PlanError)("; ".join(problems[:SHOWN]) + more)
     names = {raw: name for p in fits for raw, name in found[p].names.items()}
-    left = [p for p in saved.parts if p not in fits]
+    left = [] if part is not None else [p for p in saved.parts if p not in fits]
     notes = [f"of {p!r} nothing was taken: it is another part of the pipeline" for p in left]
     return _renamed(saved, names, layers, notes)
 
