@@ -76,12 +76,15 @@ def low_rank_linear_reference(
 
 
 def _byte_mask(x: Tensor, drop: float, s: float) -> tuple[Tensor, float]:
-    """A boolean mask of the rows of x, True with probability 1 − k/256, and s / (1 − k/256)."""
+    """Bytes like the rows of x, 1 with probability 1 − k/256 and else 0, and s / (1 − k/256).
+
+    Bytes and not booleans: those become floats several times slower.
+    """
     k = min(max(round(drop * 256), 1), 255)
     n = x.numel()
     words = torch.empty(-(-n // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    mask = words.view(torch.uint8)[:n].view(-1, x.shape[-1]) >= k
-    return mask, s / (1 - k / 256)
+    kept = words.view(torch.uint8)[:n].view(-1, x.shape[-1]) >= k
+    return kept.view(torch.uint8), s / (1 - k / 256)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -118,7 +121,7 @@ class _LowRankLinear(torch.autograd.Function):
         if need_A and dh is not None:
             dA = dh.T @ (rows if mask is None else rows * mask.to(rows.dtype))
         if need_B:
-            dB = (own.T @ h).mul_(ctx.s)
+            dB = (h.T @ own).mul_(ctx.s).T
         if need_x:
             through = dh if gain is None else (dy @ B).mul_(ctx.s)
             dx = dy @ W
