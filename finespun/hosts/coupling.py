@@ -86,25 +86,40 @@ def couple(model: nn.Module, known: Mapping[str, nn.Module], host: Host) -> Coup
     found = family(known, host.name)
     if found is None:
         return None
-    side: Literal["in", "out"] = "in" if host.name == found.reader else "out"
-    size = host.shape.in_features if side == "in" else host.shape.out_features
-    units = size if found.kind == "channels" else heads(model, known, found)
-    if not units or size % units:
+    reads = host.name == found.reader
+    size = host.shape.in_features if reads else host.shape.out_features
+    wide, deep = width(known, found.writers[-1], "out"), width(known, found.reader, "in")
+    if found.kind == "channels":
+        same = wide == deep == size
+        return Coupling(found.block, "in" if reads else "out", size) if same else None
+    units = heads(model, known, found)
+    if not units or wide % units or deep % wide or size % wide:
         return None
-    return Coupling(found.block, side, units, found.kind)
+    return Coupling(found.block, "in" if reads else "out", units, "heads", size // wide)
 
 
-def heads(model: nn.Module, known: Mapping[str, nn.Module], family: Family) -> int | None:
-    """Heads with keys and values of their own, as the modules around them or their configs say."""
+def heads(model: nn.Module, known: Mapping[str, nn.Module], family: Family) -> int:
+    """Heads with keys and values of their own, as the modules around the core or their configs say;
+    0 where none does."""
     parts = family.core.split(".")
     around = [known.get(".".join(parts[:n])) for n in range(len(parts), 0, -1)]
-    for module in filter(None, (*around, model)):
+    for module in (*around, model):
         for source in (module, getattr(module, "config", None)):
             for name in COUNTS:
                 count: Any = getattr(source, name, None)
                 if isinstance(count, int) and count > 0:
                     return count
-    return None
+    return 0
+
+
+def width(known: Mapping[str, nn.Module], name: str, side: str) -> int:
+    """Outputs, or inputs, of a linear layer or of a third of it; 1 for other modules."""
+    name, _, part = name.partition(":")
+    module: Any = known[name]
+    sizes = getattr(module, "in_features", 1), getattr(module, "out_features", 1)
+    if hasattr(module, "nf"):
+        sizes = tuple(module.weight.shape)
+    return int(sizes[side == "out"]) // (3 if part else 1) or 1
 
 
 def _join(*parts: str) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -79,12 +79,13 @@ class S2FT(Structure):
         for site in sites:
             found = self.coupling(site)
             blocks.setdefault(found.name, []).append((site, found))
+        blocks = {name: _finest(members) for name, members in blocks.items()}
         chosen: dict[str, list[int]] = {}
         for kind, share in (("heads", self.heads), ("channels", self.channels)):
             own = {n: b for n, b in sorted(blocks.items()) if b[0][1].kind == kind}
             pools = [{n: b} for n, b in own.items()] if self.per_layer else [own]
             for pool in filter(None, pools):
-                chosen |= self._draw(pool, share, scores or {})
+                chosen |= self._draw(pool, kind, share, scores or {})
         choices = {
             site.shape.name: {"side": c.side, "of": c.units, "units": chosen[block]}
             for block, members in blocks.items()
@@ -94,14 +95,14 @@ class S2FT(Structure):
         return Plan(tuple(s.shape for s in sites if s.shape.name in choices), choices)
 
     def _draw(
-        self, pool: Mapping[str, Members], share: float, scores: Scores
+        self, pool: Mapping[str, Members], kind: str, share: float, scores: Scores
     ) -> dict[str, list[int]]:
         """The units to train of each block, rising."""
         sizes = [members[0][1].units for members in pool.values()]
         count = share_of(sum(sizes), share)
         if self.select == "random":
-            key = streams.key(self.seed, next(iter(pool)) if self.per_layer else "", "s2ft")
-            taken = streams.choice(key, sum(sizes), count)
+            owner = next(iter(pool)) if self.per_layer else kind
+            taken = streams.choice(streams.key(self.seed, owner, "s2ft"), sum(sizes), count)
         else:
             values = torch.cat([self._importance(m, scores) for m in pool.values()])
             taken = values.argsort(descending=self.largest, stable=True)[:count]
@@ -157,6 +158,7 @@ class S2FTDelta(Delta):
     def stand(self, lines: Tensor) -> None:
         """Let the chosen lines stand at these places of the weight."""
         self.hold("lines", lines.to(self.D.device))
+        self.entries: Tensor | None = None
         self.first = bool(torch.equal(lines.cpu(), torch.arange(len(lines))))
 
     @property
@@ -172,19 +174,14 @@ class S2FTDelta(Delta):
     def direct(self, tokens: int, formed: bool) -> bool:
         return not self.adjusted
 
-    @torch.no_grad()
-    def switch_on(self, W: Tensor, strength: float = 1.0) -> Tensor:
-        """Add strength·D to the chosen lines of W (out, in) in place, each number rounded once to
-        its dtype; returns what stood there, for `switch_back`."""
-        before = W.index_select(self.dim, self.lines)
-        after = before.to(self.D.dtype) + strength * self.D
-        W.index_copy_(self.dim, self.lines, after.to(W.dtype))
-        return before
-
-    @torch.no_grad()
-    def switch_back(self, W: Tensor, before: Tensor) -> None:
-        """Put back what `switch_on` returned: W is what it was, bit for bit."""
-        W.index_copy_(self.dim, self.lines, before)
+    def sparse(self) -> tuple[Tensor, Tensor]:
+        shape, device = self.site.shape, self.D.device
+        if self.entries is None or self.entries.device != device:
+            rows = torch.arange(shape.out_features, device=device)
+            columns = torch.arange(shape.in_features, device=device)
+            rows, columns = (self.lines, columns) if self.dim == 0 else (rows, self.lines)
+            self.entries = (rows[:, None] * shape.in_features + columns).flatten()
+        return self.entries, self.D.flatten()
 
 
 class ColumnsDelta(S2FTDelta):
@@ -198,7 +195,8 @@ class ColumnsDelta(S2FTDelta):
     def forward(self, x: Tensor) -> Tensor:
         if self.adjusted:
             return super().forward(x)
-        own = x[..., : len(self.lines)] if self.first else x.index_select(-1, self.lines)
+        s = len(self.lines)
+        own = x[..., :s].contiguous() if self.first else x.index_select(-1, self.lines)
         return F.linear(own.to(self.D.dtype), self.D)
 
 
@@ -230,19 +228,34 @@ def share_of(size: int, share: float) -> int:
     return max(1, math.floor(share * size + 1e-9))
 
 
+def _finest(members: Members) -> Members:
+    """Units taken apart where all the layers have the same pieces of them."""
+    parts = {c.parts for _, c in members}
+    if len(parts) > 1:
+        return members
+    return [(site, replace(c, units=c.units * c.parts, parts=1)) for site, c in members]
+
+
+def wide(value: Tensor) -> torch.dtype:
+    """The dtype to measure a tensor in."""
+    return torch.promote_types(value.dtype, torch.float32)
+
+
 def _by_unit(value: Tensor, shape: SiteShape, c: Coupling) -> Tensor:
-    """Sums of squares over the units, (units,) in float64: of a weight-like tensor (out, in), or
-    of one number a feature. Raises InputError for other shapes."""
+    """Sums of squares over the units, (units,) in float64: of a tensor like the weight (out, in),
+    or of one number for each feature or unit. Raises InputError for other shapes."""
     size = shape.out_features if c.side == "out" else shape.in_features
-    value = value.detach().double().cpu()
+    if value.is_meta:
+        return torch.zeros(c.units, dtype=torch.float64)
     if value.shape == (shape.out_features, shape.in_features):
-        value = torch.linalg.vector_norm(value, dim=1 if c.side == "out" else 0)
+        dim = 1 if c.side == "out" else 0
+        value = torch.linalg.vector_norm(value.detach(), dim=dim, dtype=wide(value))
     if value.shape not in ((size,), (c.units,)):
         raise InputError(
             f"scores for {shape.name!r} are {tuple(value.shape)}, expected "
             f"({shape.out_features}, {shape.in_features}), ({size},) or ({c.units},)"
         )
-    return value.view(c.units, -1).square().sum(1)
+    return value.detach().double().cpu().view(c.units, -1).square().sum(1)
 
 
 def _given(scores: Scores, shape: SiteShape) -> Tensor:

@@ -23,13 +23,16 @@ class Coupling:
     read (side "in": their columns): attention's heads, or a feed-forward block's channels.
 
     The `units` (heads that share keys and values, or channels) are chosen or moved as one in all
-    these layers; a layer with n of the features has n / units of each unit. `name` is the block's.
+    these layers; a layer with n of the features has n / units of each unit. `parts` are the pieces
+    of a unit that layers with as many may choose alone: the query heads that share keys and
+    values. `name` is the block's.
     """
 
     name: str
     side: Literal["in", "out"]
     units: int
     kind: Literal["heads", "channels"] = "channels"
+    parts: int = 1
 
 
 @runtime_checkable
