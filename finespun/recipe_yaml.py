@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finespun.errors import FileError, InputError, nearest
 
+MOST_BYTES, MOST_NODES = 1 << 20, 100_000
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-3 is a number, as in YAML 1.2."""
@@ -29,7 +31,11 @@ def read_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
     """
     try:
         node = yaml.compose(text, Loader=_Loader)
+        if _nodes(node, {}) > MOST_NODES:
+            raise InputError(f"{source}: aliases that stand for more than {MOST_NODES:,} values")
         values = yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise InputError(f"{source}: nested too deeply, or within itself") from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{source}{line}: not YAML: {error.problem}") from error
@@ -40,6 +46,14 @@ def read_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
     lines: dict[str, int] = {}
     _walk(node, "", lines, source)
     return values, lines
+
+
+def _nodes(node: Any, known: dict[int, int]) -> int:
+    """How many values a YAML node stands for, every alias written out."""
+    if id(node) not in known and isinstance(node, yaml.CollectionNode):
+        children = [c for item in node.value for c in (item if type(item) is tuple else (item,))]
+        known[id(node)] = 1 + sum(_nodes(child, known) for child in children)
+    return known.get(id(node), 1)
 
 
 def _walk(node: Any, prefix: str, lines: dict[str, int], source: str) -> None:
@@ -150,13 +164,16 @@ class Document(Section):
         """
         file = Path(path).expanduser()
         try:
-            text = file.read_text(encoding="utf-8")
+            with file.open("rb") as opened:
+                text = opened.read(MOST_BYTES + 1).decode()
         except (OSError, UnicodeDecodeError) as error:
             near = [p.name for p in file.parent.glob("*.y*ml")]
             raise FileError(
                 f"{cls.noun} {str(path)!r} cannot be read ({error}); "
                 f"in {str(file.parent)!r} {nearest(file.name, near)}"
             ) from error
+        if len(text) > MOST_BYTES:
+            raise FileError(f"{cls.noun} {str(path)!r} has more than {MOST_BYTES:,} bytes")
         return cls.parse(text, overrides, source=str(path))
 
     @classmethod

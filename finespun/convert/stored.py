@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from finespun.errors import FileError, InputError, nearest
 from finespun.files import Saved
+from finespun.files.budget import bounded
 from finespun.files.diffusion_names import Layer
+from finespun.files.native import DAMAGED
 from finespun.files.safe import read_json
 from finespun.hosts import tensors_of
 from finespun.linalg import LowRank
@@ -19,6 +22,7 @@ from finespun.structures import Bank, Delta, SiteShape
 
 # transformers' families whose Conv1D layers store (in, out)
 TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
+LARGEST = 1e18  # the norm whose square float32 can still hold
 INDEX = "model.safetensors.index.json"
 
 
@@ -103,11 +107,11 @@ class StoredSite:
 
     shape: SiteShape
     base: StoredWeights | None = None
+    coupling: None = None
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32
-    coupling: None = None
 
     @property
     def device(self) -> torch.device:
@@ -154,7 +158,8 @@ class StoredDeltas(Mapping[str, Delta]):
         for key in self.tensors:
             if not key.startswith(tuple(owners)):
                 raise FileError(f"{key!r} belongs to nothing that the plan names")
-        self.bank = self.entry.structure.bank(self.entry.plan)
+        with _built("the bank"):
+            self.bank = self.entry.structure.bank(self.entry.plan)
         if self.bank is not None:
             if "bank" in self.starts:
                 self.bank.keep_start()
@@ -162,7 +167,8 @@ class StoredDeltas(Mapping[str, Delta]):
 
     def __getitem__(self, name: str) -> Delta:
         site = StoredSite(self.sites[name], self.base)
-        delta = self.entry.structure.build(site, self.entry.plan, self.bank)
+        with _built(repr(name)):
+            delta = self.entry.structure.build(site, self.entry.plan, self.bank)
         if self.starts & {"bank", f"delta/{name}"}:
             delta.keep_start()
         _fill(delta, self.tensors, f"delta/{name}/")
@@ -187,7 +193,13 @@ def update_of(
     moved = delta.bias_change() if "map_bias" in delta.written else None
     if moved is not None and bool(moved.any()):
         raise InputError(f"the adapter moves the bias of {name!r}, which the result cannot say")
-    return delta.as_low_rank(rank, energy) * strength
+    with _built(repr(name)):
+        found = delta.as_low_rank(rank, energy) * strength
+    exact = LowRank(found.A.double(), found.B.double())
+    sizes = (exact.A.norm(), exact.B.norm(), exact.norm())
+    if not all(float(size) < LARGEST for size in sizes):
+        raise FileError(f"{name!r}: the update is so large that sums of its squares overflow")
+    return found
 
 
 def numbers_of(saved: Saved) -> int:
@@ -207,6 +219,19 @@ def source_name(folder: Path) -> tuple[str, str | None]:
         return "", None
     told = read_json(path)
     return str(told.get("base_model_name_or_path") or ""), told.get("task_type")
+
+
+@contextmanager
+def _built(what: str) -> Iterator[None]:
+    """Turn what a damaged plan leads to into a FileError that names the site."""
+    try:
+        with bounded(what):
+            yield
+    except (InputError, FileError):
+        raise
+    except (*DAMAGED, MemoryError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise FileError(f"{what}: its plan or its numbers are damaged ({reason})") from error
 
 
 def _fill(module: Bank | Delta, tensors: Mapping[str, Tensor], prefix: str) -> None:

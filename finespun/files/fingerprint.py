@@ -64,7 +64,7 @@ class Fingerprint:
             }
             left_out = tuple(str(n) for n in content["left_out"])
             numbers = int(content["numbers"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise FileError(f"{where}: base is damaged: {error!r}") from error
         texts = [str(content[k]) for k in ("architecture", "source", "shapes")]
         return cls(texts[0], texts[1], numbers, texts[2], left_out, samples)

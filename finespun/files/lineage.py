@@ -61,6 +61,13 @@ class Lineage:
         for name in ("options", "seeds", "metrics", "versions"):
             if not isinstance(getattr(found, name), Mapping):
                 raise FileError(f"{where}: lineage.{name} must be an object")
+        texts = [("method", found.method), ("created", found.created)]
+        texts += [("recipe", found.recipe)] if found.recipe is not None else []
+        for parent in found.parents:
+            texts += [("parents.name", parent.name), ("parents.sha256", parent.sha256)]
+        for name, value in texts:
+            if not isinstance(value, str):
+                raise FileError(f"{where}: lineage.{name} must be text, got {str(value)[:80]!r}")
         return found
 
 

@@ -5,7 +5,7 @@ tensors have the keys of `hosts.tensors_of`. Every key is checked; an unknown on
 """
 
 import dataclasses
-import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +25,8 @@ from finespun.structures import STRUCTURES, Plan, SiteShape, Structure, structur
 
 FORMAT = 1
 TENSORS, CONFIG = "adapter.safetensors", "adapter.json"
+# what code meets where a file holds a value of another kind or size than it should
+DAMAGED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 KEYS = ("format", "name", "structure", "plan", "trained", "strength", "dtypes", "base", "lineage")
 
 
@@ -32,8 +34,7 @@ KEYS = ("format", "name", "structure", "plan", "trained", "strength", "dtypes", 
 class Saved:
     """An adapter read from files: a flat entry that no model knows yet, and what is told of it.
 
-    `notes` are things that a person should hear; `sha256` is that of the file of tensors;
-    `repeated` are weights of the base, by module, that lie in the file as well.
+    `notes` are things that a person should hear; `sha256` is that of the file of tensors.
     """
 
     entry: Entry
@@ -41,7 +42,6 @@ class Saved:
     lineage: Lineage | None
     sha256: str
     notes: tuple[str, ...] = ()
-    repeated: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def named(self, name: str | None) -> "Saved":
         """The same adapter under another name; under its own where `name` is None."""
@@ -203,7 +203,7 @@ def blame(path: Path) -> Iterator[None]:
         yield
     except (FileError, InputError) as error:
         raise FileError(f"{path}: {error}") from error
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except DAMAGED as error:
         raise FileError(f"{path} is damaged: {error!r}") from error
 
 
@@ -224,7 +224,7 @@ def _text(value: Any, where: str) -> str:
 
 def _number(value: Any, where: str) -> float:
     def fits(v: Any) -> bool:
-        return type(v) in (int, float) and math.isfinite(v)
+        return type(v) in (int, float) and abs(v) <= sys.float_info.max
 
     return float(_typed(value, where, "a finite number", fits))
 

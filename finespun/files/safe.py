@@ -8,9 +8,10 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import safetensors.torch
 import torch
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from finespun.errors import FileError, InputError, nearest
+from finespun.files.budget import memory
 
 HEADER_LIMIT = 32 << 20
 JSON_LIMIT = 64 << 20
@@ -47,12 +49,14 @@ def read_tensors(path: Path, finite: bool = True) -> TensorFile:
     the same key, offsets that overlap or lie outside, an unknown dtype, and, if `finite`, for NaN
     or infinite numbers.
     """
-    data = read_bytes(path)
-    metadata = _check_header(path, data)
-    try:
-        tensors = safetensors.torch.load(data)
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise FileError(f"{path}: {error}") from error
+    with _opened(path) as (file, size):
+        metadata = _check_header(path, file, size)
+        file.seek(0)
+        try:
+            data = file.read()
+            tensors = safetensors.torch.load(data)
+        except (SafetensorError, ValueError, RuntimeError, MemoryError) as error:
+            raise FileError(f"{path}: {error or 'not enough memory for it'}") from error
     if finite:
         for key, tensor in tensors.items():
             check_finite(tensor, f"{path}: {key!r}")
@@ -110,10 +114,6 @@ def write_tensors(
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises FileError for anything else: broken text, twice the same
     key, NaN, nesting beyond 64 levels, or more than 64 MiB."""
-    if path.exists() and path.stat().st_size > JSON_LIMIT:
-        raise FileError(
-            f"{path} has {path.stat().st_size:,} bytes; at most {JSON_LIMIT:,} are read"
-        )
     return parse_json(read_bytes(path), str(path))
 
 
@@ -158,23 +158,39 @@ def _flat_list(value: Any) -> bool:
     return isinstance(value, list) and not any(isinstance(v, list | dict) for v in value)
 
 
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a regular file. A link may lead to a file below its own folder, or to the blobs
-    of a hub cache; every other one is refused. Raises FileError."""
-    folder = path.parent.resolve()
-    real = path.resolve()
-    allowed = folder, folder.parent.parent / "blobs"
-    if not any(real.is_relative_to(place) for place in allowed):
-        raise FileError(f"{path} is a link that leads out of its folder, to {real}: refused")
+def read_bytes(path: Path, most: int = JSON_LIMIT) -> bytes:
+    """The bytes of a regular file of at most `most` bytes. A link may lead to a file below its own
+    folder, or to the blobs of a hub cache; every other one is refused. Raises FileError."""
+    with _opened(path) as (file, size):
+        if size > most:
+            raise FileError(f"{path} has {size:,} bytes; at most {most:,} are read")
+        return file.read(most)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file, open, and its size; no more than the machine's memory holds."""
     try:
-        if not stat.S_ISREG(real.stat().st_mode):
+        folder, real = path.parent.resolve(), path.resolve()
+        allowed = folder, folder.parent.parent / "blobs"
+        if not any(real.is_relative_to(place) for place in allowed):
+            raise FileError(f"{path} is a link that leads out of its folder, to {real}: refused")
+        found = real.stat()
+        if not stat.S_ISREG(found.st_mode):
             raise FileError(f"{path} is not a regular file")
-        return real.read_bytes()
+        if found.st_size > memory():
+            raise FileError(
+                f"{path} has {found.st_size:,} bytes, more than this machine's memory of "
+                f"{memory():,}"
+            )
+        with real.open("rb") as file:
+            yield file, found.st_size
     except FileNotFoundError as error:
         there = [p.name for p in folder.iterdir()] if folder.is_dir() else []
         raise FileError(f"{path} does not exist; {nearest(path.name, there)}") from error
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, RuntimeError) as error:  # links that lead in a circle are either of them
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise FileError(f"{path} cannot be read: {reason}") from error
 
 
 def plain_name(name: str) -> bool:
@@ -182,13 +198,14 @@ def plain_name(name: str) -> bool:
     return bool(re.fullmatch(r"[\w][\w.\- ]{0,127}", name))
 
 
-def _check_header(path: Path, data: bytes) -> dict[str, str]:
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > len(data) - 8:
-        raise FileError(f"{path} is truncated or no safetensors file ({len(data):,} bytes)")
+def _check_header(path: Path, file: BinaryIO, size: int) -> dict[str, str]:
+    """The metadata, once every entry is found lawful and the sizes add up to that of the file."""
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise FileError(f"{path} is truncated or no safetensors file ({size:,} bytes)")
     if length > HEADER_LIMIT:
         raise FileError(f"{path}: a header of {length:,} bytes; at most {HEADER_LIMIT:,} are read")
-    header = parse_json(data[8 : 8 + length], f"{path} (header)")
+    header = parse_json(file.read(length), f"{path} (header)")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FileError(f"{path}: the header's __metadata__ must map names to text")
@@ -199,10 +216,10 @@ def _check_header(path: Path, data: bytes) -> dict[str, str]:
             what = "overlaps" if start < end else "leaves a gap after"
             raise FileError(f"{path}: the data of {key!r} {what} that of {before!r}")
         end, before = stop, key
-    if end != len(data) - 8 - length:
+    if end != size - 8 - length:
         raise FileError(
             f"{path} is truncated or has extra bytes: the header promises {end:,} bytes of data, "
-            f"{len(data) - 8 - length:,} are there"
+            f"{size - 8 - length:,} are there"
         )
     return metadata
 

@@ -9,7 +9,9 @@ import torch
 
 from finespun.adapter import Adapter, load
 from finespun.errors import FileError, InputError
+from finespun.files.safe import read_bytes
 from finespun.recipe import Recipe
+from finespun.recipe_yaml import MOST_BYTES
 from finespun.train.lm import answer, answer_rows
 from finespun.train.lm_measure import measure
 from finespun.train.loop import outputs_of
@@ -48,7 +50,7 @@ class Trained:
         Raises FileError where `folder` holds no finished run.
         """
         result = Result.read(folder)
-        recipe = Recipe.load(Path(folder) / RECIPE)
+        recipe = read_recipe(folder)
         task: Task = "classification" if result.classes else "regression"
         model = load_model(recipe, task, len(result.classes or [""]))
         model.model.to(choose_device(recipe.training.device))
@@ -112,6 +114,15 @@ class Trained:
         tokens = tokenize(self.text.tokenizer, examples, training.max_length)
         batches = in_order(self.text.tokenizer, tokens, training.eval_batch_size)
         return outputs_of(self.text.model, batches, len(tokens))
+
+
+def read_recipe(folder: str | Path) -> Recipe:
+    """The recipe that a run left in a folder. Raises FileError unless a regular file holds it."""
+    path = Path(folder) / RECIPE
+    try:
+        return Recipe.parse(read_bytes(path, MOST_BYTES).decode(), source=str(path))
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is no text: {error}") from error
 
 
 def read_lines(path: str | Path) -> list[str]:
