@@ -145,6 +145,7 @@ def test_an_error_on_the_way_restores_every_weight(case, monkeypatch):
 
     monkeypatch.setattr(last, "dense", fail)
     monkeypatch.setattr(last, "factors", fail)
+    monkeypatch.setattr(last, "sparse", fail)
     with pytest.raises(MemoryError):
         adapter.merge()
     assert pointers(model) == before

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finespun.errors import InputError, TrainingError
-from finespun.hosts import Host, disabled
+from finespun.hosts import Host, board_of, disabled
 from finespun.hosts import sites as sites_of
 from finespun.hosts.quantised import quantised
 from finespun.structures import Structure
@@ -52,6 +52,17 @@ def estimate_gradients(
     if not total:
         raise InputError("no batches to estimate gradients from; give at least one")
     return {name: added.div_(total) for name, added in sums.items()}
+
+
+def start_from_gradients(model: nn.Module, name: str, batches: Iterable[Any], loss: Loss) -> None:
+    """Show every site of adapter `name` its gradient before training, where the structure wants it
+    (`Structure.wants_gradient`): masks are chosen, starts drawn. Arguments and errors are those of
+    `estimate_gradients`; StateError where the structure does not look at gradients."""
+    deltas = board_of(model)[name].deltas
+    gradients = estimate_gradients(model, deltas, batches, loss)
+    for site, delta in deltas.items():
+        gradient = gradients.pop(site)
+        delta.start_from(gradient.to(delta.site.device))
 
 
 def _check(value: Any, weight: Any) -> None:

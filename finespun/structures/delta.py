@@ -141,6 +141,11 @@ class Delta(_Precise):
         """The adapted bias, shape (out,)."""
         return b0
 
+    def sparse(self) -> tuple[Tensor, Tensor] | None:
+        """Where ΔW is not zero, (K,) int64, rising, counted row by row, and the K values there; or
+        None: it is dense. Such an update is merged and taken back by writing K numbers."""
+        return None
+
     def through(self, x: Tensor, base: Base) -> Tensor:
         """The adapted layer's output for x (..., in), built around `base`, which computes
         x W0ᵀ + b0. Written only where it is cheaper than the other forms."""
@@ -163,6 +168,11 @@ class Delta(_Precise):
     def groups(self, kind: str) -> list[Group]:
         """The groups of numbers of this kind ("rank", "term", ...) that can be switched off."""
         return []
+
+    def start_from(self, gradient: Tensor) -> None:
+        """Choose or draw what training begins with, from ∂L/∂W0 (out, in). Raises StateError where
+        the method does not look at it (`Structure.wants_gradient`)."""
+        raise StateError(f"{type(self).__name__} does not start from gradients")
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers worth logging about the health of this update."""

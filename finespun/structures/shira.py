@@ -6,13 +6,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from finespun.errors import InputError, PlanError
-from finespun.linalg import streams
+from finespun.errors import InputError, PlanError, StateError
+from finespun.kernels.entries import WORTH, Entries, entries_linear
+from finespun.structures import masks
 from finespun.structures.delta import Bank, Delta
 from finespun.structures.site import Site, SiteShape
 from finespun.structures.structure import Plan, Ranked, register
 
-MASKS = ("random", "structured", "magnitude", "given")
+DRAWN, CHOSEN = ("random", "structured"), ("gradient", "snip", "given")
+MASKS = (*DRAWN, "magnitude", *CHOSEN)
 
 
 @register
@@ -26,20 +28,21 @@ class SHiRA(Ranked):
 
     `mask` chooses the entries. "random": uniformly, by seed and site. "structured": the diagonal
     and evenly spaced rows (columns where out > in), as many as K allows. "magnitude": the K largest
-    of |W0|, after the `skip`·K that other tasks have. "given": random until `select` is called,
-    with |∇W| or |W0 ∘ ∇W| (SNIP), say. The first two are regenerated, the others saved.
+    of |W0|, after the `skip`·K that other tasks have. "gradient": of |∇W|, "snip": of |W0 ∘ ∇W|,
+    looked at before training (`driver.start_from_gradients`). "given": of scores, or a boolean
+    mask, handed to `select`. The first two are regenerated, the others saved.
     Source: arXiv 2406.13175.
     """
 
     rank: int = 32
-    mask: Literal["random", "structured", "magnitude", "given"] = "random"
+    mask: Literal["random", "structured", "magnitude", "gradient", "snip", "given"] = "random"
     skip: int = 0
 
     usual_scale = 1.0
 
     kind = "shira"
     source = "arXiv 2406.13175"
-    aliases = {"r": "rank", "mask_type": "mask"}
+    aliases = {"r": "rank", "mask_type": "mask", "random_seed": "seed"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,62 +51,52 @@ class SHiRA(Ranked):
         if self.skip < 0 or (self.skip and self.mask != "magnitude"):
             raise InputError(f"skip={self.skip} needs mask='magnitude' and may not be negative")
 
+    @property
+    def wants_gradient(self) -> bool:
+        return self.mask in ("gradient", "snip")
+
     def choose(self, site: Site) -> dict[str, Any]:
         shape = site.shape
-        budget = self.rank * (shape.in_features + shape.out_features) * (1 + self.skip)
-        size = shape.in_features * shape.out_features
-        if budget > size:
+        sides, size = shape.in_features + shape.out_features, shape.in_features * shape.out_features
+        if (budget := self.rank * sides * (1 + self.skip)) > size:
             raise PlanError(
                 f"rank={self.rank} asks for {budget} of the {size} entries of {shape.name!r} "
                 f"({shape.out_features}x{shape.in_features}); at most "
-                f"rank={size // (shape.in_features + shape.out_features) // (1 + self.skip)}"
+                f"rank={size // sides // (1 + self.skip)}"
             )
         return {"rank": self.rank, "scale": self.scale}
 
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "SHiRADelta":
-        saved = self.mask in ("magnitude", "given")
-        scale = plan.choices[site.shape.name]["scale"]
-        return (SavedSHiRADelta if saved else SHiRADelta)(site, self.index(site), scale)
-
-    def index(self, site: Site) -> Tensor:
-        """The chosen entries, rising, counted row by row, int64 (K,)."""
         shape, count = site.shape, self.numbers(site.shape)
+        scale = plan.choices[shape.name]["scale"]
+        if self.mask == "random":
+            return SHiRADelta(site, masks.random(shape, count, self.seed), scale)
         if self.mask == "structured":
-            return self._structured(shape)
+            return SHiRADelta(site, masks.structured(shape, self.lines(shape), self.seed), scale)
         if self.mask == "magnitude":
-            return largest(site.weight(), count, self.skip)
-        key = streams.key(self.seed, shape.name, "mask")
-        return streams.choice(key, shape.out_features * shape.in_features, count).sort().values
+            return SavedSHiRADelta(site, masks.largest(site.weight(), count, self.skip), scale)
+        delta = SavedSHiRADelta(site, torch.zeros(count, dtype=torch.int64), scale)
+        delta.rule = self.mask
+        return delta
 
-    def _structured(self, shape: SiteShape) -> Tensor:
-        lines = self._lines(shape)
-        short, long = sorted((shape.out_features, shape.in_features))
-        gap = short // lines
-        first = int(streams.integers(streams.key(self.seed, shape.name, "mask"), 1, gap))
-        mask = torch.eye(short, long, dtype=torch.bool)
-        mask[first : first + lines * gap : gap] = True
-        return (
-            (mask if shape.out_features <= shape.in_features else mask.T).flatten().nonzero()[:, 0]
-        )
-
-    def _lines(self, shape: SiteShape) -> int:
-        short, long = sorted((shape.out_features, shape.in_features))
-        return min(short, (self.rank * (short + long) - short) // max(long - 1, 1))
+    def lines(self, shape: SiteShape) -> int:
+        """Rows, or columns, of the structured mask."""
+        return masks.whole_lines(shape, self.rank * (shape.in_features + shape.out_features))
 
     def numbers(self, shape: SiteShape) -> int:
-        if self.mask != "structured":
-            return self.rank * (shape.in_features + shape.out_features)
         short, long = sorted((shape.out_features, shape.in_features))
-        return self._lines(shape) * (long - 1) + short
+        if self.mask == "structured":
+            return self.lines(shape) * (long - 1) + short
+        return self.rank * (short + long)
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        """Entry by entry for few rows, else a dense product."""
+        """Entry by entry, or a dense product where more than one in `WORTH` is trained."""
         size, count = shape.in_features * shape.out_features, self.numbers(shape)
-        return 2 * tokens * (count if sparse(tokens, count, size) else size)
+        return 2 * tokens * (count if WORTH * count <= size else size)
 
 
 class SHiRADelta(Delta):
-    """v (K,); `index` (K,) are its places in the weight."""
+    """v (K,), the values at the trained entries `index` (K,): rising, counted row by row, int64."""
 
     def __init__(self, site: Site, index: Tensor, scale: float) -> None:
         super().__init__(site)
@@ -117,81 +110,68 @@ class SHiRADelta(Delta):
 
     @property
     def index(self) -> Tensor:
-        """The trained entries, rising, counted row by row, int64 (K,)."""
         return self.held("index", self.v)
+
+    @property
+    def at(self) -> Entries:
+        """The entries as the products want them, made anew when others are chosen."""
+        index, known = self.index, self.__dict__.get("_at", (None, None, -1))
+        if known[1] is not index or known[2] != index._version:
+            shape = self.site.shape.out_features, self.site.shape.in_features
+            known = (Entries(index, shape), index, index._version)
+            self.__dict__["_at"] = known
+        at: Entries = known[0]
+        return at
+
+    def sparse(self) -> tuple[Tensor, Tensor]:
+        return self.index, self.v * self.scale
 
     def delta(self, w0: Tensor) -> Tensor:
         flat = torch.zeros(w0.numel(), dtype=self.v.dtype, device=self.v.device)
         return flat.index_copy(0, self.index, self.v * self.scale).view(w0.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        shape, rows = self.site.shape, x.numel() // x.shape[-1]
-        if not self.direct(rows, False):
+        if not self.direct(0, False):
             return super().forward(x)
-        o, i = self.index // shape.in_features, self.index % shape.in_features
-        terms = x.to(self.v.dtype)[..., i] * (self.v * self.scale)
-        out = torch.zeros(*x.shape[:-1], shape.out_features, dtype=terms.dtype, device=x.device)
-        return out.index_add(-1, o, terms)
+        return entries_linear(x, self.v * self.scale, self.at)
 
     def direct(self, tokens: int, formed: bool) -> bool:
-        shape = self.site.shape
-        few = sparse(tokens, len(self.v), shape.in_features * shape.out_features)
-        return few and not self.adjusted
-
-    @torch.no_grad()
-    def switch_on(self, W: Tensor, strength: float = 1.0) -> Tensor:
-        """Add strength·ΔW to the K entries of W (out, in) in place, each rounded once to its
-        dtype; returns what stood there, for `switch_back`. Raises InputError unless contiguous."""
-        flat = _flat(W)
-        before = flat[self.index]
-        after = before.to(self.v.dtype) + strength * self.scale * self.v
-        flat.index_copy_(0, self.index, after.to(W.dtype))
-        return before
-
-    @torch.no_grad()
-    def switch_back(self, W: Tensor, before: Tensor) -> None:
-        """Put back what `switch_on` returned: W is what it was, bit for bit."""
-        _flat(W).index_copy_(0, self.index, before)
+        return not self.adjusted and not torch.compiler.is_compiling()
 
 
 class SavedSHiRADelta(SHiRADelta):
-    """The places cannot be drawn again: they are a buffer and saved with the numbers."""
+    """The entries cannot be drawn again: they are a buffer and saved with the numbers. All are 0
+    until `select`."""
 
     per_sample: ClassVar[bool] = False
     entries: Tensor
+    rule: str = "magnitude"
 
     def keep(self, index: Tensor) -> None:
         self.register_buffer("entries", index)
 
     @property
     def index(self) -> Tensor:
+        learns = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if learns and self.__dict__.get("_seen") != self.entries._version:
+            if not self.entries[-1:].any():
+                how = "select(scores)" if self.rule == "given" else "driver.start_from_gradients"
+                raise StateError(
+                    f"mask={self.rule!r}: the entries of {self.site.shape.name!r} are not chosen "
+                    f"yet; call {how} before training"
+                )
+            self.__dict__["_seen"] = self.entries._version
         return self.entries
 
     @torch.no_grad()
     def select(self, scores: Tensor) -> None:
-        """Train the K entries of largest |scores| (out, in) from now on, from zero."""
-        shape = self.site.shape
-        if scores.shape != (shape.out_features, shape.in_features):
-            raise InputError(
-                f"scores for {shape.name!r} are {tuple(scores.shape)}, "
-                f"expected ({shape.out_features}, {shape.in_features})"
-            )
-        self.entries.copy_(largest(scores, len(self.v)))
+        """Train the K entries of largest |scores| (out, in), or those of a boolean mask, from now
+        on, from zero. Raises InputError for scores that cannot choose."""
+        self.entries.copy_(masks.scored(scores, len(self.v), self.site.shape))
         self.v.zero_()
 
-
-def largest(scores: Tensor, count: int, skip: int = 0) -> Tensor:
-    """Places, rising, of the entries that rank skip·count + 1 .. (skip + 1)·count by |scores|."""
-    ranked = scores.detach().float().abs().flatten().topk((skip + 1) * count).indices
-    return ranked[skip * count :].sort().values
-
-
-def sparse(tokens: int, count: int, size: int) -> bool:
-    """Whether gathering `count` entries for each row beats a dense product of `size` entries."""
-    return 4 * tokens * count < size
-
-
-def _flat(W: Tensor) -> Tensor:
-    if not W.is_contiguous():
-        raise InputError(f"a weight {tuple(W.shape)} that is not contiguous cannot be switched")
-    return W.view(-1)
+    def start_from(self, gradient: Tensor) -> None:
+        if self.rule not in ("gradient", "snip"):
+            raise StateError(f"mask={self.rule!r} does not look at gradients; try 'snip'")
+        W = self.base_weight()
+        self.select(gradient.to(W) * W if self.rule == "snip" else gradient)

@@ -76,6 +76,11 @@ class Structure:
         """Whether ΔW is exactly zero after `build`."""
         return True
 
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether training must begin with `Delta.start_from` at every site."""
+        return False
+
     def plan(self, sites: Sequence[Site], scores: Scores | None = None) -> Plan:
         """Decide for all sites at once; `scores` (site name -> importance of the site, or of its
         features or entries as a tensor) may steer sizes and choices.

@@ -5,6 +5,8 @@ import hashlib
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import finespun as fs
 from finespun.structures import Bank, Delta, Frozen, Plan, Structure, TensorSite
@@ -113,3 +115,24 @@ def fit(form: Structure, target: Tensor, rate: float, steps: int, rows: int = 64
         loss.backward()
         optimizer.step()
     return float((update(delta) - target).norm())
+
+
+class Sizes(TorchDispatchMode):
+    """Counts the numbers of every dense tensor that operators allocate, views not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in _dense(args) + _dense(kwargs)}
+        self.found += [
+            t.numel() for t in _dense(out) if t.untyped_storage().data_ptr() not in given
+        ]
+        return out
+
+
+def _dense(values: object) -> list[Tensor]:
+    leaves = tree_leaves(values)
+    return [t for t in leaves if isinstance(t, Tensor) and t.layout == torch.strided]
