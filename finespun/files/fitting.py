@@ -9,15 +9,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Size, Tensor, nn
 
-from finespun.errors import FileError, nearest
+from finespun.errors import BaseMismatch, FileError, TargetError, nearest
 from finespun.files.budget import bounded
 from finespun.files.fingerprint import check_base
 from finespun.files.native import DAMAGED, Saved, plan_as_json
 from finespun.hosts import Entry, FlatState, modules, register, sites, tensors_of
 from finespun.hosts.attach import check_trained
 from finespun.hosts.flat import Slot
+from finespun.hosts.mirror import TIE, ties
 from finespun.hosts.targets import OWN
-from finespun.structures import Bank, Plan
+from finespun.structures import Bank, Plan, SiteShape
 
 SHOWN = 12
 REMEMBERED = 16
@@ -51,8 +52,9 @@ def register_saved(model: nn.Module, saved: Saved, force: bool = False) -> list[
     where the model lacks a site, BaseMismatch for another base unless `force`. The model is then
     untouched.
     """
+    settle(model, saved.entry)
     check_fit(model, saved.entry)
-    notes = list(saved.notes)
+    notes = [*saved.notes, *_check_repeated(model, saved.repeated, force)]
     if saved.base is not None:
         notes += check_base(saved.base, model, force)
     else:
@@ -63,6 +65,64 @@ def register_saved(model: nn.Module, saved: Saved, force: bool = False) -> list[
     _share(_forms(model, saved.entry), saved.entry)
     register(model, saved.entry)
     return notes
+
+
+def settle(model: nn.Module, entry: Entry) -> None:
+    """Give the sites whose size their file does not tell the model's: trained rows of a table, at
+    all uses of it, and biases without a LoRA beside them. Where such a bias belongs to no layer
+    that can be adapted (a norm's), the entry holds a copy of its module. Raises TargetError."""
+    plan, tensors = entry.plan, tensors_of(entry)
+    waiting = {n for n, c in plan.choices.items() if c.get("open")}
+    if not waiting:
+        return
+    known, settled = modules(model), dict[str, SiteShape]()
+    choices = {n: {k: v for k, v in c.items() if k != "open"} for n, c in plan.choices.items()}
+    for site in plan.sites:
+        if site.name not in waiting:
+            continue
+        if "tokens" not in choices[site.name] and _is_norm(known.get(site.name)):
+            own = tensors.pop(f"delta/{site.name}/b")
+            whole = {**known[site.name].state_dict(), "bias": own}
+            tensors |= {f"trained/{site.name}/{k}": v for k, v in whole.items()}
+            entry.trained = (*entry.trained, site.name)
+            del choices[site.name]
+        else:
+            settled[site.name] = sites(model, [site.name], entry.structure)[site.name].shape
+    shapes = tuple(settled.get(s.name, s) for s in plan.sites if s.name in choices)
+    tables = [n for n in settled if "tokens" in choices[n]]
+    shared = {**plan.shared, TIE: ties(model, tables)} if tables else plan.shared
+    entry.plan = Plan(shapes, choices, {k: v for k, v in shared.items() if k != TIE or v})
+    entry.flat = FlatState.pack(tensors)
+
+
+def _is_norm(module: nn.Module | None) -> bool:
+    """Whether a module holds vectors alone, a bias among them."""
+    if module is None or module._modules or module._parameters.get("bias") is None:
+        return False
+    return all(p is None or p.dim() < 2 for p in module._parameters.values())
+
+
+def _check_repeated(model: nn.Module, repeated: Mapping[str, Tensor], force: bool) -> Iterable[str]:
+    """Weights of the base that a file repeats must be the model's."""
+    known = modules(model)
+    for name, theirs in repeated.items():
+        own = getattr(known.get(name), "weight", None)
+        if not isinstance(own, Tensor):
+            raise TargetError(f"no module is called {name!r}; {nearest(name, known)}")
+        same = own.shape == theirs.shape and torch.allclose(
+            own.detach().float().cpu(), theirs.float(), rtol=1e-2, atol=1e-3
+        )
+        if not same:
+            told = (
+                f"the file repeats the base's {name!r}, {tuple(theirs.shape)}, which is not the "
+                f"model's {tuple(own.shape)}"
+            )
+            if not force:
+                raise BaseMismatch(
+                    f"{told}: was it resized or trained? Copy it into the model first, or "
+                    "force=True keeps the model's"
+                )
+            yield told
 
 
 def _share(forms: Forms, entry: Entry) -> None:

@@ -34,7 +34,8 @@ KEYS = ("format", "name", "structure", "plan", "trained", "strength", "dtypes", 
 class Saved:
     """An adapter read from files: a flat entry that no model knows yet, and what is told of it.
 
-    `notes` are things that a person should hear; `sha256` is that of the file of tensors.
+    `notes` are things that a person should hear; `sha256` is that of the file of tensors;
+    `repeated` are weights of the base, by module, that lie in the file as well.
     """
 
     entry: Entry
@@ -42,6 +43,7 @@ class Saved:
     lineage: Lineage | None
     sha256: str
     notes: tuple[str, ...] = ()
+    repeated: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def named(self, name: str | None) -> "Saved":
         """The same adapter under another name; under its own where `name` is None."""
