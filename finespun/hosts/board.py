@@ -21,6 +21,17 @@ from finespun.structures import Bank, Delta, Plan, Structure
 Weights = tuple[tuple[str, float], ...]
 
 
+@dataclass(frozen=True)
+class Patch:
+    """Values (K,) at the entries `index` (K,), counted row by row, of a weight (out, in)."""
+
+    index: Tensor
+    values: Tensor
+
+
+Kept = tuple[Tensor, Tensor | None] | Patch
+
+
 @dataclass
 class Entry:
     """One registered adapter: its plan always, its modules only once activated or trained.
@@ -97,7 +108,7 @@ class Board:
         self.active: Weights = ()
         self.rows: Rows | None = None
         self.merged: dict[str, float] = {}
-        self.kept: dict[str, tuple[Tensor, Tensor | None]] | None = None
+        self.kept: dict[str, Kept] | None = None
         self.owner: int | None = None
         self.running: dict[int, int] = {}
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finespun.errors import StateError
-from finespun.hosts.board import Board, Rows
+from finespun.hosts.board import Board, Kept, Patch, Rows
+from finespun.kernels.entries import exchange_entries
 from finespun.structures import Coupling, Delta, SiteShape
 from finespun.structures.delta import Factors
 
@@ -51,7 +52,7 @@ class Host:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.weight().dtype
+        return self.read(self.stored()).dtype
 
     @property
     def device(self) -> torch.device:
@@ -72,17 +73,32 @@ class Host:
         """What is stored, as a weight (out, in)."""
         return stored[0]
 
-    def _original(self) -> Stored:
-        """What was stored before any merge."""
-        if not self.board.merged:
-            return self.stored()
-        if self.board.kept is None:
+    def exchange(self, kept: Kept) -> Kept:
+        """Put back what was kept: the very tensors, or single entries of the weight. Returns what
+        stood there, to be put back in turn."""
+        stored = self.stored()
+        if isinstance(kept, Patch):
+            return Patch(kept.index, exchange_entries(self.read(stored), kept.index, kept.values))
+        self.restore(kept)
+        return stored
+
+    def _kept(self) -> Kept | None:
+        """What a merge kept of this layer."""
+        if self.board.merged and self.board.kept is None:
             raise StateError(f"{self.name!r} was merged with undo='none': its base weight is gone")
-        return self.board.kept.get(self.name) or self.stored()
+        return (self.board.kept or {}).get(self.name)
+
+    def _original(self) -> Stored:
+        """What was stored before any merge, single entries of the weight apart."""
+        kept = self._kept()
+        return self.stored() if kept is None or isinstance(kept, Patch) else kept
 
     def weight(self) -> Tensor:
         """W0 (out, in), whatever is merged."""
-        return self.read(self._original())
+        W, kept = self.read(self._original()), self._kept()
+        if isinstance(kept, Patch):
+            exchange_entries(W := W.clone(), kept.index, kept.values)
+        return W
 
     def bias(self) -> Tensor | None:
         """b0 (out,), whatever is merged."""

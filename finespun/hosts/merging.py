@@ -6,28 +6,32 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finespun.errors import InputError, StateError
 from finespun.hosts.attach import board_of, hosts_of, materialise
-from finespun.hosts.board import Board
+from finespun.hosts.board import Board, Kept, Patch
 from finespun.hosts.host import Host, Stored
 from finespun.hosts.mirror import Mirror
 from finespun.hosts.parts import PartHost
+from finespun.kernels.entries import exchange_entries
+from finespun.structures import Delta
 
-Undo = Literal["memory", "none"]
+Undo = Literal["memory", "entries", "none"]
 
 
 def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") -> int:
     """W ← W0 + Σ c_i (W_i − W0), computed in float32 and rounded once; returns the bytes kept.
 
-    undo="memory" writes into new tensors and keeps the old by pointer; undo="none" adds in place,
-    fastest, and cannot be undone. Raises StateError for adapters that cannot be merged, for tied
-    weights, and while adapters are merged already. An error on the way restores every weight.
+    undo="memory" writes into new tensors and keeps the old by pointer; undo="entries", for updates
+    of few entries (SHiRA), writes these alone, in place, and keeps what stood there: both ways cost
+    K writes and are exact; undo="none" adds in place, fastest for others, and cannot be undone.
+    Raises StateError for adapters that cannot be merged so, for tied weights, and while adapters
+    are merged already. An error on the way restores every weight.
     """
     board = board_of(model)
-    if undo not in ("memory", "none"):
-        raise InputError(f"undo={undo!r} is not known; try 'memory' or 'none'")
+    if undo not in ("memory", "entries", "none"):
+        raise InputError(f"undo={undo!r} is not known; try 'memory', 'entries' or 'none'")
     if board.merged:
         raise StateError(f"{', '.join(board.merged)} is merged already; unmerge first")
     for name in weights:
@@ -35,14 +39,20 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
     hosts = {n: h for n, h in hosts_of(model).items() if any(w in h.held() for w in weights)}
     strengths = {name: w * board[name].scale for name, w in weights.items()}
     _check(model, hosts, weights)
-    kept: dict[str, Stored] = {}
+    if undo == "entries":
+        _check_sparse(hosts, weights)
+    kept: dict[str, Kept] = {}
     try:
         with torch.no_grad():
             for name, host in hosts.items():
-                kept[name] = host.stored()
-                _fold(host, kept[name], strengths, in_place=undo == "none")
+                patch = _patch(host, strengths)
+                if patch is not None and undo == "entries":
+                    kept[name] = host.exchange(patch)
+                    continue
+                kept[name] = stored = host.stored()
+                _fold(host, stored, strengths, undo == "none", patch)
     except BaseException as error:
-        if undo == "memory":
+        if undo != "none":
             _restore(hosts, kept)
             raise
         board.merged = dict(weights)
@@ -54,11 +64,11 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
     if undo == "none":
         return 0
     board.kept = kept
-    return sum(t.nbytes for stored in kept.values() for t in stored if t is not None)
+    return sum(t.nbytes for held in kept.values() for t in _tensors(held) if t is not None)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Put back the very tensors that stood before the merge."""
+    """Put back the very tensors, or single entries, that stood before the merge."""
     board = board_of(model)
     if not board.merged:
         raise StateError("nothing is merged")
@@ -81,12 +91,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def _base_alone(model: nn.Module, board: Board) -> Iterator[None]:
     before = board.active, board.rows, board.merged, board.kept
     hosts = hosts_of(model)
-    merged: dict[str, Stored] = {}
+    merged: dict[str, Kept] = {}
     if board.merged:
         if board.kept is None:
             raise StateError("merged with undo='none': the base cannot be shown; reload the model")
-        merged = {n: hosts[n].stored() for n in board.kept}
-        _restore(hosts, board.kept)
+        merged = _restore(hosts, board.kept)
     board.active, board.rows, board.merged, board.kept = (), None, {}, None
     try:
         yield
@@ -95,9 +104,13 @@ def _base_alone(model: nn.Module, board: Board) -> Iterator[None]:
         board.active, board.rows, board.merged, board.kept = before
 
 
-def _restore(hosts: dict[str, Host], kept: dict[str, Stored]) -> None:
-    for name, stored in reversed(kept.items()):
-        hosts[name].restore(stored)
+def _restore(hosts: dict[str, Host], kept: dict[str, Kept]) -> dict[str, Kept]:
+    """Last first; the answer takes it back in turn."""
+    return {name: hosts[name].exchange(held) for name, held in reversed(kept.items())}
+
+
+def _tensors(kept: Kept) -> tuple[Tensor | None, ...]:
+    return (kept.index, kept.values) if isinstance(kept, Patch) else kept
 
 
 def _check(model: nn.Module, hosts: dict[str, Host], weights: dict[str, float]) -> None:
@@ -123,7 +136,47 @@ def _check(model: nn.Module, hosts: dict[str, Host], weights: dict[str, float]) 
             )
 
 
-def _fold(host: Host, stored: Stored, strengths: dict[str, float], in_place: bool) -> None:
+def _check_sparse(hosts: dict[str, Host], weights: dict[str, float]) -> None:
+    for name, host in hosts.items():
+        held = host.held()
+        for delta in (held[n] for n in weights if n in held):
+            if not host.writable or _entries(delta) is None:
+                raise StateError(
+                    f"undo='entries' is for updates of few entries of a plain weight, which "
+                    f"{type(delta).__name__} at {name!r} is not; try undo='memory'"
+                )
+
+
+def _entries(delta: Delta) -> tuple[Tensor, Tensor] | None:
+    """The few entries that are all this update moves."""
+    return None if delta.adjusted or "map_bias" in delta.written else delta.sparse()
+
+
+def _patch(host: Host, strengths: dict[str, float]) -> Patch | None:
+    """The entries that the updates move, with their new values in float32 at least; None where one
+    of the updates is dense."""
+    held = host.held()
+    here = [(held[n], c) for n, c in strengths.items() if n in held]
+    found = [(_entries(d), c) for d, c in here]
+    moves = [(*move, c) for move, c in found if move is not None]
+    if len(moves) < len(here):
+        return None
+    index = moves[0][0] if len(moves) == 1 else torch.cat([at for at, _, _ in moves]).unique()
+    W = host.read(host.stored())
+    values = W[index // W.shape[1], index % W.shape[1]]
+    values = values.to(torch.promote_types(W.dtype, torch.float32))
+    for at, move, c in moves:
+        values.index_add_(0, torch.searchsorted(index, at), move.to(values.dtype), alpha=c)
+    return Patch(index, values)
+
+
+def _fold(
+    host: Host,
+    stored: Stored,
+    strengths: dict[str, float],
+    in_place: bool,
+    patch: Patch | None,
+) -> None:
     held = host.held()
     active = [
         (held[name], c)
@@ -134,6 +187,12 @@ def _fold(host: Host, stored: Stored, strengths: dict[str, float], in_place: boo
         return
     weight, bias = host.read(stored), stored[1]
     plain = in_place and host.writable
+    if patch is not None:
+        W = weight if plain else weight.clone()
+        exchange_entries(W, patch.index, patch.values)
+        if not plain:
+            host.write(W)
+        return
     total = weight if plain and weight.dtype == torch.float32 else weight.float()
     own = plain and total is weight
     for delta, c in active:
