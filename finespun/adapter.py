@@ -218,19 +218,21 @@ class Adapter:
         allow_full: bool = True,
         per_module_rank: bool = False,
         portable: bool = True,
+        format: files.Format = "peft",
+        part: str | None = None,
     ) -> files.Exported:
-        """Write PEFT's LoRA files, which PEFT, vLLM, llama.cpp and others load unchanged.
+        """Write PEFT's LoRA files, which PEFT, vLLM, llama.cpp and others load unchanged, or with
+        `format` "diffusers" or "kohya" one file that these load.
 
         Exact where the structure has factors and `rank` is not below theirs, else the best
         approximation, with a warning that says how far off it is; InputError beyond `max_error`.
         `allow_full=False` leaves trained modules out; `per_module_rank` gives every layer its own
         rank, which PEFT alone reads; `portable=False` writes all that PEFT alone reads: DoRA as it
-        is, embeddings, convolutions, biases, trained tokens. Printing the result tells all.
+        is, embeddings, convolutions, biases, trained tokens. `part` names the part of a pipeline
+        ("unet", ...) where the model's class does not tell. Printing the result tells all.
         """
-        line, own = self.lineage, per_module_rank
-        done = files.export(
-            self.model, self.name, folder, rank, max_error, allow_full, line, own, portable
-        )
+        more = self.lineage, per_module_rank, portable, format, part
+        done = files.export(self.model, self.name, folder, rank, max_error, allow_full, *more)
         if done.error or done.dropped:
             warnings.warn(str(done), stacklevel=2)
         return done

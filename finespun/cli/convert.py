@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -10,8 +10,8 @@ EXAMPLE = "finespun convert out/trec-lsr-small out/squeezed --to lora --set rank
 
 
 def command(
-    src: Annotated[str, typer.Argument(help="A folder that Finespun or PEFT wrote.")],
-    dst: Annotated[str, typer.Argument(help="The folder to write.")],
+    src: Annotated[str, typer.Argument(help="An adapter: a folder, or a file of one.")],
+    dst: Annotated[str, typer.Argument(help="The folder to write; for kohya's format a file.")],
     to: Annotated[str, typer.Option(help="lora or lsr; lora without rank or energy is exact.")],
     options: Annotated[
         list[str] | None,
@@ -29,7 +29,12 @@ def command(
     model: Annotated[
         str | None, typer.Option(help="The base, where updates depend on its weights (DoRA, ...).")
     ] = None,
-    peft: Annotated[bool, typer.Option("--peft", help="Write a LoRA in PEFT's format.")] = False,
+    format: Annotated[
+        str, typer.Option(help="native, or a LoRA as peft, diffusers or kohya writes it.")
+    ] = "native",
+    part: Annotated[
+        str | None, typer.Option(help="The part of a pipeline to take or write: unet, ...")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make an adapter into a smaller LoRA or an LSR; the loss of every layer is printed.
@@ -46,7 +51,8 @@ def command(
         max_error,
         energy,
         None if model is None else base_folder(model),
-        "peft" if peft else "native",
+        cast(Any, format),
+        part,
     )
     if as_json:
         content = dataclasses.asdict(made) | {"folder": str(made.folder), "error": made.error}

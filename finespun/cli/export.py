@@ -1,8 +1,8 @@
-"""`finespun export`: PEFT's files, which other programs load."""
+"""`finespun export`: files that other programs load: PEFT's, diffusers' or kohya's."""
 
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -10,8 +10,10 @@ EXAMPLE = "finespun export out/trec-lsr-small out/as-lora"
 
 
 def command(
-    adapter: Annotated[str, typer.Argument(help="The output folder of a finished run.")],
-    out: Annotated[str, typer.Argument(help="The folder to write.")],
+    adapter: Annotated[
+        str, typer.Argument(help="The output folder of a finished run; with --format any adapter.")
+    ],
+    out: Annotated[str, typer.Argument(help="The folder to write; for kohya's format a file.")],
     rank: Annotated[
         int | None, typer.Option(min=1, help="LoRA's rank; without it, exact where possible.")
     ] = None,
@@ -21,16 +23,53 @@ def command(
     per_module_rank: Annotated[
         bool, typer.Option(help="Every layer at its own rank: fewer numbers, for PEFT alone.")
     ] = False,
+    format: Annotated[
+        str, typer.Option(help="peft, or one file as diffusers or kohya writes it.")
+    ] = "peft",
+    part: Annotated[
+        str | None,
+        typer.Option(help="The part of a pipeline: unet, transformer, text_encoder, ..."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --format: the base's folder, for convolutions' sizes.")
+    ] = None,
 ) -> None:
-    """Write an adapter as a LoRA folder in PEFT's format, and say how exact it is."""
+    """Write an adapter as a LoRA folder in PEFT's format, or as one file that diffusers or kohya's
+    scripts load, and say how exact it is."""
     from finespun.errors import InputError
     from finespun.train.use import Trained
 
     if Path(out).expanduser().resolve() == Path(adapter).expanduser().resolve():
         raise InputError(f"{out!r} is the adapter itself; name another folder")
+    if format != "peft":
+        if per_module_rank:
+            raise InputError("per_module_rank is for PEFT's format")
+        typer.echo(str(without_model(adapter, out, rank, max_error, model, format, part)))
+        return
+    if part is not None or model is not None:
+        raise InputError("part and model belong to --format diffusers and --format kohya")
     trained = Trained.open(adapter)
     with warnings.catch_warnings():  # what it warns of is printed
         warnings.simplefilter("ignore")
         typer.echo(
             str(trained.adapter.export(out, rank, max_error, per_module_rank=per_module_rank))
         )
+
+
+def without_model(
+    adapter: str,
+    out: str,
+    rank: int | None,
+    max_error: float | None,
+    model: str | None,
+    format: str,
+    part: str | None,
+) -> Any:
+    """The conversion from files to a file; no model is loaded."""
+    from finespun.cli.convert import base_folder
+    from finespun.convert import convert
+    from finespun.structures import LoRA
+
+    target = "lora" if rank is None else LoRA(rank=rank)
+    base = None if model is None else base_folder(model)
+    return convert(adapter, out, target, 0, max_error, None, base, cast(Any, format), part)

@@ -9,7 +9,7 @@ from finespun.errors import InputError
 from finespun.files import Lineage, Saved
 from finespun.files.atomic import located
 from finespun.files.diffusion_names import Style, Unplaced, place_on, stripped
-from finespun.files.diffusion_write import Update, part_of, target, write_diffusion
+from finespun.files.diffusion_write import Update, split_name, target, write_diffusion
 from finespun.hosts import Entry
 from finespun.hosts.mirror import TIE
 from finespun.structures import LoRA, SiteShape
@@ -72,9 +72,9 @@ def write(
             if saved.style == "kohya":
                 own, where = "", name
             elif style == "kohya" and not own:
-                own = part_of(saved.base, part, style)
+                own, where = split_name(where, saved.base, part, style)
         else:
-            own, where = part_of(saved.base, part, style), name
+            own, where = split_name(name, saved.base, part, style)
             kernel = layers[name].kernel if name in layers else ()
         _check(site, kernel)
         factors = update_of(delta)

@@ -8,7 +8,7 @@ from finespun.files.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
-from finespun.files.export import Exported, export
+from finespun.files.export import Exported, Format, export
 from finespun.files.fingerprint import Fingerprint, check_base, fingerprint
 from finespun.files.fitting import check_fit, register_saved
 from finespun.files.lineage import Lineage, Parent, lineage_of
@@ -19,6 +19,7 @@ from finespun.files.reading import read_adapter, read_for
 __all__ = [
     "Exported",
     "Fingerprint",
+    "Format",
     "Lineage",
     "Parent",
     "Saved",

@@ -6,7 +6,6 @@ over the tensor's own rank, and 1 where the file has no alpha; diffusers' metada
 LoHa and LoKr: arXiv 2309.14859. Paths are those in the file until `place_on` finds the layers.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +20,11 @@ from finespun.files.diffusion_names import PARTS, Unplaced, split_kohya
 from finespun.files.fingerprint import Fingerprint
 from finespun.files.lineage import Lineage
 from finespun.files.native import blame
+from finespun.files.peft import check_config, settle_pair
+from finespun.files.peft_keys import Pair
 from finespun.files.safe import parse_json, read_tensors
 from finespun.hosts import Entry, FlatState
-from finespun.structures import LoHa, LoKr, LoRA, Plan, SiteShape, Structure
+from finespun.structures import DoRA, LoHa, LoKr, LoRA, Plan, SiteShape, Structure
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 METADATA, OURS = "lora_adapter_metadata", "finespun"
@@ -37,14 +38,14 @@ LEAVES = {
     "lora_linear_layer.down.weight": "down",
     "lora_linear_layer.up.weight": "up",
     "lora_mid.weight": "mid",
+    "lora_magnitude_vector": "m",
+    "lora_magnitude_vector.weight": "m",
     **{f"hada_{n}": n for n in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{n}": n for n in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     "alpha": "alpha",
 }
 NOT_READ = {
-    "dora_scale": "DoRA's magnitudes",
-    "lora_magnitude_vector": "DoRA's magnitudes",
-    "lora_magnitude_vector.weight": "DoRA's magnitudes",
+    "dora_scale": "DoRA's magnitudes over inputs",
     "lora_B.bias": "a bias on lora_B",
     "lora_up.bias": "a bias on lora_up",
     "diff": "a whole weight's difference",
@@ -171,27 +172,20 @@ def _scale(
     piece: Piece, alpha: float | None, told: Mapping[str, Any], part: str, path: str
 ) -> float:
     """alpha / r; what diffusers' metadata says of this part of the model goes before."""
-    from finespun.files.peft import _check_config, _matching
-
     own = {k.removeprefix(f"{part}."): v for k, v in told.items() if k.startswith(f"{part}.")}
     config = own if part else told
-    if not config or piece.kind != "lora":
+    if not config or piece.kind not in ("lora", "dora"):
         return 1.0 if alpha is None or not piece.scaled else alpha / piece.rank
-    _check_config({"peft_type": "LORA", **config}, True, [])
-    ranks = _matching(config.get("rank_pattern"), path) or [config.get("r", 8)]
-    if piece.rank not in ranks:
-        raise FileError(f"{path!r} has rank {piece.rank}, while {METADATA} gives it {ranks[0]}")
-    alphas = _matching(config.get("alpha_pattern"), path) or [config.get("lora_alpha", 8)]
-    if not math.isfinite(value := float(alphas[0])):
-        raise FileError(f"{path!r}: alpha is {value}")
-    return value / (math.sqrt(piece.rank) if config.get("use_rslora") else piece.rank)
+    check_config({"peft_type": "LORA", **config}, True, [])
+    pair = Pair("linear", piece.tensors["A"], piece.tensors["B"])
+    return float(settle_pair(path, pair, config, [])[1]["scale"])
 
 
 # --- one layer ------------------------------------------------------------------------------
 def _piece(name: str, own: Mapping[str, Tensor]) -> Piece:
     kinds = [
         kind
-        for kind, marks in (("lora", ("down", "up")), ("loha", ("hada",)), ("lokr", ("lokr",)))
+        for kind, marks in (("lora", ("down", "up", "m")), ("loha", ("hada",)), ("lokr", ("lokr",)))
         if any(leaf.startswith(marks) for leaf in own)
     ]
     if len(kinds) != 1:
@@ -207,13 +201,19 @@ def _piece(name: str, own: Mapping[str, Tensor]) -> Piece:
 
 
 def _lora(own: Mapping[str, Tensor]) -> Piece:
-    """B = up, A = down; with a middle, A[p] = Σ_q mid[p, q] * down[q], * over the kernel."""
+    """B = up, A = down, or with a middle A[p] = Σ_q mid[p, q] * down[q], * over the kernel; m are
+    the lengths of DoRA's rows."""
     down, up = own["down"], _flat(own["up"])
     A, kernel = down.flatten(1), tuple(down.shape[1:])
     if "mid" in own:
         A, kernel = _through(own["mid"], _flat(down))
     _agree(A.dim() == up.dim() == 2 and A.shape[0] == up.shape[1])
-    return Piece("lora", up.shape[0], A.shape[1], len(A), True, {"A": A, "B": up}, kernel)
+    tensors = {"A": A, "B": up}
+    if "m" in own:
+        tensors["m"] = own["m"].flatten()
+        _agree(len(tensors["m"]) == len(up))
+    kind = "dora" if "m" in own else "lora"
+    return Piece(kind, up.shape[0], A.shape[1], len(A), True, tensors, kernel)
 
 
 def _loha(own: Mapping[str, Tensor]) -> Piece:
@@ -288,7 +288,7 @@ def _structure(
     if kind == "lokr":
         structure = _hold_lokr(own, choices, rank)
     else:
-        structure = LoRA(rank=rank, alpha=rank) if kind == "lora" else LoHa(rank=rank, alpha=rank)
+        structure = {"lora": LoRA, "dora": DoRA, "loha": LoHa}[kind](rank=rank, alpha=rank)
     tensors = {f"delta/{n}/{key}": t for n, all_ in own.items() for key, t in all_.items()}
     return structure, tensors, choices
 

@@ -8,6 +8,7 @@ kernel, (r, in, k, ...), and its B is a 1x1 kernel.
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,15 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from finespun.errors import InputError, nearest
 from finespun.files.atomic import write_file
 from finespun.files.diffusion import METADATA, OURS, WEIGHTS
 from finespun.files.diffusion_names import KOHYA, PARTS, Style
-from finespun.files.fingerprint import Fingerprint
+from finespun.files.fingerprint import Fingerprint, fingerprint
 from finespun.files.lineage import Lineage
+from finespun.hosts import Entry, modules
 from finespun.linalg import LowRank
 
 CLASSES = (
@@ -57,23 +59,52 @@ class Update:
         return f"{KOHYA[self.part]}_{path.replace('.', '_')}"
 
 
-def part_of(base: Fingerprint | None, part: str | None, style: Style) -> str:
-    """The part of the pipeline that an adapter belongs to: the one named, else what the class of
-    its base tells. Raises InputError where that is not known."""
+def split_name(
+    name: str, base: Fingerprint | None, part: str | None, style: Style
+) -> tuple[str, str]:
+    """The part of the pipeline that a layer belongs to, and its path there: the part named, else
+    what the class of the base tells, else the first word of the layer's own name. Raises InputError
+    where that is not known."""
     known = PARTS if style == "diffusers" else tuple(KOHYA)
     if part is not None:
         if part not in known:
             raise InputError(f"part={part!r} is no part that {style} names; {nearest(part, known)}")
-        return part
+        return part, name
     architecture = "" if base is None else base.architecture
     for pattern, found in CLASSES:
         if pattern.fullmatch(architecture):
-            return found
+            return found, name
+    first, _, rest = name.partition(".")
+    if first in known and rest:
+        return first, rest
     told = f"a {architecture}" if architecture else "a base that is not known"
     raise InputError(
         f"the adapter is for {told}: say which part of the pipeline that is, as part='unet' (on "
         f"the command line --part); known: {', '.join(known)}"
     )
+
+
+def write_entry(
+    model: nn.Module,
+    entry: Entry,
+    updates: Mapping[str, LowRank],
+    ranks: Mapping[str, int],
+    path: str | Path,
+    style: Style,
+    part: str | None,
+    lineage: Lineage,
+    error: float,
+) -> Path:
+    """Write the updates of a model's adapter by its layers' names; returns the file's path."""
+    goal, base, known = target(path, style), fingerprint(model, entry.trained), modules(model)
+    parts = []
+    for name, factors in updates.items():
+        size = known[name].get_parameter("weight").shape[1:]
+        kernel = tuple(size) if len(size) > 1 else ()
+        where = split_name(name, base, part, style)
+        parts.append(Update(*where, factors, ranks[name], kernel))
+    write_diffusion(goal, style, parts, entry.name, base, lineage, error)
+    return goal
 
 
 def target(path: str | Path, style: Style) -> Path:

@@ -8,16 +8,17 @@ form (`portable=False`): DoRA, embeddings, convolutions, biases, trained rows of
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from finespun.errors import InputError
+from finespun.errors import InputError, nearest
+from finespun.files.diffusion_write import write_entry
 from finespun.files.fingerprint import fingerprint
 from finespun.files.lineage import Lineage, lineage_of
 from finespun.files.lora_folder import lora_config, tokens_config, write_lora
@@ -30,6 +31,8 @@ from finespun.structures import Delta
 from finespun.structures.dora import DoRADelta
 
 ONLY_PEFT = "in PEFT's own form, which most servers read in part or not at all"
+Format = Literal["peft", "diffusers", "kohya"]
+FORMATS: tuple[str, ...] = get_args(Format)
 SERVED_RANK = 16  # the most that vLLM serves unless told otherwise
 TASKS = (
     ("ForSequenceClassification", "SEQ_CLS", ("classifier", "score")),
@@ -75,8 +78,11 @@ def export(
     lineage: Lineage | None = None,
     per_module_rank: bool = False,
     portable: bool = True,
+    format: Format = "peft",
+    part: str | None = None,
 ) -> Exported:
-    """Write adapter `name`, its strength included, as a PEFT LoRA folder.
+    """Write adapter `name`, its strength included, as a PEFT LoRA folder, or as one file of
+    diffusers or kohya, for which `part` names the part of the pipeline where the class does not.
 
     Exact where the structure has factors and `rank` is not below theirs; else the best `rank` of
     each ΔW. Without `rank`, an update that has no factors gets the smallest rank that keeps
@@ -96,9 +102,10 @@ def export(
     materialise(model, entry)
     checked_tensors(entry)
     check_tied(entry, portable)
+    _check_format(entry, format, part, portable, allow_full)
     names = list(modules(model))
     form = Form() if portable else full_form(model, entry, lambda n: _module_name(n, (), names))
-    updates = _updates(entry, portable)
+    updates = _updates(entry, portable, ("linear",) if format == "peft" else ("linear", "conv"))
     if not updates and not form.tensors:
         raise InputError(f"{name!r} changes no weight: there is nothing a LoRA could hold")
     falling = {n: _errors(u) for n, u in updates.items()}
@@ -114,27 +121,48 @@ def export(
     whole_modules = tuple(n for n in entry.trained if n not in form.dropped)
     trained = whole_modules if allow_full else ()
     whole = {f"{n}.{k}": v for n in trained for k, v in entry.copies[n].state_dict().items()}
-    config = _config(model, ranks, trained, form)
-    base = fingerprint(model, entry.trained)
     lineage = lineage or lineage_of(entry.structure)
     worst = max(errors.values(), default=0.0)
-    write_lora(folder, name, updates, config, whole, base, lineage, worst, form)
     dropped = () if allow_full else whole_modules
+    if format != "peft":
+        path = write_entry(model, entry, updates, ranks, folder, format, part, lineage, worst)
+        return Exported(path, chosen, errors, trained, dropped, ())
+    config = _config(model, ranks, trained, form)
+    base = fingerprint(model, entry.trained)
+    write_lora(folder, name, updates, config, whole, base, lineage, worst, form)
     own = len(set(ranks.values())) > 1
     notes = _notes(chosen, trained, dropped, own) if portable else (ONLY_PEFT,)
     return Exported(Path(folder), chosen, errors, trained, dropped, notes)
 
 
-def _updates(entry: Entry, portable: bool) -> dict[str, LowRank]:
+def _check_format(
+    entry: Entry, format: str, part: str | None, portable: bool, allow_full: bool
+) -> None:
+    if format not in FORMATS:
+        raise InputError(f"format={format!r} is not known; {nearest(format, FORMATS)}")
+    if format == "peft":
+        if part is not None:
+            raise InputError(f"part={part!r} is for the formats 'diffusers' and 'kohya'")
+        return
+    if not portable:
+        raise InputError(f"portable=False is for PEFT's format, not for {format}'s")
+    if entry.trained and allow_full:
+        raise InputError(
+            f"{format}'s format holds no {entry.trained[0]!r}; allow_full=False leaves it out"
+        )
+
+
+def _updates(entry: Entry, portable: bool, kinds: Sequence[str]) -> dict[str, LowRank]:
     """ΔW of every layer, strength included; parts of one layer are put together. Of a DoRA that
     stays one, B A."""
     found: dict[str, LowRank] = {}
     for name, delta in entry.deltas.items():
         site = delta.site
-        if not delta.mergeable or (portable and site.shape.kind != "linear"):
+        if not delta.mergeable or (portable and site.shape.kind not in kinds):
             way = "; portable=False writes it, for PEFT alone" if delta.mergeable else ""
             raise InputError(
                 f"{name!r} is a {site.shape.kind}: a portable LoRA speaks of linear layers only"
+                + (", or in this format of convolutions" if "conv" in kinds else "")
                 + way
             )
         if portable:

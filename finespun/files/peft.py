@@ -96,7 +96,7 @@ def read_peft(folder: str | Path, strict: bool = True) -> Saved:
     config = read_json(place / CONFIG)
     notes: list[str] = []
     with blame(place / CONFIG):
-        _check_config(config, strict, notes)
+        check_config(config, strict, notes)
         made = _structure(config)
     if not (place / TENSORS).exists() and (place / "adapter_model.bin").exists():
         raise FileError(
@@ -136,7 +136,9 @@ def _structure(config: Mapping[str, Any]) -> Structure:
     return structure("dora", rank=told.rank, alpha=alpha, dropout=told.dropout)
 
 
-def _check_config(config: Mapping[str, Any], strict: bool, notes: list[str]) -> None:
+def check_config(config: Mapping[str, Any], strict: bool, notes: list[str]) -> None:
+    """Raise FileError for a config that says what is not read; unless strict, what is unknown
+    becomes a note."""
     kind = config.get("peft_type")
     if kind not in ("LORA", "TRAINABLE_TOKENS"):
         raise FileError(f"peft_type is {kind!r}; only 'LORA' and 'TRAINABLE_TOKENS' are read")
@@ -182,7 +184,7 @@ def _plan(
     site of which the file does not tell the size: `fitting.settle` asks the model."""
     sites, choices, tensors = [], {}, dict[str, Tensor]()
     for path, pair in parts.pairs.items():
-        site, choices[path] = _pair(path, pair, config, notes)
+        site, choices[path] = settle_pair(path, pair, config, notes)
         sites.append(site)
         tensors |= {f"delta/{path}/{s}": getattr(pair, s) for s in ("A", "B")}
         if pair.m is not None:
@@ -233,9 +235,10 @@ def _tokens(path: str, config: Mapping[str, Any]) -> list[int]:
     return _indices([] if given is None else given, "trainable_token_indices")
 
 
-def _pair(
+def settle_pair(
     path: str, pair: Pair, config: Mapping[str, Any], notes: list[str]
 ) -> tuple[SiteShape, dict[str, Any]]:
+    """The site at `path`, and the rank and scale that the config gives it."""
     A, B = pair.A, pair.B
     if A is None or B is None:
         raise FileError(f"{path!r} lacks a factor")
