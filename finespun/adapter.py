@@ -45,7 +45,13 @@ def adapt(
     if isinstance(train, str):
         train = (train,)
     trained = hosts.find_head(model) if train is None else tuple(train)
-    names = [n for n in hosts.find(model, targets, exclude, layers) if not _inside(n, trained)]
+    found = hosts.find(model, targets, exclude, layers)
+    names = [n for n in found if not _inside(n, trained)]
+    if found and not names:
+        raise TargetError(
+            f"every target lies in a module that is trained whole: {', '.join(trained)}; "
+            "leave it out of train, or pass targets=[] to train modules alone"
+        )
     if not names and not trained:
         raise TargetError('no layer and no module to train; name layers, or use "all-linear"')
     entry = hosts.new_entry(model, name, structure, names, trained, scores, tie == "both")

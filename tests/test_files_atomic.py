@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finespun.errors import FileError
+from finespun.errors import FileError, InputError
 from finespun.files import check_writable, settled, whole_folder, write_file
 from finespun.files.atomic import recover
 
@@ -292,3 +292,24 @@ def test_a_file_is_written_whole(tmp_path, monkeypatch):
         write_file(tmp_path / "sub" / "f", "new")
     assert (tmp_path / "sub" / "f").read_bytes() == b"\x00\x01"
     assert hidden(tmp_path / "sub") == []
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "part"),
+    [
+        (None, InputError, "None is no path"),
+        (3, InputError, "3 is no path"),
+        (b"out", InputError, "b'out' is no path"),
+        ("a\0b", InputError, "embedded null byte"),
+        ("/proc/finespun", FileError, "takes no files there"),
+        ("/proc/self/finespun", FileError, "takes no files there"),
+        ("x" * 300, FileError, "the name is too long"),
+    ],
+)
+def test_what_can_be_no_place_is_refused_in_plain_words(path, error, part):
+    for write in (lambda: whole_folder(path).__enter__(), lambda: write_file(path, "")):
+        with pytest.raises(error, match=part):
+            write()
+    if error is InputError:
+        with pytest.raises(error, match=part):
+            settled(path)

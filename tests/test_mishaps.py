@@ -169,6 +169,7 @@ def test_nothing_else_is_activated_while_an_adapter_is_merged():
         (lambda m: fs.adapt(m, fs.LoRA(), 3), "targets are names"),
         (lambda m: fs.adapt(m, fs.LoRA(), [3]), "targets are names"),
         (lambda m: fs.adapt(m, fs.LoRA(rank=1), ["up"], train="haed"), "called 'haed'"),
+        (lambda m: fs.adapt(m, fs.LoRA(rank=1), ["head"], train=["head"]), "whole: head;"),
     ],
 )
 def test_values_of_another_kind_are_refused_by_name(call, message):

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from finespun.errors import FileError
+from finespun.errors import FileError, InputError
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EACCES: "permission is denied",
     errno.EPERM: "permission is denied",
+    errno.ENOENT: "the file system takes no files there",
     errno.EROFS: "the file system is read-only",
     errno.EBUSY: "the folder is a mount point or in use; name a folder inside it",
     errno.ENAMETOOLONG: "the name is too long",
@@ -102,8 +103,17 @@ def check_writable(path: str | os.PathLike[str], bytes_needed: int = 0) -> None:
 
 
 def located(path: str | os.PathLike[str]) -> Path:
-    """The absolute path, links followed and ~ expanded."""
-    return Path(path).expanduser().resolve()
+    """The absolute path, links followed and ~ expanded. Raises InputError for what is no path,
+    FileError for a name that the file system does not take."""
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"{path!r} is no path; give one as text, such as 'out/adapter'")
+    try:
+        target = Path(path).expanduser().resolve()
+        with _told(target):
+            target.exists()
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{str(path)!r} is no path: {error}") from error
+    return target
 
 
 def settled(path: str | os.PathLike[str]) -> Path:
