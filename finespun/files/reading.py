@@ -9,6 +9,7 @@ from finespun.files import diffusion, native, peft
 from finespun.files.atomic import settled
 from finespun.files.diffusion_names import Unplaced, layers_of, place_on
 from finespun.files.native import Saved
+from finespun.files.peft_methods import read_method
 
 
 def read_adapter(folder: str | Path, strict: bool = True) -> Saved:
@@ -24,7 +25,7 @@ def read_adapter(folder: str | Path, strict: bool = True) -> Saved:
     if (place / native.CONFIG).is_file():
         return native.read(place, strict)
     if (place / peft.CONFIG).is_file():
-        return peft.read_peft(place, strict)
+        return read_method(place, strict)
     if (place / diffusion.WEIGHTS).is_file():
         return diffusion.read_diffusion(place / diffusion.WEIGHTS)
     if not place.is_dir():
