@@ -47,6 +47,7 @@ STRUCTURES = {
     "lora": fs.LoRA(rank=4),
     "lsr": fs.LSR(rank=4, separation_rank=4),
     "dora": fs.structure("dora", rank=4),
+    "s2ft": fs.structure("s2ft", channels=0.1, select="weight", outputs=["0"]),
 }
 
 

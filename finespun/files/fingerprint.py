@@ -231,9 +231,11 @@ def _sample(parameter: Tensor) -> tuple[str, tuple[float, ...]]:
 
 def _base(model: nn.Module) -> Any:
     """A context in which the model's own parameters are those of its base."""
-    if "_finespun_board" in model.__dict__ and board_of(model).merged:
-        return disabled(model)
-    return nullcontext()
+    if "_finespun_board" not in model.__dict__:
+        return nullcontext()
+    board = board_of(model)
+    board.check_in_place()
+    return disabled(model) if board.merged else nullcontext()
 
 
 def _source(model: nn.Module) -> str:

@@ -13,6 +13,7 @@ from finespun.hosts.attach import (
     replace,
     rows,
     tensors_of,
+from finespun.hosts.gathering import gathered
 )
 from finespun.hosts.block import link
 from finespun.hosts.board import Board, Entry
@@ -36,6 +37,7 @@ __all__ = [
     "adapted_class",
     "board_of",
     "disabled",
+    "gathered",
     "evict",
     "find",
     "find_head",

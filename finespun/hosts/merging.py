@@ -30,6 +30,7 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
     are merged already. An error on the way restores every weight.
     """
     board = board_of(model)
+    board.check_in_place()
     if undo not in ("memory", "entries", "none"):
         raise InputError(f"undo={undo!r} is not known; try 'memory', 'entries' or 'none'")
     if board.merged:

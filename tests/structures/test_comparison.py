@@ -11,6 +11,7 @@ from finespun.structures import (
     BOFT,
     LSR,
     NOLA,
+    S2FT,
     BlockLoRA,
     DoRA,
     FourierFT,
@@ -128,6 +129,9 @@ ROWS = (
     Row(
         S2LoRA(rank=32), (32, 32), (98_304, 524_288), S2LoRA(rank=32), 32,
         shared=(49_152, 262_144),
+    ),
+    Row(
+        S2FT(channels=1 / 64), (9_216, 262_144), (18_432, 524_288), S2FT(channels=1 / 12), 8,
     ),
     Row(GraLoRA(rank=32, k=2), (49_152, 262_144), (98_304, 524_288), GraLoRA(rank=8, k=2), 16),
     Row(LoR2C(rank=8), (12_288, 65_536), (24_576, 131_072), LoR2C(rank=8), 8, exact=False),
