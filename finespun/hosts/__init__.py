@@ -13,11 +13,11 @@ from finespun.hosts.attach import (
     replace,
     rows,
     tensors_of,
-from finespun.hosts.gathering import gathered
 )
 from finespun.hosts.block import link
 from finespun.hosts.board import Board, Entry
 from finespun.hosts.flat import FlatState
+from finespun.hosts.gathering import gathered
 from finespun.hosts.host import Host
 from finespun.hosts.kinds import sites
 from finespun.hosts.layer import Adapted, adapted_class, plain_class
@@ -37,10 +37,10 @@ __all__ = [
     "adapted_class",
     "board_of",
     "disabled",
-    "gathered",
     "evict",
     "find",
     "find_head",
+    "gathered",
     "hosts_of",
     "link",
     "load_tensors",

@@ -83,9 +83,9 @@ def register(model: nn.Module, entry: Entry) -> None:
         model.__dict__["_finespun_hooks"] = (
             model.register_forward_pre_hook(_enter),
             model.register_forward_hook(_leave, always_call=True),
-    board.check_in_place()
         )
     board = board_of(model)
+    board.check_in_place()
     if entry.name in board.entries:
         raise InputError(
             f"an adapter called {entry.name!r} is already there; choose another name or detach it"

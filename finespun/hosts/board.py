@@ -109,8 +109,14 @@ class Board:
         self.rows: Rows | None = None
         self.merged: dict[str, float] = {}
         self.kept: dict[str, Kept] | None = None
+        self.gathered: str | None = None
         self.owner: int | None = None
         self.running: dict[int, int] = {}
+
+    def check_in_place(self) -> None:
+        """Raise StateError while units of the weights stand in another place than they belong."""
+        if self.gathered:
+            raise StateError(f"the units of {self.gathered!r} are gathered: leave that block first")
 
     def enter(self) -> None:
         """This thread begins a forward pass of the root."""
@@ -125,14 +131,8 @@ class Board:
         if self.running.get(me, 0) <= 1:
             self.running.pop(me, None)
         else:
-        self.gathered: str | None = None
             self.running[me] -= 1
 
-
-    def check_in_place(self) -> None:
-        """Raise StateError while units of the weights stand in another place than they belong."""
-        if self.gathered:
-            raise StateError(f"the units of {self.gathered!r} are gathered: leave that block first")
     @contextmanager
     def guard(self) -> Iterator[None]:
         """Around a change of what the layers do."""
