@@ -51,7 +51,7 @@ def test_repeated_rows_go_to_blocks_of_the_batch(case):
     model = pair(case, net())
     x = batch(3).repeat_interleave(2, 0)
     wanted = each_alone(model, x, ["one", "one", None, None, "another", "another"])
-    with fs.rows(model, ["one", None, "another"]):
+    with fs.rows(model, ["one", None, "another"], repeat=2):
         assert relative(model(x), wanted) <= 2e-6
 
 
@@ -74,7 +74,7 @@ def test_rows_carry_gradients_and_strength(case):
 def test_rows_that_cannot_be_told_apart_raise(case):
     model = pair(case, net())
     with (
-        pytest.raises(StateError, match="5 rows while rows\\(\\) names 2"),
+        pytest.raises(StateError, match="5 rows while rows\\(\\) names 2: give one name"),
         fs.rows(model, ["one", None]),
     ):
         model(batch(5))
@@ -159,7 +159,60 @@ def test_a_layer_that_changes_the_number_of_rows_raises():
     model = nn.Sequential(Fold(4, 4))
     fs.adapt(model, fs.LoRA(rank=1), ["0"], (), "one")
     with pytest.raises(StateError, match="changes the number of rows"), fs.rows(model, ["one"]):
-        model(torch.zeros(4, 2, 4))
+        model(torch.zeros(1, 4, 4))
+
+
+@pytest.mark.parametrize(("names", "rows", "times"), [(["one", None], 6, 3), (["one"], 4, 4)])
+def test_a_forgotten_name_is_noticed(names, rows, times):
+    """Fewer names than rows are never spread over the batch unless that is said."""
+    model, x = pair(LORA, net()), batch(rows)
+    message = rf"{rows} rows .* names {len(names)}: repeat={times} if"
+    with pytest.raises(StateError, match=message), fs.rows(model, names):
+        model(x)
+    with fs.rows(model, names, repeat=times):
+        spread = model(x)
+    with fs.rows(model, [name for name in names for _ in range(times)]):
+        assert torch.equal(model(x), spread)
+    with pytest.raises(StateError, match="names 2"), fs.rows(model, ["one"], repeat=2):
+        model(x)
+    for repeat, lengths in ((0, None), (2, [3])):
+        with pytest.raises(InputError, match=f"repeat={repeat}"):
+            fs.rows(model, ["one"], lengths, repeat).__enter__()
+
+
+def test_rows_are_counted_by_the_models_main_input():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(4, 3)
+
+        def forward(self, positions, input_ids=None):
+            return self.up(input_ids if input_ids is not None else positions["sample"])
+
+    model = Named()
+    fs.adapt(model, fs.LoRA(rank=1), ["up"], name="one")
+    with fs.rows(model, ["one", None]):
+        assert model(positions=torch.arange(7), input_ids=torch.ones(2, 4)).shape == (2, 3)
+        assert model({"sample": torch.ones(2, 4), "more": torch.ones(9)}).shape == (2, 3)
+        with pytest.raises(StateError, match="given 4 rows"):
+            model(positions=torch.arange(2), input_ids=torch.ones(4, 4))
+        with pytest.raises(StateError, match="given 4 rows"):
+            model({"more": torch.ones(2), "sample": torch.ones(4, 4)})
+
+
+def test_what_serves_rows_can_neither_be_evicted_nor_detached():
+    model, x = pair(LORA, net()), batch(2)
+    fs.activate(model, None)
+    with fs.rows(model, ["one", "another"]):
+        y = model(x)
+        with pytest.raises(StateError, match="'one' is active"):
+            fs.evict(model, "one")
+        with pytest.raises(StateError, match="'one' serves rows"):
+            fs.Adapter(model, "one").detach()
+        assert torch.equal(model(x), y)
+    fs.evict(model, "one")
+    fs.Adapter(model, "one").detach()
+    assert list(board_of(model).entries) == ["another"]
 
 
 @given(st.lists(st.sampled_from([None, "a", "b"]), min_size=1, max_size=7), st.integers(1, 5))

@@ -107,6 +107,54 @@ def test_rows_wait_while_another_thread_runs_the_model():
         model(ids)
 
 
+@pytest.mark.parametrize("wanted", ["fr", None, {"fr": 0.5, "de": 0.5}])
+def test_what_is_active_stays_while_another_thread_runs_the_model(wanted):
+    model, ids = two_adapters(), torch.randint(0, 20, (2, 5))
+    fs.activate(model, "de")
+    y, said = model(ids), []
+    handle = model.up.register_forward_pre_hook(
+        lambda *_: said.append(in_another_thread(lambda: fs.activate(model, wanted)))
+    )
+    assert torch.equal(model(ids), y)
+    handle.remove()
+    assert "another thread is using this model" in str(said[0])
+    fs.activate(model, wanted)
+    assert in_another_thread(lambda: fs.activate(model, "de")) is None
+    assert torch.equal(model(ids), y)
+
+
+def test_two_threads_train_as_one_would():
+    """Factors that are formed for a pass belong to the thread that runs it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(8)))
+    adapter = fs.adapt(model, fs.LSR(rank=4, separation_rank=2), [str(i) for i in range(8)])
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    batches, turn = [torch.randn(4, 16) for _ in range(2)], threading.Barrier(2)
+
+    def gradients(i):
+        loss = model(batches[i]).square().sum()
+        return torch.autograd.grad(loss, adapter.parameters())
+
+    wanted = [gradients(i) for i in range(2)]
+    found = {}
+
+    def work(i):
+        found[i] = gradients(i)
+
+    handle = model[3].register_forward_pre_hook(lambda *_: (turn.wait(timeout=30), None)[1])
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    handle.remove()
+    for i in range(2):
+        for a, b in zip(found[i], wanted[i]):
+            torch.testing.assert_close(a, b)
+
+
 def test_two_threads_give_what_one_gives():
     model = two_adapters().eval()
     batches = [torch.randint(0, 20, (2, 5)) for _ in range(40)]

@@ -21,7 +21,7 @@ DIFFUSERS = {"to_q", "to_k", "to_v", "to_out.0"}
 # What "attention" and "mlp" mean, what "all-linear" adds, and how many the first two are.
 MEANT = {
     "bert": (*BERT, {"pooler.dense"}, 12, 6),
-    "roberta": (*BERT, {"classifier.dense", "classifier.out_proj"}, 12, 6),
+    "roberta": (*BERT, set(), 12, 6),
     "deberta": (
         {"query_proj", "key_proj", "value_proj", "attention.output.dense"},
         BERT[1],

@@ -1,9 +1,6 @@
 """Where a ΔW attaches: the adapted layer, routing of rows, attach, merge and detach."""
 
 from finespun.hosts.attach import (
-    activate,
-    board_of,
-    evict,
     hosts_of,
     load_tensors,
     materialise,
@@ -11,11 +8,10 @@ from finespun.hosts.attach import (
     register,
     remove,
     replace,
-    rows,
     tensors_of,
 )
 from finespun.hosts.block import link
-from finespun.hosts.board import Board, Entry
+from finespun.hosts.board import Board, Entry, board_of
 from finespun.hosts.flat import FlatState
 from finespun.hosts.gathering import gathered
 from finespun.hosts.host import Host
@@ -23,6 +19,7 @@ from finespun.hosts.kinds import sites
 from finespun.hosts.layer import Adapted, adapted_class, plain_class
 from finespun.hosts.linear import LinearHost
 from finespun.hosts.merging import disabled, merge, unmerge
+from finespun.hosts.routing import activate, evict, rows
 from finespun.hosts.seat import unseat
 from finespun.hosts.targets import find, find_head, modules
 

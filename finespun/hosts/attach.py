@@ -1,27 +1,27 @@
-"""Put an adapter's modules into a model, choose which are active, and take them out again."""
+"""Put an adapter's modules into a model, and take them out again."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from finespun.errors import InputError, StateError, TargetError, nearest
+from finespun.hosts import passes
 from finespun.hosts.block import link
-from finespun.hosts.board import Board, Entry, Rows
+from finespun.hosts.board import Board, Entry, board_of
 from finespun.hosts.copies import CopyHost
-from finespun.hosts.flat import FlatState
 from finespun.hosts.forming import Former
 from finespun.hosts.host import Host
 from finespun.hosts.kinds import sites
 from finespun.hosts.mirror import TIE, Mirror, ties
 from finespun.hosts.seat import all_hosts, bare, children, front, seat, unseat
-from finespun.hosts.targets import modules
+from finespun.hosts.targets import modules, unread
 from finespun.structures import Delta, Plan, Scores, Structure
 
 BANKS = "finespun_banks"
+WRAPPERS = {"OptimizedModule", "DataParallel", "DistributedDataParallel", "FSDPModule",
+            "FullyShardedDataParallel"}  # fmt: skip
 
 
 class Banks(nn.ModuleDict):
@@ -30,14 +30,6 @@ class Banks(nn.ModuleDict):
 
     def forward(self, x: Any) -> Any:
         return x
-
-
-def board_of(model: nn.Module) -> Board:
-    """The model's board. Raises StateError when nothing was ever adapted."""
-    board = model.__dict__.get("_finespun_board")
-    if not isinstance(board, Board):
-        raise StateError(f"this {type(model).__name__} has no adapters; adapt or load one first")
-    return board
 
 
 def hosts_of(model: nn.Module, name: str | None = None) -> dict[str, Host]:
@@ -79,10 +71,16 @@ def register(model: nn.Module, entry: Entry) -> None:
     if bad or not entry.name:
         raise InputError(f"adapter name {entry.name!r} must be non-empty and hold none of . : /")
     if "_finespun_board" not in model.__dict__:
+        wrapped = {c.__name__ for c in type(model).__mro__} & WRAPPERS
+        if wrapped:
+            raise StateError(
+                f"the model is wrapped by {', '.join(sorted(wrapped))} already: adapt or load "
+                "before that, so that its new parameters are seen there and keep their names"
+            )
         model.__dict__["_finespun_board"] = Board()
         model.__dict__["_finespun_hooks"] = (
-            model.register_forward_pre_hook(_enter),
-            model.register_forward_hook(_leave, always_call=True),
+            model.register_forward_pre_hook(passes.enter, with_kwargs=True),
+            model.register_forward_hook(passes.leave, always_call=True),
         )
     board = board_of(model)
     board.check_in_place()
@@ -94,11 +92,17 @@ def register(model: nn.Module, entry: Entry) -> None:
 
 
 def check_trained(model: nn.Module, targets: Sequence[str], trained: Sequence[str]) -> None:
-    """Raise TargetError unless every trained module exists and holds no target."""
+    """Raise TargetError unless every trained module exists, is called, and holds no target."""
     known = modules(model)
     for name in trained:
         if name not in known:
             raise TargetError(f"no module is called {name!r} to train; {nearest(name, known)}")
+        parent = unread(model, known, name)
+        if parent is not None:
+            raise TargetError(
+                f"{name!r} lies in a {parent}, whose fast path reads its numbers without calling "
+                "it: a trained copy would do nothing; train the whole layer or its parent"
+            )
         for target in targets:
             if target == name or target.startswith(name + "."):
                 raise TargetError(
@@ -222,17 +226,6 @@ def _parts(entry: Entry) -> Iterator[tuple[str, nn.Module]]:
         yield f"trained/{name}/", module
 
 
-def evict(model: nn.Module, name: str) -> None:
-    """Keep only the flat tensor of an inactive adapter; its modules are made anew when needed."""
-    board = board_of(model)
-    entry = board[name]
-    if name in board.merged or any(name == active for active, _ in board.active):
-        raise StateError(f"{name!r} is active; activate another adapter before evicting it")
-    if entry.live:
-        entry.flat = FlatState.pack(tensors_of(entry))
-        _take_out(model, entry)
-
-
 def remove(model: nn.Module, name: str) -> None:
     """Forget an adapter and restore every module that carries none; the last one restores the
     model itself."""
@@ -240,8 +233,10 @@ def remove(model: nn.Module, name: str) -> None:
     entry = board[name]
     if name in board.merged:
         raise StateError(f"{name!r} is merged; unmerge it before detaching")
+    if board.rows is not None and name in board.rows.names:
+        raise StateError(f"{name!r} serves rows; leave rows() before detaching it")
     board.active = tuple((n, w) for n, w in board.active if n != name)
-    _take_out(model, entry)
+    take_out(model, entry)
     del board.entries[name]
     if not board.entries:
         for hook in model.__dict__.pop("_finespun_hooks"):
@@ -249,7 +244,8 @@ def remove(model: nn.Module, name: str) -> None:
         del model.__dict__["_finespun_board"]
 
 
-def _take_out(model: nn.Module, entry: Entry) -> None:
+def take_out(model: nn.Module, entry: Entry) -> None:
+    """Take an adapter's modules out of the layers and forget them."""
     for host in hosts_of(model, entry.name).values():
         unseat(host, entry.name)
     known = modules(model)
@@ -270,60 +266,3 @@ def _take_bank(model: nn.Module, entry: Entry) -> None:
         if not banks:
             del model._modules[BANKS]
     entry.bank = None
-
-
-def _former(model: nn.Module) -> list[Former]:
-    board = board_of(model)
-    routed = () if board.rows is None else board.rows.names
-    names = {n for n, _ in board.in_force()} | {n for n in routed if n is not None}
-    return [f for n in names if (f := board.entries[n].former) is not None]
-
-
-def _enter(model: nn.Module, args: Any) -> None:
-    if not torch.compiler.is_compiling():
-        board_of(model).enter()
-    for former in _former(model):
-        former.enter()
-
-
-def _leave(model: nn.Module, args: Any, output: Any) -> None:
-    if not torch.compiler.is_compiling():
-        board_of(model).leave()
-    for former in _former(model):
-        former.leave()
-
-
-def activate(model: nn.Module, wanted: str | Sequence[str] | Mapping[str, float] | None) -> None:
-    """Make these adapters act, with weights where a mapping is given; None is the base alone."""
-    board = board_of(model)
-    weights = board.weights(wanted)
-    for name, _ in weights:
-        materialise(model, board[name])
-    board.active = weights
-
-
-@contextmanager
-def rows(
-    model: nn.Module, names: Sequence[str | None], lengths: Sequence[int] | None = None
-) -> Iterator[None]:
-    """Inside the block, row i of a batch uses adapter names[i], or the base where it is None.
-
-    With `lengths`, names[i] serves the next lengths[i] positions of a packed batch instead. Layers
-    that see neither so many rows (or a multiple: beams) nor positions raise StateError.
-    """
-    board = board_of(model)
-    if board.merged:
-        raise StateError(f"{', '.join(board.merged)} is merged into the weights; unmerge it first")
-    if isinstance(names, str) or not all(n is None or isinstance(n, str) for n in names):
-        raise InputError(f"rows takes a list with a name, or None, for each row, not {names!r}")
-    if lengths is not None and (len(lengths) != len(names) or min(lengths, default=1) < 0):
-        raise InputError(f"{len(names)} names need as many lengths >= 0, not {list(lengths)}")
-    for name in {n for n in names if n is not None}:
-        materialise(model, board[name])
-    with board.guard():
-        before = board.rows
-        board.rows = Rows(tuple(names), None if lengths is None else tuple(lengths))
-        try:
-            yield
-        finally:
-            board.rows = before

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from finespun.hosts.forming import Former
 from finespun.structures import Bank, Delta, Plan, Structure
 
 Weights = tuple[tuple[str, float], ...]
+LOCK = Lock()
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Entry:
     bank: Bank | None = None
     flat: FlatState | None = None
     former: Former | None = None
+    watched: bool = False
 
     @property
     def live(self) -> bool:
@@ -58,22 +60,36 @@ class Entry:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which adapter serves which part of a batch: names[i] for row i, or, with `lengths`, for the
-    next lengths[i] positions of a packed batch; None is the base."""
+    """Which adapter serves which part of a batch: names[i] for row i, or for the next `repeat`
+    rows, or for the next lengths[i] positions of a packed batch; None is the base."""
 
     names: tuple[str | None, ...]
     lengths: tuple[int, ...] | None = None
+    repeat: int = 1
     found: dict[Any, list[tuple[str, Tensor]]] = field(default_factory=dict, compare=False)
 
     def index(self, count: int, module: str, device: torch.device) -> list[tuple[str, Tensor]]:
         """For `count` rows or positions: each adapter's numbers, those of the base left out.
 
-        Rows are repeated as blocks where a layer sees a multiple of them (beams, flattened tokens).
-        Raises StateError where they cannot be mapped.
+        Rows are repeated as blocks where a layer sees a multiple of those that the model was given
+        (beams, flattened tokens). Raises StateError where they cannot be mapped.
         """
         if (count, device) not in self.found:
             self.found[count, device] = self._map(count, module, device)
         return self.found[count, device]
+
+    def check(self, count: int, several: bool) -> None:
+        """Raise StateError unless a batch of `count` rows is what the names say; `several` allows
+        any multiple of it."""
+        said = len(self.names) * self.repeat
+        if self.lengths is None and count != said and not (several and said and count % said == 0):
+            times = count // max(len(self.names), 1)
+            hint = f"repeat={times} if each serves {times} rows in turn, or name every row"
+            fits = self.names and count % len(self.names) == 0
+            raise StateError(
+                f"the model was given {count} rows while rows() names {said}: "
+                + (hint if fits else "give one name, or None, for each row")
+            )
 
     def _map(self, count: int, module: str, device: torch.device) -> list[tuple[str, Tensor]]:
         if self.lengths is not None and count != sum(self.lengths):
@@ -112,6 +128,8 @@ class Board:
         self.gathered: str | None = None
         self.owner: int | None = None
         self.running: dict[int, int] = {}
+        self.several = False
+        self.traced: tuple[Weights, Rows | None] | None = None
 
     def check_in_place(self) -> None:
         """Raise StateError while units of the weights stand in another place than they belong."""
@@ -121,9 +139,25 @@ class Board:
     def enter(self) -> None:
         """This thread begins a forward pass of the root."""
         me = get_ident()
-        if self.owner not in (None, me):
-            raise StateError("another thread is inside rows() or disabled() on this model: wait")
-        self.running[me] = self.running.get(me, 0) + 1
+        with LOCK:
+            if self.owner not in (None, me):
+                raise StateError(
+                    "another thread is inside rows() or disabled() on this model: wait"
+                )
+            self.running[me] = self.running.get(me, 0) + 1
+        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+            self.traced = self.in_force(), self.rows
+
+    def check_recomputed(self) -> None:
+        """Raise StateError where a backward pass would recompute activations with other adapters,
+        strengths or rows than the last forward pass had: its gradients would be another model's."""
+        if torch._C._current_graph_task_id() == -1 or self.traced is None:
+            return
+        if self.traced != (self.in_force(), self.rows):
+            raise StateError(
+                "the backward pass recomputes activations, but what is active has changed since "
+                "the forward pass: call backward() before activate(), and inside rows()"
+            )
 
     def leave(self) -> None:
         """This thread has ended a forward pass of the root."""
@@ -137,13 +171,21 @@ class Board:
     def guard(self) -> Iterator[None]:
         """Around a change of what the layers do."""
         me, before = get_ident(), self.owner
-        if before not in (None, me) or self.running.keys() - {me}:
-            raise StateError("another thread is using this model: rows() and disabled() must wait")
-        self.owner = me
+        with LOCK:
+            if before not in (None, me) or self.running.keys() - {me}:
+                raise StateError(
+                    "another thread is using this model: activate(), rows(), disabled() must wait"
+                )
+            self.owner = me
         try:
             yield
         finally:
             self.owner = before
+
+    def used(self, name: str) -> bool:
+        """Whether the adapter acts: it is active, merged, or serves rows."""
+        routed = () if self.rows is None else self.rows.names
+        return name in self.merged or name in routed or any(name == n for n, _ in self.active)
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self.entries:
@@ -176,3 +218,11 @@ class Board:
             for name, weight in self.active
             if name not in self.merged
         )
+
+
+def board_of(model: nn.Module) -> Board:
+    """The model's board. Raises StateError when nothing was ever adapted."""
+    board = model.__dict__.get("_finespun_board")
+    if not isinstance(board, Board):
+        raise StateError(f"this {type(model).__name__} has no adapters; adapt or load one first")
+    return board

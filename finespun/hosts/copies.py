@@ -37,6 +37,7 @@ class CopyHost:
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             self.ran = True
+            self.board.check_recomputed()
         copies = self.copies()
         if self.board.rows is not None:
             return self._by_rows(base, copies, self.board.rows, *args, **kwargs)

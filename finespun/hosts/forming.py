@@ -1,6 +1,7 @@
 """All layers' factors in one product: when they are formed, and how long they stay valid."""
 
 from collections.abc import Sequence
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from finespun.structures import Delta, Structure
 
 Factors = tuple[Tensor, Tensor]
+LOCK = Lock()
 
 
 class Former:
@@ -16,8 +18,10 @@ class Former:
 
     With gradients they are formed when the root module is entered, and recomputation inside a
     backward pass reuses them; where the root is not entered (a method beside forward, a part called
-    on its own) every layer forms its own, as it does under compilation and torch.func transforms.
-    Without gradients they stay until a trained number changes.
+    on its own) every layer forms its own, as it does under compilation and torch.func transforms,
+    in a second thread while a first is inside, and in the recomputation of layers that ran without
+    gradients inside a pass that has them: reentrant checkpointing. Without gradients they stay
+    until a trained number changes.
     """
 
     def __init__(self, structure: Structure, deltas: Sequence[Delta]) -> None:
@@ -31,20 +35,36 @@ class Former:
         self.deltas: list[Delta] = state["deltas"]
         self.place = {id(delta): i for i, delta in enumerate(self.deltas)}
         self.formed: list[Factors] = []
+        self.still: list[Factors] = []
         self.versions: list[tuple[object, ...]] = []
-        self.inside = False
+        self.owner: int | None = None
+        self.grown = False
+        self.blind: set[int] = set()
+
+    @property
+    def inside(self) -> bool:
+        """Whether a forward pass of the root is under way."""
+        return self.owner is not None
 
     def enter(self) -> None:
         """The root module begins a forward pass."""
         if _traced():
             return
-        if torch.is_grad_enabled() or not all(map(self._current, range(len(self.deltas)))):
-            self._form()
-        self.inside = True
+        with LOCK:
+            if self.owner not in (None, get_ident()):
+                return
+            self.owner = get_ident()
+        self.grown = torch.is_grad_enabled()
+        if self.grown:
+            self.blind.clear()
+            self.formed = self._form()
+        elif not all(map(self._current, range(len(self.deltas)))):
+            self._settle()
 
     def leave(self) -> None:
         """The root module has ended a forward pass, normally or by an exception."""
-        self.inside = False
+        if not _traced() and self.owner == get_ident():
+            self.owner = None
 
     def factors(self, delta: Delta) -> Factors | None:
         """A and B of one delta, gate and exact start applied, or None: form it alone."""
@@ -53,32 +73,41 @@ class Former:
         place = self.place.get(id(delta))
         if place is None:
             return None
-        if not self.inside and not self._recomputing():
-            if torch.is_grad_enabled():
-                self.formed, self.versions = [], []
-            elif not self._current(place):
-                self._form()
-        if not self.formed:
+        mine, grad, recomputing = self.owner == get_ident(), torch.is_grad_enabled(), _recomputing()
+        if recomputing:
+            pairs = [] if place in self.blind else self.formed
+        elif self.inside and not mine:
             return None
-        A, B = self.formed[place]
-        lost = (
-            torch.is_grad_enabled() and delta.training and not (A.requires_grad or B.requires_grad)
-        )
-        return None if lost else self.deltas[place].complete((A, B))
-
-    @staticmethod
-    def _recomputing() -> bool:
-        return torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
+        elif mine and self.grown:
+            pairs = self.formed
+            if not grad:
+                self.blind.add(place)
+        elif grad:
+            pairs = self.formed = []
+        else:
+            if not self._current(place):
+                self._settle()
+            pairs = self.still
+        return self.deltas[place].complete(pairs[place]) if pairs else None
 
     def _current(self, place: int) -> bool:
         """Whether what was formed without gradients still holds for one delta."""
         return bool(self.versions) and self.versions[place] == _version(self.deltas[place])
 
-    def _form(self) -> None:
-        sharded = any(type(p) is not nn.Parameter for d in self.deltas for p in _numbers(d))
-        self.formed = [] if sharded else self.structure.form(self.deltas)
-        keep = not torch.is_grad_enabled() and not sharded
-        self.versions = [_version(delta) for delta in self.deltas] if keep else []
+    def _sharded(self) -> bool:
+        return any(type(p) is not nn.Parameter for d in self.deltas for p in _numbers(d))
+
+    def _form(self) -> list[Factors]:
+        return [] if self._sharded() else self.structure.form(self.deltas)
+
+    def _settle(self) -> None:
+        """Form what holds until a number changes."""
+        self.still = self._form()
+        self.versions = [_version(delta) for delta in self.deltas] if self.still else []
+
+
+def _recomputing() -> bool:
+    return torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
 
 
 def _traced() -> bool:

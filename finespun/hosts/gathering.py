@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finespun.errors import StateError
-from finespun.hosts.attach import board_of
-from finespun.hosts.board import Entry
+from finespun.hosts.board import Entry, board_of
 from finespun.hosts.coupling import Family, family, width
 from finespun.hosts.host import Host
 from finespun.hosts.kinds import sites

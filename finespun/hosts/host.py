@@ -6,6 +6,7 @@ always from the original W0. The layer knows no method by name: it picks the fus
 delta has factors, else `through`, else the dense form; with a hook on the delta, its `forward`.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -50,16 +51,37 @@ class Host:
     def shape(self) -> SiteShape:
         raise NotImplementedError
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Host":
+        """A host goes with its layer: copied with the model, shared by a copy of a delta alone."""
+        if id(self.layer) not in memo and id(self.board) not in memo:
+            return self
+        twin = memo[id(self)] = copy.copy(self)
+        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        return twin
+
     @property
     def dtype(self) -> torch.dtype:
-        return self.read(self.stored()).dtype
+        return self.layer.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.stored()[0].device
+        """Where the layer computes."""
+        if self._offloaded():
+            return torch.device(self.layer._hf_hook.execution_device)
+        return self.layer.weight.device
+
+    def _offloaded(self) -> bool:
+        """Whether accelerate has taken the weight away until the layer runs."""
+        return "_hf_hook" in self.layer.__dict__ and self.layer.weight.is_meta
 
     def stored(self) -> Stored:
-        """The layer's present weight and bias as they lie in memory, to be kept by pointer."""
+        """The layer's present weight and bias as they lie in memory, to be kept by pointer. Raises
+        StateError where they are offloaded."""
+        if self._offloaded():
+            raise StateError(
+                f"{self.name!r} is offloaded: its weight cannot be read or merged. Use a structure "
+                "with factors, such as lora or lsr, or load the model without offloading"
+            )
         bias = getattr(self.layer, "bias", None)
         return self.layer.weight.data, bias.data if isinstance(bias, Tensor) else None
 
@@ -72,6 +94,10 @@ class Host:
     def read(self, stored: Stored) -> Tensor:
         """What is stored, as a weight (out, in)."""
         return stored[0]
+
+    def read_bias(self, stored: Stored) -> Tensor | None:
+        """What is stored, as a bias (out,)."""
+        return stored[1]
 
     def exchange(self, kept: Kept) -> Kept:
         """Put back what was kept: the very tensors, or single entries of the weight. Returns what
@@ -102,7 +128,7 @@ class Host:
 
     def bias(self) -> Tensor | None:
         """b0 (out,), whatever is merged."""
-        return self._original()[1]
+        return self.read_bias(self._original())
 
     def multiply(self, x: Tensor, W: Tensor) -> Tensor:
         """x times W (out, in), without the bias."""
@@ -147,6 +173,7 @@ class Host:
         """The adapted output for x, where `base` computes the layer's own."""
         if not torch.compiler.is_compiling():
             self.ran = True
+            self.board.check_recomputed()
         if self.board.rows is not None:
             return self._by_rows(base, x, self.board.rows)
         found = self.held()

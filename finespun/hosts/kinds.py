@@ -16,7 +16,7 @@ from finespun.hosts.linear import LinearHost, QuantisedHost, TransposedHost
 from finespun.hosts.parts import PartHost
 from finespun.hosts.quantised import quantised
 from finespun.hosts.seat import host_at
-from finespun.hosts.targets import modules
+from finespun.hosts.targets import modules, unread
 from finespun.structures import Structure
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
@@ -46,11 +46,11 @@ def _site(
     own = host_at(module, part)
     if own is not None:
         return own
-    parent = known.get(name.rpartition(".")[0], model)
-    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+    parent = unread(model, known, name)
+    if parent is not None:
         raise TargetError(
-            f"{name!r} lies in a {plain_class(parent).__name__}, whose fast path reads the "
-            "weight without calling the layer: an adapter there would do nothing"
+            f"{name!r} lies in a {parent}, whose fast path reads the weight without calling the "
+            "layer: an adapter there would do nothing"
         )
     if structure.site_kind == "block" and not _is_layer(module):
         if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
@@ -73,8 +73,24 @@ def _is_layer(module: nn.Module) -> bool:
     return plain or (plain_class(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
+def _check_weight(module: nn.Module, name: str) -> None:
+    """Raise TargetError for a layer whose weight is no parameter, or is quantised past reading."""
+    if "weight" not in module._parameters:
+        raise TargetError(
+            f"{name!r} computes its weight anew in every forward pass (weight_norm, pruning, "
+            "parametrize): make it a parameter first, as remove_parametrizations does"
+        )
+    if quantised(module) and not isinstance(module, nn.Linear):
+        raise TargetError(
+            f"{name!r} is a quantised {plain_class(module).__name__}; of quantised layers only "
+            "linear ones can be adapted"
+        )
+
+
 def _host(module: nn.Module, name: str, board: Board) -> Host:
     cls = plain_class(module)
+    if _is_layer(module):
+        _check_weight(module, name)
     if issubclass(cls, nn.Linear):
         return (QuantisedHost if quantised(module) else LinearHost)(module, name, board)
     if cls.__name__ == "Conv1D" and hasattr(module, "nf"):
@@ -83,4 +99,6 @@ def _host(module: nn.Module, name: str, board: Board) -> Host:
         return ConvHost(module, name, board)
     if issubclass(cls, nn.Embedding):
         return EmbeddingHost(module, name, board)
-    raise TargetError(f"{name!r} is a {cls.__name__}; what can be adapted: {KINDS}")
+    raise TargetError(
+        f"{name!r} is a {cls.__module__}.{cls.__name__}; what can be adapted: {KINDS}"
+    )

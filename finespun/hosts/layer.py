@@ -4,12 +4,18 @@ from typing import Any
 
 from torch import nn
 
+OWN = "_finespun_forward"
+
 
 class Adapted(nn.Module):
-    """Mixin: every forward goes through the object that stands beside the module."""
+    """Mixin: every forward goes through the object that stands beside the module. Its base is the
+    class's forward, or the one that somebody had put on the object itself."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_finespun"].forward(super().forward, *args, **kwargs)
+        if "_finespun" not in self.__dict__:  # called by who kept this method beyond the adapter
+            return type(self).forward(self, *args, **kwargs)
+        base = self.__dict__[OWN] if OWN in self.__dict__ else super().forward
+        return self.__dict__["_finespun"].forward(base, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty, (plain_class(self),), self.__dict__

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finespun.hosts.host import Base, Host, Stored, hooked
-from finespun.hosts.layer import plain_class
+from finespun.hosts.layer import OWN, plain_class
 from finespun.hosts.quantised import dequantise, quantised
 from finespun.kernels.lowrank import low_rank_linear, low_rank_reference
 from finespun.structures import Delta, SiteShape
@@ -46,7 +46,9 @@ class LinearHost(Host):
 
     def _alone(self, base: Base, x: Tensor, delta: Delta, strength: float) -> Tensor:
         """The fused kernel, base product included, where the layer's own forward is nn.Linear's."""
-        own = plain_class(self.layer).forward is nn.Linear.forward
+        own = (
+            plain_class(self.layer).forward is nn.Linear.forward and OWN not in self.layer.__dict__
+        )
         if "low_rank" not in delta.written or not own or hooked(delta):
             return super()._alone(base, x, delta, strength)
         pair = self._formed(delta)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from finespun.errors import InputError, StateError
-from finespun.hosts.attach import board_of, hosts_of, materialise
-from finespun.hosts.board import Board, Kept, Patch
+from finespun.hosts.attach import hosts_of, materialise
+from finespun.hosts.board import Board, Kept, Patch, board_of
 from finespun.hosts.host import Host, Stored
 from finespun.hosts.mirror import Mirror
 from finespun.hosts.parts import PartHost
@@ -186,7 +186,7 @@ def _fold(
     ]
     if not active:
         return
-    weight, bias = host.read(stored), stored[1]
+    weight, bias = host.read(stored), host.read_bias(stored)
     plain = in_place and host.writable
     if patch is not None:
         W = weight if plain else weight.clone()

@@ -52,9 +52,8 @@ class PartHost(LinearHost):
     def read(self, stored: Stored) -> Tensor:
         return self.whole.read(stored)[self.start : self.end]
 
-    def bias(self) -> Tensor | None:
-        whole = super().bias()
-        return None if whole is None else whole[self.start : self.end]
+    def read_bias(self, stored: Stored) -> Tensor | None:
+        return None if stored[1] is None else stored[1][self.start : self.end]
 
     def write(self, W: Tensor, bias: Tensor | None = None) -> None:
         stored = self.whole.stored()
@@ -74,6 +73,9 @@ class PartHost(LinearHost):
 
     def held(self) -> dict[str, Any]:
         return self.deltas().__dict__["_modules"]
+
+    def _around(self, delta: Any) -> bool:
+        return False  # the base was computed for the whole layer, for the x that it was given
 
     def _alone(self, base: Base, x: Tensor, delta: Any, strength: float) -> Tensor:
         return Host._alone(self, base, x, delta, strength)

@@ -1,6 +1,7 @@
 """Seating: putting modules of adapters into the layers of a model, and taking them out."""
 
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -8,10 +9,12 @@ from torch import nn
 from finespun.errors import StateError, TargetError
 from finespun.hosts.copies import CopyHost
 from finespun.hosts.host import Host
-from finespun.hosts.layer import Adapted, adapted_class, plain_class
+from finespun.hosts.layer import OWN, Adapted, adapted_class, plain_class
 from finespun.hosts.parts import PartHost, PartsHost
 from finespun.hosts.targets import modules
 from finespun.structures import Delta
+
+HOOKED = "_old_forward"  # where accelerate's hooks keep the forward that they call
 
 
 def host_at(module: nn.Module, part: str = "") -> Host | None:
@@ -77,7 +80,29 @@ def front(module: nn.Module, host: Any, child: str) -> nn.ModuleDict:
         module._modules[child] = nn.ModuleDict().train(module.training)
         module.__dict__["_finespun"] = host
         module.__class__ = adapted_class(type(module))
+        _take_forward(module)
     return children(module, child)
+
+
+def _take_forward(module: nn.Module) -> None:
+    """A forward on the object itself hides that of its class: it becomes the base. Where accelerate
+    put it there, the adapted forward goes inside, so that it sees weights that are loaded and
+    inputs that were moved."""
+    own = module.__dict__
+    if HOOKED in own:
+        own[OWN], own[HOOKED] = own[HOOKED], MethodType(Adapted.forward, module)
+    elif "forward" in own:
+        own[OWN] = own.pop("forward")
+
+
+def _give_forward(module: nn.Module) -> None:
+    """Put back what `_take_forward` took; hooks that came later call the class's own forward."""
+    own = module.__dict__
+    key = HOOKED if HOOKED in own else "forward"
+    if OWN in own:
+        own[key] = own.pop(OWN)
+    elif getattr(own.get(key), "__func__", None) is Adapted.forward:
+        own[key] = MethodType(plain_class(module).forward, module)
 
 
 def bare(module: nn.Module, child: str) -> None:
@@ -87,6 +112,7 @@ def bare(module: nn.Module, child: str) -> None:
             f"a {type(module).__name__} cannot be given its own class back: "
             f"{type(module).__mro__[0].__name__} was put in front of it after it was adapted"
         )
+    _give_forward(module)
     module.__class__ = plain_class(module)
     del module._modules[child]
     del module.__dict__["_finespun"]

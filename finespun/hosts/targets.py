@@ -13,6 +13,7 @@ OWN = ("deltas", "copies", "finespun_banks")
 HEADS = ("classifier", "score", "qa_outputs", "classification_head", "head", "fc")
 ATTENTION = re.compile(r"att(ention|n)(?!s)", re.IGNORECASE)
 NUMBERED = re.compile(r"\.(\d+)(?:\.|$)")
+UNREAD = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 IN_FRONT = re.compile(r"^(\d+)(?:\.|$)")
 
 
@@ -81,18 +82,38 @@ def _match(model: nn.Module, known: dict[str, nn.Module], target: str, regex: bo
         found = [n for n in known if _pattern(target).fullmatch(n)]
     else:
         found = [n + colon + part for n in known if _ends(n, base)]
+    if not found and target in WORDS:
+        raise TargetError(_none_for(model, known, target))
     if not found:
         raise TargetError(f"no module is called {target!r}; {_suggest(model, base, known)}")
     return found
+
+
+def _none_for(model: nn.Module, known: dict[str, nn.Module], word: str) -> str:
+    linear = [n for n, m in known.items() if isinstance(m, nn.Linear)]
+    inside = next((p for n in linear if (p := unread(model, known, n)) is not None), None)
+    if inside is not None:
+        return (
+            f"{word!r} finds no layer: those in a {inside} cannot be adapted, because its fast "
+            "path reads weights without calling the layers"
+        )
+    kinds = sorted({type(m).__name__ for m in known.values() if "weight" in m._parameters})
+    has = f"it has {', '.join(kinds)}: name some" if kinds else "it has none"
+    return f"{word!r} finds no such layer in this {type(model).__name__}; {has}"
+
+
+def unread(model: nn.Module, known: dict[str, nn.Module], name: str) -> str | None:
+    """The class that a module lies in where that reads the module's numbers without calling it,
+    as torch's own attention and encoder layer do on their fast path; else None."""
+    parent = known.get(name.rpartition(".")[0], model)
+    return next((cls.__name__ for cls in UNREAD if isinstance(parent, cls)), None)
 
 
 def _is_kind(
     model: nn.Module, known: dict[str, nn.Module], name: str, module: nn.Module, word: str
 ) -> bool:
     linear = isinstance(module, nn.Linear) or type(module).__name__.endswith("Conv1D")
-    parent = known.get(name.rpartition(".")[0], model)
-    unread = isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer)
-    if not linear or unread or _is_head(model, name, module):
+    if not linear or unread(model, known, name) or _is_head(model, name, module):
         return False
     if word == "all-linear":
         return True
@@ -142,4 +163,5 @@ def _is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
     outputs = (
         getattr(model, f"get_{w}", lambda: None)() for w in ("output_embeddings", "classifier")
     )
-    return any(module is output for output in outputs) or name in find_head(model)
+    inside = any(name == head or name.startswith(head + ".") for head in find_head(model))
+    return inside or any(module is output for output in outputs)

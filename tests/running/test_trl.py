@@ -198,3 +198,20 @@ def test_a_head_that_trl_reads_past_is_named_by_the_driver(tmp_path):
     )
     with pytest.raises(TrainingError, match=r"1 of 4 layers never ran.*: lm_head;"):
         trainer.train()
+
+
+@pytest.mark.parametrize("how", ["adapted", "trained whole"])
+def test_a_head_that_trl_reads_past_is_warned_of_without_a_driver(tmp_path, how):
+    model = built("llama")
+    if how == "adapted":
+        fs.adapt(model, fs.LSR(rank=4, separation_rank=3), ["q_proj", "lm_head"])
+    else:
+        fs.adapt(model, fs.LSR(rank=4, separation_rank=3), ["q_proj"], train=["lm_head"])
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**options(tmp_path, max_length=16)),
+        train_dataset=Dataset.from_list([{"input_ids": [4, 5, 6, 7]}] * 2),
+        processing_class=tokenizer(),
+    )
+    with pytest.warns(UserWarning, match="'default' acts at 'lm_head', which this model did not"):
+        trainer.train()

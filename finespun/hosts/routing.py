@@ -1,0 +1,95 @@
+"""Which adapters act: the same for the whole batch, or another for each row; which may sleep."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from finespun.errors import InputError, StateError
+from finespun.hosts.attach import materialise, take_out, tensors_of
+from finespun.hosts.board import Board, Rows, board_of
+from finespun.hosts.flat import FlatState
+
+
+def activate(model: nn.Module, wanted: str | Sequence[str] | Mapping[str, float] | None) -> None:
+    """Make these adapters act, with weights where a mapping is given; None is the base alone.
+    Raises StateError while another thread runs the model."""
+    board = board_of(model)
+    weights = board.weights(wanted)
+    with board.guard():
+        for name, _ in weights:
+            materialise(model, board[name])
+        board.active = weights
+
+
+def evict(model: nn.Module, name: str) -> None:
+    """Keep only the flat tensor of an inactive adapter; its modules are made anew when needed."""
+    board = board_of(model)
+    entry = board[name]
+    if board.used(name):
+        raise StateError(f"{name!r} is active; activate another adapter before evicting it")
+    if entry.live:
+        entry.flat = FlatState.pack(tensors_of(entry))
+        take_out(model, entry)
+
+
+@contextmanager
+def rows(
+    model: nn.Module,
+    names: Sequence[str | None],
+    lengths: Sequence[int] | None = None,
+    repeat: int = 1,
+) -> Iterator[None]:
+    """Inside the block, row i of a batch uses adapter names[i], or the base where it is None.
+
+    A batch has as many rows as there are names, or `repeat` times as many where each name serves
+    that many in turn; `generate` repeats rows by itself, for beams or several answers. With
+    `lengths`, names[i] serves the next lengths[i] positions of a packed batch instead. Another
+    number of rows or positions raises StateError, and so does a layer that cannot tell them apart.
+    """
+    board = board_of(model)
+    if board.merged:
+        raise StateError(f"{', '.join(board.merged)} is merged into the weights; unmerge it first")
+    if isinstance(names, str) or not all(n is None or isinstance(n, str) for n in names):
+        raise InputError(f"rows takes a list with a name, or None, for each row, not {names!r}")
+    if lengths is not None and (len(lengths) != len(names) or min(lengths, default=1) < 0):
+        raise InputError(f"{len(names)} names need as many lengths >= 0, not {list(lengths)}")
+    if repeat < 1 or (lengths is not None and repeat != 1):
+        raise InputError(f"repeat={repeat} must be at least 1, and 1 where lengths are given")
+    for name in {n for n in names if n is not None}:
+        materialise(model, board[name])
+    with board.guard(), _generating(model, board):
+        before = board.rows
+        board.rows = Rows(tuple(names), None if lengths is None else tuple(lengths), repeat)
+        try:
+            yield
+        finally:
+            board.rows = before
+
+
+@contextmanager
+def _generating(model: nn.Module, board: Board) -> Iterator[None]:
+    """Let the board know while the model's `generate` runs, which repeats the rows it is given."""
+    inner = getattr(model, "generate", None)
+    if inner is None:
+        yield
+        return
+
+    @functools.wraps(inner)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        before, board.several = board.several, True
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            board.several = before
+
+    own = model.__dict__
+    hidden = {"generate": own["generate"]} if "generate" in own else {}
+    own["generate"] = generate
+    try:
+        yield
+    finally:
+        del own["generate"]
+        own.update(hidden)
