@@ -1,9 +1,11 @@
 """What the tests of single methods share: sites, stirred deltas, PEFT's layers, fingerprints."""
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from peft import PeftConfig, get_peft_model
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -54,6 +56,31 @@ def give(frozen: Frozen, tensor: Tensor) -> None:
 def fingerprint(tensor: Tensor) -> str:
     """Sixteen hexadecimal digits of SHA-256 over the bytes of a tensor."""
     return hashlib.sha256(tensor.detach().contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def size_of_file(*deltas: Delta) -> int:
+    """Bytes of a safetensors file with the saved numbers of the deltas and their bank."""
+    named = {f"delta/{d.site.shape.name}/{k}": v for d in deltas for k, v in d.state_dict().items()}
+    if deltas[0].bank is not None:
+        named |= {f"bank/{k}": v for k, v in deltas[0].bank.state_dict().items()}
+    return len(save({k: v.float().contiguous() for k, v in named.items()}))
+
+
+def largest_tensor(run: Callable[[], object]) -> int:
+    """Numbers in the greatest tensor that any operation makes while `run` is called."""
+
+    class Watch(TorchDispatchMode):
+        most = 0
+
+        def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+            made = call(*args, **(kwargs or {}))
+            found = [t.numel() for t in tree_leaves(made) if isinstance(t, Tensor)]
+            Watch.most = max([Watch.most, *found])
+            return made
+
+    with Watch():
+        run()
+    return Watch.most
 
 
 class Layers(nn.Module):

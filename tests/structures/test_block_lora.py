@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from peers import built, moved, rank, site, update
+from peers import built, largest_tensor, moved, rank, site, update
+from torch import nn
 
+import finespun as fs
 from finespun.errors import InputError, PlanError
 from finespun.structures import BlockLoRA, SiteShape
 
@@ -79,3 +81,51 @@ def test_what_does_not_divide_is_named():
         BlockLoRA(rank=8, blocks=3)
     with pytest.raises(PlanError, match=r"blocks=5.*in=12.*6"):
         BlockLoRA(rank=4, blocks=5, layout="input").plan([site(20, 12)])
+
+
+@pytest.mark.parametrize("layout", ["folded", "input"])
+def test_nothing_of_the_weight_s_size_is_made(layout):
+    (delta,), _, _ = built(BlockLoRA(rank=4, blocks=2, layout=layout), site(96, 96))
+    x = torch.randn(5, 96)
+    assert largest_tensor(lambda: delta(x).square().sum().backward()) < 96 * 96
+    assert largest_tensor(lambda: delta.dense(delta.base_weight())) >= 96 * 96
+
+
+class Towers(nn.Module):
+    """Two towers of two layers: pictures on one side, one text for each of ten classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 24))
+        self.told = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 24))
+
+    def forward(self, pictures, texts):
+        seen, told = (
+            nn.functional.normalize(t, dim=-1) for t in (self.seen(pictures), self.told(texts))
+        )
+        return 10 * seen @ told.T
+
+
+def test_sixteen_shots_beat_none():
+    torch.manual_seed(0)
+    model, texts, centres = Towers(), torch.randn(10, 32), torch.randn(10, 32)
+    labels = torch.arange(10).repeat_interleave(16)
+    shots, unseen = (centres[labels] + 0.7 * torch.randn(160, 32) for _ in range(2))
+
+    def accuracy():
+        return float((model(unseen, texts).argmax(1) == labels).float().mean())
+
+    before = accuracy()
+    targets = ["seen.0", "seen.2", "told.0", "told.2"]
+    adapter = fs.adapt(model, BlockLoRA(rank=4, blocks=2, alpha=8.0), targets, train=())
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(200):
+        loss = nn.functional.cross_entropy(model(shots, texts), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    windows = torch.tensor(losses).view(10, 20).mean(1)
+    assert (windows.diff() < 0).all()
+    assert accuracy() >= before + 0.10

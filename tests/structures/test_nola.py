@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peers import built, fingerprint, fit, moved, rank, site, update
+from peers import built, fingerprint, fit, moved, rank, site, size_of_file, update
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -138,6 +138,7 @@ def test_merging_keeps_what_was_learnt():
 def test_only_coefficients_are_saved():
     (delta,), _, _ = built(NOLA(k=512), site(64, 64))
     assert {k: v.numel() for k, v in delta.state_dict().items()} == {"alpha": 512, "beta": 512}
+    assert size_of_file(delta) < 8192
 
 
 def test_more_terms_than_numbers_are_refused():

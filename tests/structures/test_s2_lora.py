@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from peers import built, moved, rank, site, update
+from peers import Layers, built, moved, rank, site, size_of_file, update
 
 import finespun as fs
+from finespun.driver import Driver
 from finespun.structures import S2LoRA, SiteShape, TensorSite
 from finespun.structures.compact import compact
 from finespun.structures.s2_lora import normalise
@@ -22,8 +23,10 @@ def test_counts_of_the_comparison_table():
 
 
 def test_numbers_of_whisper_small():
-    sites = [TensorSite(f"{i}", torch.empty(768, 768, device="meta")) for i in range(144)]
+    weight = torch.zeros(1, 1).expand(768, 768)
+    sites = [TensorSite(f"{i}", weight) for i in range(144)]
     assert S2LoRA().total(S2LoRA().plan(sites)) == 53_760
+    assert size_of_file(*built(S2LoRA(), *sites)[0]) < 230_000
 
 
 def test_one_slice_for_all_shapes():
@@ -42,6 +45,35 @@ def test_only_s_moves_first():
     delta(torch.randn(3, 12)).sum().backward()
     assert torch.count_nonzero(delta.s.grad) == 6
     assert all(torch.count_nonzero(p.grad) == 0 for p in bank.parameters())
+
+
+def test_the_shared_pair_collects_the_gradients_of_all_sites():
+    deltas = moved(S2LoRA(rank=6), *SITES[:2])
+    bank, x = deltas[0].bank, torch.randn(3, 12).double()
+    pair = list(bank.parameters())
+    assert deltas[0].shared()[0].data_ptr() == deltas[1].shared()[0].data_ptr()
+    each = [torch.autograd.grad(d(x).square().sum(), pair) for d in deltas]
+    both = torch.autograd.grad(sum(d(x).square().sum() for d in deltas), pair)
+    for got, one, other in zip(both, *each):
+        torch.testing.assert_close(got, one + other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_support_that_was_switched_off_stays():
+    model = Layers((12, 10))
+    adapter = fs.adapt(model, S2LoRA(rank=6), ["fc0"], train=())
+    (delta,) = adapter.deltas.values()
+    delta.s.data.normal_()
+    for group in delta.groups("rank")[1:4]:
+        delta.switch_off(group)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1)
+    Driver(model, "default", optimizer)
+    before = delta.s.detach().clone()
+    for _ in range(5):
+        model.fc0(torch.randn(4, 10)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ((delta.s == 0) == (before == 0)).all()
+    assert (delta.s != before).sum() == 3
 
 
 def test_shrinking_is_soft_thresholding():

@@ -77,6 +77,12 @@ def test_layers_of_one_shape_share_the_network():
     assert sum(p.numel() for p in a.state_dict().values()) == 12
 
 
+def test_the_file_of_a_whole_model_is_small():
+    """32 blocks of 7 matrices, R = 16: 57 KB and the keys."""
+    (delta,), _, _ = built(TeRA(), site(256, 256))
+    assert 224 * sum(v.numel() for v in delta.state_dict().values()) * 4 == 57_344
+
+
 def test_the_network_is_the_same_everywhere():
     (delta,), _, _ = built(TeRA(rank=2, seed=1), site(6, 6))
     assert [fingerprint(f.on()) for f in (delta.U[0], delta.G)] == [

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peers import agrees, built, fingerprint, give, moved, peft, rank, site, update
+from peers import agrees, built, fingerprint, give, moved, peft, rank, site, size_of_file, update
 from peft import UniLoraConfig
 
 import finespun as fs
@@ -142,6 +142,7 @@ def test_the_map_is_the_same_everywhere():
     assert bank.index.on()[:5].tolist() == [17, 18, 1, 4, 17]
     assert fingerprint(bank.index.on()) == "cad292de3fb24a00"
     assert {n for n, _ in bank.named_parameters()} == set(bank.state_dict()) == {"theta"}
+    assert size_of_file(*built(UniLoRA(size=37), *SITES)[0]) < 4 * 37 + 8192
 
 
 @pytest.mark.slow
