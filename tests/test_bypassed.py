@@ -202,6 +202,22 @@ def test_an_offloaded_model_is_adapted_and_cannot_be_merged(structure):
         fs.adapt(model, fs.structure("dora", rank=2), ["0"], name="dora")
 
 
+@every_structure
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6)])
+def test_code_after_a_layer_may_write_into_its_output(structure, shape):
+    """Wav2Vec2 masks the output of its projection so."""
+    model, x = two_layers(), torch.randn(shape)
+    adapter = fs.adapt(model, structure, ["0"])
+    stir(adapter.parameters())
+    y = model[0](x)
+    y[..., 1] = 0.0
+    got = torch.autograd.grad(y.square().sum(), adapter.parameters())
+    kept = torch.ones(8).index_fill(0, torch.tensor([1]), 0.0)
+    wanted = torch.autograd.grad((model[0](x) * kept).square().sum(), adapter.parameters())
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a, b)
+
+
 # --- weights that are made, and wrappers ----------------------------------------------------------
 
 

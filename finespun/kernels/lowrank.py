@@ -105,7 +105,8 @@ class _LowRankLinear(torch.autograd.Function):
         y = F.linear(rows, W, b).addmm_(h, B.T, alpha=s)
         ctx.save_for_backward(x, h, W, A, B, gain, mask)
         ctx.s = s
-        return y.view(*x.shape[:-1], W.shape[0])
+        # no view: code after the layer may write into its output
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], W.shape[0]))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
