@@ -171,6 +171,74 @@ def test_wrong_parts_are_refused_and_nothing_stays(targets, message):
     assert "_finespun_board" not in model.__dict__
 
 
+# Structures of every kind of path: factors, `through`, a map of the weight, entries, a moved bias.
+PARTED = {
+    "dora": {"rank": 2},
+    "oft": {"block_size": 4},
+    "ia3": {},
+    "hira": {"rank": 2},
+    "loha": {"rank": 2},
+    "shira": {"rank": 1},
+    "unilora": {"size": 40, "bound": 0.4},
+}
+
+
+@pytest.mark.parametrize("kind", PARTED)
+def test_parts_take_every_kind_of_structure(kind):
+    """A slice's base product was made for the whole layer: no structure may go around it."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(12, 36)), torch.randn(4, 5, 12)
+    plain = copy.deepcopy(model)
+    adapter = fs.adapt(model, fs.structure(kind, **PARTED[kind]), ["0:q", "0:v"])
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    wanted = copy.deepcopy(plain)
+    for delta in adapter.deltas.values():
+        columns = slice(delta.site.start, delta.site.end)
+        wanted[0].weight.data[columns] += delta.dense(delta.base_weight()).detach()
+        if (moved := delta.bias_change()) is not None:
+            wanted[0].bias.data[columns] += moved.detach()
+    y = model(x)
+    torch.testing.assert_close(y, wanted(x), atol=2e-6, rtol=1e-5)
+    with fs.rows(model, ["default", None, "default", None]):
+        mixed = model(x)
+    torch.testing.assert_close(mixed[::2], y[::2], atol=2e-6, rtol=1e-5)
+    assert torch.equal(mixed[1::2], plain(x)[1::2])
+    for undo in ("memory", "none"):
+        adapter.merge(undo=undo)
+        torch.testing.assert_close(model(x), y, atol=2e-6, rtol=1e-5)
+        if undo == "memory":
+            adapter.unmerge()
+            assert torch.equal(model[0].weight, plain[0].weight)
+            assert torch.equal(model[0].bias, plain[0].bias)
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        fs.structure("fourierft", frequencies=9),
+        fs.structure("oft", block_size=6),
+        fs.structure("c3a", block_size=6),
+    ],
+    ids=lambda s: s.kind,
+)
+def test_a_dense_update_of_an_embedding_is_refused_with_its_size(structure):
+    model = Kinds()
+    with pytest.raises(TargetError, match="'table' its dense update would hold 360 numbers"):
+        fs.adapt(model, structure, ["table"])
+    assert "_finespun_board" not in model.__dict__
+
+
+@pytest.mark.parametrize("kind", ["embedding", "convolution"])
+def test_of_quantised_layers_only_linear_ones_are_adapted(kind):
+    layer = {"embedding": nn.Embedding(9, 4), "convolution": nn.Conv2d(4, 4, 1)}[kind]
+    grid = torch.ones(layer.weight.shape, dtype=torch.int8).as_subclass(Rounded)
+    layer.weight = nn.Parameter(grid, requires_grad=False)
+    with pytest.raises(TargetError, match="'0' is a quantised"):
+        fs.adapt(nn.Sequential(layer), fs.LoRA(rank=2), ["0"])
+
+
 def test_grouped_convolutions_and_renormalised_tables_are_refused():
     model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=4), nn.Embedding(9, 4, max_norm=1.0))
     with pytest.raises(TargetError, match="4 groups"):

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import transformers
-from tiny import DECODER, FAMILIES, built, words
+from tiny import DECODER, FAMILIES, SIZE, built, hugging, words
 from torch import nn
 
 import finespun as fs
@@ -86,7 +86,7 @@ def test_words_mean_the_layers_one_expects(family):
 
 
 @every_family
-def test_adapting_trains_merges_and_leaves_no_trace(family):
+def test_adapting_trains_saves_merges_and_leaves_no_trace(family, tmp_path):
     model, plain, call = built(family), built(family), FAMILIES[family].call
     plain.requires_grad_(False)  # attention takes another path where T5's position bias is trained
     y0 = call(plain)
@@ -102,6 +102,10 @@ def test_adapting_trains_merges_and_leaves_no_trace(family):
     driver.close()
     y = call(model).detach()
     assert (y - goal).square().mean() < before
+    adapter.save(tmp_path / "adapter")
+    fresh = built(family).requires_grad_(False)
+    fs.load(fresh, tmp_path / "adapter")
+    assert torch.equal(call(fresh), y)
 
     adapter.merge()
     torch.testing.assert_close(call(model), y, atol=2e-5, rtol=1e-4)
@@ -148,6 +152,28 @@ def test_layers_that_do_not_move_are_named_at_the_first_step():
         optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "head"),
+    [
+        ("RobertaForSequenceClassification", "RobertaConfig", "classifier.out_proj"),
+        ("BertForMaskedLM", "BertConfig", "cls.predictions.decoder"),
+        ("BertForQuestionAnswering", "BertConfig", "qa_outputs"),
+        ("ElectraForSequenceClassification", "ElectraConfig", "classifier.dense"),
+        ("LlamaForSequenceClassification", "LlamaConfig", "score"),
+        ("LlamaForCausalLM", "LlamaConfig", "lm_head"),
+    ],
+)
+def test_the_output_head_is_adapted_only_by_name(name, config, head):
+    sizes = {**DECODER, "num_hidden_layers": 1} if "Llama" in name else SIZE
+    model = hugging(name, config, **sizes)()
+    found = hosts.find(model, "all-linear")
+    assert head not in found
+    assert hosts.find(model, [head]) == [head]
+    assert hosts.find(model, ["all-linear", head]) == [*found, head]
+    adapter = fs.adapt(model, fs.LoRA(rank=1), [head], train=())
+    assert list(adapter.deltas) == [head]
+
+
 def test_numbers_in_front_count_where_there_are_no_others():
     model = nn.Sequential(*(nn.Sequential() for _ in range(3)))
     for i, block in enumerate(model):
@@ -167,6 +193,12 @@ def test_numbers_in_front_count_where_there_are_no_others():
             "gate_up_proj",
         ),
         ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 4}, "down_proj"),
+        (
+            "GptOssForCausalLM",
+            "GptOssConfig",
+            {"num_local_experts": 4, "num_experts_per_tok": 2},
+            "gate_up_proj",
+        ),
     ],
 )
 def test_fused_experts_are_refused_by_name(name, config, options, fused):
