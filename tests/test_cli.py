@@ -332,13 +332,26 @@ def test_env(capsys: Captured) -> None:
 
 # --- as a program --------------------------------------------------------------------------------
 def test_help_loads_no_heavy_package() -> None:
-    """Asking for help must not wait for transformers, polars or pydantic."""
+    """Asking for help must not wait for torch, transformers, polars or pydantic."""
     code = (
         "import sys; from finespun.cli.app import run; run(['train', '--help']); "
-        "print([m for m in ('transformers', 'polars', 'pydantic', 'yaml') if m in sys.modules])"
+        "heavy = ('torch', 'transformers', 'polars', 'pydantic', 'yaml'); "
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_packages_that_talk_while_they_load_are_kept_quiet() -> None:
+    """torchao and torch warn of kernels that nobody asked for; what is an error is still told."""
+    code = (
+        "import logging, sys; from finespun.cli import main\n"
+        "try: main(['env'])\n"
+        "except SystemExit: pass\n"
+        "import torchao.quantization; logging.getLogger('torchao').error('a real one')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "a real one\n"
 
 
 def test_a_closed_pipe_is_no_error() -> None:

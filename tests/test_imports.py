@@ -1,8 +1,14 @@
 """`import finespun` stays light: torch, numpy, safetensors and little more."""
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+import finespun
 
 HEAVY = ("transformers", "peft", "pydantic", "yaml", "typer", "rich", "scipy", "sklearn", "polars")
 
@@ -14,7 +20,38 @@ def modules_after(statement):
     return set(json.loads(run.stdout))
 
 
+def test_a_name_is_loaded_when_it_is_asked_for():
+    assert "torch" not in modules_after("import finespun")
+    assert "torch" in modules_after("import finespun; finespun.LSR")
+    assert "finespun.hosts" in modules_after("import finespun; finespun.hosts.find")
+
+
+def test_the_package_convert_does_not_hide_the_function():
+    for statement in ("import finespun.convert.facts", "from finespun.convert import Converted"):
+        modules_after(
+            f"{statement}; import finespun as fs; assert fs.convert.__name__ == 'convert'"
+        )
+        modules_after(f"import finespun as fs; {statement}; assert callable(fs.convert)")
+
+
+def test_names_that_are_not_there_are_attribute_errors():
+    for name in ("adpat", "__wrapped__", "_hidden"):
+        assert not hasattr(finespun, name)
+    with pytest.raises(AttributeError, match="finespun has no 'adpat'"):
+        finespun.adpat  # noqa: B018
+
+
+def test_names_for_type_checkers_are_those_at_run_time():
+    tree = ast.parse(Path(finespun.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    told = {(a.name, node.module) for node in block.body for a in node.names}
+    assert told == {(name, f"finespun.{home}") for name, home in finespun._HOMES.items()}
+    assert {name for name, _ in told} == set(finespun.__all__)
+    assert set(finespun.__all__) <= set(dir(finespun))
+
+
 def test_the_core_loads_few_modules_and_none_of_the_extras():
-    added = modules_after("import finespun") - modules_after("import torch")
-    assert len(added) <= 100, sorted(added)
+    assert len(modules_after("import finespun") - modules_after("pass")) <= 20
+    added = modules_after("from finespun import *") - modules_after("import torch")
+    assert len([name for name in added if not name.startswith("finespun")]) <= 20, sorted(added)
     assert not [name for name in added if name.split(".")[0] in HEAVY]

@@ -1,5 +1,6 @@
 """The `finespun` command: its subcommands, and how errors become one line and an exit code."""
 
+import logging
 import os
 import sys
 import warnings
@@ -29,6 +30,8 @@ from finespun.cli import (
 from finespun.errors import FinespunError
 
 INTERRUPTED, FILES, OTHER = 130, 3, 1
+# Loggers that warn, while transformers loads them, of kernels that nobody asked for.
+TALKERS = ("torchao", "torch.utils._pytree")
 CODES = (
     "Exit codes: 0 done, 1 other error, 2 wrong input, 3 files, 4 training failed, "
     "5 no ranking (bench), 130 interrupted."
@@ -57,6 +60,8 @@ for module in COMMANDS:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
+    for talker in TALKERS:
+        logging.getLogger(talker).setLevel(logging.ERROR)
     sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
 
 
