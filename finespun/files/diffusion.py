@@ -16,6 +16,7 @@ from torch import Tensor
 
 from finespun.errors import FileError, nearest
 from finespun.files.atomic import located
+from finespun.files.budget import bounded
 from finespun.files.diffusion_names import PARTS, Unplaced, split_kohya
 from finespun.files.fingerprint import Fingerprint
 from finespun.files.lineage import Lineage
@@ -89,7 +90,7 @@ def read_diffusion(path: str | Path) -> Unplaced:
         )
     named = located(path).parent.name if path.name == WEIGHTS else path.stem
     held = read_tensors(path)
-    with blame(path):
+    with blame(path), bounded(str(path)):
         found = _sort(held.tensors)
         kohya = {name: split_kohya(name) for name in found}
         if any(kohya.values()) and not all(kohya.values()):

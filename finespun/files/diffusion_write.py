@@ -27,6 +27,7 @@ from finespun.files.lineage import Lineage
 from finespun.hosts import Entry, modules
 from finespun.linalg import LowRank
 
+TEXT_MODEL = "text_model."
 CLASSES = (
     (re.compile(r"UNet\w*"), "unet"),
     (re.compile(r"\w*Transformer\w*Model"), "transformer"),
@@ -52,11 +53,31 @@ class Update:
         path = self.path
         if style == "kohya" and not self.part:
             return path
-        if self.part.startswith("text_encoder") and path.startswith("encoder.layers."):
-            path = f"text_model.{path}"
+        if self.reads_text and path.startswith("encoder.layers."):
+            path = f"{TEXT_MODEL}{path}"
         if style == "diffusers":
             return f"{self.part}.{path}" if self.part else path
         return f"{KOHYA[self.part]}_{path.replace('.', '_')}"
+
+    def keys(self, style: Style) -> tuple[str, str]:
+        """The keys of A and B. diffusers reads text encoders in words of their own."""
+        down, up = ("lora_A", "lora_B") if style == "diffusers" else ("lora_down", "lora_up")
+        if style == "diffusers" and self.reads_text:
+            down, up = "lora_linear_layer.down", "lora_linear_layer.up"
+        name = self.name(style)
+        return f"{name}.{down}.weight", f"{name}.{up}.weight"
+
+    @property
+    def pattern(self) -> str:
+        """A regular expression for the module's name in diffusers' pipeline."""
+        name = self.name("diffusers").removeprefix(f"{self.part}.")
+        if self.reads_text and name.startswith(TEXT_MODEL):
+            return f"({re.escape(TEXT_MODEL)})?{re.escape(name.removeprefix(TEXT_MODEL))}"
+        return re.escape(name)
+
+    @property
+    def reads_text(self) -> bool:
+        return self.part.startswith("text_encoder")
 
 
 def split_name(
@@ -131,14 +152,12 @@ def write_diffusion(
     rank. Raises InputError where two layers have one name, FileError where it cannot be written."""
     tensors: dict[str, Tensor] = {}
     seen: dict[str, str] = {}
-    down, up = ("lora_A", "lora_B") if style == "diffusers" else ("lora_down", "lora_up")
     for update in updates:
         key = update.name(style)
         if key in seen:
             raise InputError(f"{update.path!r} and {seen[key]!r} are both {key!r} in this format")
         seen[key] = update.path
-        A, B = _padded(update)
-        tensors[f"{key}.{down}.weight"], tensors[f"{key}.{up}.weight"] = A, B
+        tensors |= zip(update.keys(style), _padded(update))
         if style == "kohya":
             tensors[f"{key}.alpha"] = torch.tensor(float(update.rank))
     told = {"name": name, "base": None if base is None else base.as_json(), "relative_error": error}
@@ -163,17 +182,15 @@ def _metadata(updates: list[Update]) -> dict[str, str]:
     """What PEFT's LoraConfig is told by diffusers, for each part of the pipeline."""
     told: dict[str, Any] = {}
     for part in dict.fromkeys(u.part for u in updates):
-        own = {
-            u.name("diffusers").removeprefix(f"{part}."): u.rank for u in updates if u.part == part
-        }
+        own = {u.pattern: u.rank for u in updates if u.part == part}
         most = max(own.values())
-        patterns = {f"^{re.escape(n)}": r for n, r in own.items() if r != most}
+        patterns = {f"^{n}": r for n, r in own.items() if r != most}
         config = {
             "r": most,
             "lora_alpha": most,
             "rank_pattern": patterns,
             "alpha_pattern": patterns,
-            "target_modules": "|".join(re.escape(n) for n in sorted(own)),
+            "target_modules": "|".join(sorted(own)),
         }
         told |= {f"{part}.{k}" if part else k: v for k, v in config.items()}
     return {METADATA: json.dumps(told, indent=2, sort_keys=True)}
