@@ -37,14 +37,14 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = {
     "it would run the tests that run it": 1,
-    "it takes minutes, and the tests of the command line train and compare too": 3,
+    "it takes minutes, and the tests of the command line train and compare too": 4,
     "a line of tests/suite.py, which runs it": 1,
 }
 
 FENCE = re.compile(r"^( *)```(\S*)(.*)$")
 COMMENT = re.compile(r"<!-- (slow|figures vary|in tests: .+? => .*?|exit \d+|not run: .+?) -->")
 GENERATED = re.compile(
-    r"<!-- (table of methods|reference of methods|keys of a recipe|commands) -->"
+    r"<!-- (table of methods|reference of methods|keys of a recipe|commands|gallery) -->"
 )
 TITLE = re.compile(r'title="([^"]+)"')
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
@@ -264,6 +264,11 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
     fetched = re.compile(r'<(?:script|link|img|iframe)\b[^>]*?(?:src|href)="((?:https?:)?//[^"]+)')
     texts = {page: page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
     assert {page.name: found for page, t in texts.items() if (found := fetched.findall(t))} == {}
+    for folder in (ROOT / "docs" / "results").iterdir():
+        reported = texts[tmp_path / "gallery" / f"{folder.name}.html"]
+        assert f'<a href="gallery/{folder.name}.html">' in texts[tmp_path / "gallery.html"]
+        assert reported.count("<svg ") > 1
+        assert "<script" not in reported
     assert "<math" in texts[tmp_path / "lsr.html"]
     assert not [page.name for page, text in texts.items() if 'class="arithmatex"' in text]
 
