@@ -71,9 +71,7 @@ class C3ADelta(Delta):
         blocks = self.w[..., (i - i[:, None]) % len(i)]
         return blocks.transpose(1, 2).flatten(2).flatten(0, 1) / w0.shape[1]
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.adjusted:
-            return super().forward(x)
+    def product(self, x: Tensor) -> Tensor:
         b = self.w.shape[-1]
         X = rfft(x.to(self.w.dtype).unflatten(-1, (-1, b)))
         Y = torch.einsum("...nf,mnf->...mf", X, rfft(self.w).conj())

@@ -7,7 +7,8 @@ A method subclasses `Delta` and writes the cheapest true description of its upda
     map_weight(w0)   (out, in) -> (out, in)    W0 + ΔW
     through(x, base) (..., in) -> (..., out)   the adapted layer's output around base(x)
 
-and `map_bias(b0)` if it moves the bias. Everything else (forward, merge, calculus, masks, exact
+`product(x)` beside one of them where ΔW x has a cheaper way of its own, and `map_bias(b0)` if it
+moves the bias. Everything else (forward, merge, calculus, masks, exact
 start) follows from what is written.
 """
 
@@ -85,7 +86,7 @@ class Delta(_Precise):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        names = ("low_rank", "delta", "map_weight", "map_bias", "through", "forward")
+        names = ("low_rank", "delta", "map_weight", "map_bias", "through", "product")
         cls.written = frozenset(n for n in names if getattr(cls, n) is not getattr(Delta, n))
 
     def hold(self, name: str, tensor: Tensor) -> None:
@@ -151,8 +152,15 @@ class Delta(_Precise):
         x W0ᵀ + b0. Written only where it is cheaper than the other forms."""
         return base(x) + self(x)
 
+    def product(self, x: Tensor) -> Tensor:
+        """ΔW x, scale included, without forming A and B or ΔW; not asked where a gate or an exact
+        start stands between."""
+        raise NotImplementedError(f"{type(self).__name__} has no product of its own")
+
     def forward(self, x: Tensor) -> Tensor:
         """ΔW x for x (..., in), in the precision of the trained numbers."""
+        if "product" in self.written and not self.adjusted:
+            return self.product(x)
         pair = self.factors()
         if pair is not None:
             A, B = pair
@@ -163,7 +171,7 @@ class Delta(_Precise):
     def direct(self, tokens: int, formed: bool) -> bool:
         """Whether `forward` beats forming A and B, or ΔW where there are none, for this many rows
         of x (`formed`: they are already at hand)."""
-        return False
+        return "product" in self.written and not self.adjusted
 
     def groups(self, kind: str) -> list[Group]:
         """The groups of numbers of this kind ("rank", "term", ...) that can be switched off."""

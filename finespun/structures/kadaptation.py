@@ -97,14 +97,9 @@ class KAdaptationDelta(Delta):
         B = torch.einsum("iba,ior->boiar", self.P, self.U).flatten(2).flatten(0, 1)
         return A, B
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.adjusted:
-            return super().forward(x)
+    def product(self, x: Tensor) -> Tensor:
         n, r, width = self.V.shape
         h = x.to(self.V.dtype).reshape(-1, n, width) @ self.V.reshape(n * r, width).mT
         h = torch.einsum("taij,iba->tbij", h.unflatten(-1, (n, r)), self.P)
         y = h.flatten(2) @ self.U.transpose(1, 2).reshape(n * r, -1)
         return y.reshape(*x.shape[:-1], -1) * self.scale
-
-    def direct(self, tokens: int, formed: bool) -> bool:
-        return not self.adjusted

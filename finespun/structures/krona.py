@@ -85,9 +85,7 @@ class KronADelta(Delta):
     def delta(self, w0: Tensor) -> Tensor:
         return torch.kron(self.P * self.scale, self.Q)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.adjusted:
-            return super().forward(x)
+    def product(self, x: Tensor) -> Tensor:
         return kron_apply(self.P[None], self.Q[None], x.to(self.P.dtype)) * self.scale
 
     def direct(self, tokens: int, formed: bool) -> bool:

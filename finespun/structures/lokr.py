@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finespun.errors import InputError
 from finespun.kernels.kron import kron_apply, kron_macs
 from finespun.structures.delta import Bank, Delta, Factors
 from finespun.structures.site import Site, SiteShape
-from finespun.structures.structure import Plan, Ranked, register
+from finespun.structures.structure import Plan, Ranked, must_be_positive, register
 
 
 @register
@@ -41,8 +40,8 @@ class LoKr(Ranked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.factor != -1 and self.factor < 1:
-            raise InputError(f"factor={self.factor} must be -1 or positive; try -1")
+        if self.factor != -1:
+            must_be_positive(factor=(self.factor, -1))
 
     def choose(self, site: Site) -> dict[str, Any]:
         u, v = self.split(site.shape)
@@ -76,11 +75,9 @@ class LoKr(Ranked):
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
         """Q_a, P, Q_b one after the other; forming P once where it has factors."""
         u, v = self.split(shape)
+        per_row = min(kron_macs(1, u[0], v[0], u[1], v[1], o) for o in ("first", "second"))
         if self.low(v):
             per_row = self.rank * (math.prod(u) + shape.in_features + shape.out_features)
-        else:
-            macs = [kron_macs(1, u[0], v[0], u[1], v[1], o) for o in ("first", "second")]
-            per_row = min(macs)
         forming = math.prod(u) * self.rank if self.decompose_both and self.low(u) else 0
         return 2 * (tokens * per_row + forming)
 
@@ -108,14 +105,9 @@ class LoKrDelta(Delta):
     def delta(self, w0: Tensor) -> Tensor:
         return torch.kron(self.factor("P") * self.scale, self.factor("Q"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.adjusted:
-            return super().forward(x)
+    def product(self, x: Tensor) -> Tensor:
         P, Q = self.factor("P"), self.factor("Q")
         return kron_apply(P[None], Q[None], x.to(P.dtype)) * self.scale
-
-    def direct(self, tokens: int, formed: bool) -> bool:
-        return not self.adjusted
 
 
 class LoKrFactors(LoKrDelta):
@@ -130,9 +122,7 @@ class LoKrFactors(LoKrDelta):
         eye = torch.eye(min(P.shape), dtype=P.dtype, device=P.device)
         return torch.kron(P if wide else eye, Q_a), torch.kron(eye if wide else P, Q_b)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.adjusted:
-            return super().forward(x)
+    def product(self, x: Tensor) -> Tensor:
         P = self.factor("P")
         h = F.linear(x.to(P.dtype).unflatten(-1, (P.shape[1], -1)), self.Q_a)
         return F.linear(P @ h, self.Q_b).flatten(-2) * self.scale

@@ -11,7 +11,7 @@ from finespun.errors import InputError
 from finespun.linalg import randomized_svd_of
 from finespun.structures.delta import Bank, Delta, Factors
 from finespun.structures.site import Site, SiteShape
-from finespun.structures.structure import Plan, Ranked, register
+from finespun.structures.structure import Plan, Ranked, must_be_one_of, register
 
 
 @register
@@ -39,8 +39,7 @@ class LoRAXS(Ranked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start not in ("weight", "gradient"):
-            raise InputError(f"start={self.start!r} is not known; try 'weight' or 'gradient'")
+        must_be_one_of("start", self.start, ("weight", "gradient"))
         if self.noise < 0:
             raise InputError(f"noise={self.noise} must not be negative; try {-self.noise}")
 
@@ -100,11 +99,6 @@ class LoRAXSDelta(Delta):
         A, B = self.basis()
         return self.R @ A, B
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.adjusted:
-            return super().forward(x)
+    def product(self, x: Tensor) -> Tensor:
         A, B = self.basis()
         return F.linear(F.linear(F.linear(x.to(A.dtype), A), self.R), B) * self.scale
-
-    def direct(self, tokens: int, formed: bool) -> bool:
-        return not self.adjusted

@@ -68,12 +68,7 @@ class MELoRADelta(Delta):
     def low_rank(self) -> Factors:
         return torch.block_diag(*self.A), torch.block_diag(*self.B)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.adjusted:
-            return super().forward(x)
+    def product(self, x: Tensor) -> Tensor:
         slices = x.to(self.A.dtype).reshape(-1, len(self.A), self.A.shape[-1]).transpose(0, 1)
         y = slices @ self.A.mT @ self.B.mT
         return y.transpose(0, 1).reshape(*x.shape[:-1], -1) * self.scale
-
-    def direct(self, tokens: int, formed: bool) -> bool:
-        return not self.adjusted

@@ -57,13 +57,8 @@ class MiSSDelta(Delta):
         inner = self.site.shape.in_features
         return eye.repeat(1, -(-inner // len(eye)))[:, :inner], self.D.T
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.adjusted:
-            return super().forward(x)
+    def product(self, x: Tensor) -> Tensor:
         return fold(x.to(self.D.dtype), len(self.D)) @ self.D * self.scale
-
-    def direct(self, tokens: int, formed: bool) -> bool:
-        return not self.adjusted
 
 
 def fold(x: Tensor, r: int) -> Tensor:

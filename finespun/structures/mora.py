@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finespun.errors import InputError, PlanError
+from finespun.errors import PlanError
 from finespun.structures.delta import Bank, Delta, Factors
 from finespun.structures.site import Site, SiteShape
-from finespun.structures.structure import Plan, Ranked, register
+from finespun.structures.structure import Plan, Ranked, must_be_one_of, register
 
 
 @register
@@ -39,8 +39,7 @@ class MoRA(Ranked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sharing not in ("rotation", "sum"):
-            raise InputError(f"sharing={self.sharing!r} is not known; try 'rotation' or 'sum'")
+        must_be_one_of("sharing", self.sharing, ("rotation", "sum"))
 
     def size(self, shape: SiteShape) -> int:
         """r̂."""
@@ -83,9 +82,6 @@ class MoRADelta(Delta):
         self.scale = scale
         self.M = nn.Parameter(torch.zeros(size, size, device=site.device))
 
-    def direct(self, tokens: int, formed: bool) -> bool:
-        return not self.adjusted
-
     def blocks(self, x: Tensor) -> Tensor:
         """x (..., in) as blocks (..., n, r̂)."""
         size = len(self.M)
@@ -105,9 +101,7 @@ class SummedMoRA(MoRADelta):
         count = torch.eye(self.site.shape.in_features, dtype=eye.dtype, device=eye.device)
         return self.M @ self.blocks(count).sum(-2).T, self.spread(eye).T
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.adjusted:
-            return super().forward(x)
+    def product(self, x: Tensor) -> Tensor:
         y = F.linear(self.blocks(x.to(self.M.dtype)).sum(-2), self.M)
         return self.spread(y) * self.scale
 
@@ -127,11 +121,8 @@ class RotatedMoRA(MoRADelta):
 
     def delta(self, w0: Tensor) -> Tensor:
         eye = torch.eye(w0.shape[1], dtype=self.M.dtype, device=self.M.device)
-        return self.rotated(eye).T
+        return self.product(eye).T
 
-    def rotated(self, x: Tensor) -> Tensor:
-        """ΔW x without gate or start."""
-        return self.spread(F.linear(self.turned(x), self.M).flatten(-2)) * self.scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.adjusted else self.rotated(x.to(self.M.dtype))
+    def product(self, x: Tensor) -> Tensor:
+        blocks = self.turned(x.to(self.M.dtype))
+        return self.spread(F.linear(blocks, self.M).flatten(-2)) * self.scale

@@ -154,10 +154,13 @@ class Structure:
         digest = hashlib.blake2b(f"{self.seed}\0{site}\0{purpose}".encode(), digest_size=8)
         return torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big") >> 1)
 
+    def symmetric(self, site: str, purpose: str, shape: Sequence[int]) -> Tensor:
+        """Numbers uniform on [-1, 1), fixed by (seed, site, purpose)."""
+        return torch.rand(tuple(shape), generator=self.generator(site, purpose)) * 2 - 1
+
     def kaiming(self, site: str, purpose: str, shape: Sequence[int]) -> Tensor:
         """LoRA's A of this shape: uniform, variance 1/(3·n) for n = shape[-1] inputs."""
-        drawn = torch.rand(tuple(shape), generator=self.generator(site, purpose)) * 2 - 1
-        return drawn / math.sqrt(shape[-1])
+        return self.symmetric(site, purpose, shape) / math.sqrt(shape[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +202,20 @@ class Ranked(Structure):
                 f"({shape.out_features}x{shape.in_features}) can hold; at most {limit}"
             )
         return {"rank": self.rank, "scale": self.scale}
+
+
+def must_be_one_of(option: str, value: object, known: Sequence[object]) -> None:
+    """Raise InputError unless `value` is among the known ones."""
+    if value not in known:
+        choices = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
+        raise InputError(f"{option}={value!r} is not known; try {choices}")
+
+
+def must_be_positive(**options: tuple[float | None, float]) -> None:
+    """Raise InputError unless every option that is given, (value, one that would do), exceeds 0."""
+    for name, (value, hint) in options.items():
+        if value is not None and not value > 0:
+            raise InputError(f"{name}={value} must be positive; try {hint}")
 
 
 def nearest_divisor(value: int, n: int) -> int:

@@ -111,9 +111,7 @@ class TeRADelta(Delta):
         down = kron_sum(U3, U4)[: shape.in_features].mT
         return (down, up @ G) if G.shape[0] >= G.shape[1] else (G @ down, up)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.adjusted:
-            return super().forward(x)
+    def product(self, x: Tensor) -> Tensor:
         U1, U2, U3, U4 = self.scaled()
         shape, x = self.site.shape, x.to(U1.dtype)
         padding = U3.shape[1] * U4.shape[1] - shape.in_features

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finespun.errors import InputError
 from finespun.linalg import streams
 from finespun.structures.delta import Bank, Delta, Factors
 from finespun.structures.frozen import DRAWS, Frozen
 from finespun.structures.site import Site, SiteShape
-from finespun.structures.structure import Plan, Ranked, Scores, register
+from finespun.structures.structure import Plan, Ranked, Scores, must_be_positive, register
 
 
 @register
@@ -47,10 +46,7 @@ class UniLoRA(Ranked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size is not None and self.size < 1:
-            raise InputError(f"size={self.size} must be at least 1; try 4096")
-        if self.bound <= 0:
-            raise InputError(f"bound={self.bound} must be positive, as zero cannot learn; try 0.02")
+        must_be_positive(size=(self.size, 4096), bound=(self.bound, 0.02))
 
     @property
     def starts_at_zero(self) -> bool:
@@ -65,10 +61,8 @@ class UniLoRA(Ranked):
         return dataclasses.replace(plan, shared={"total": total, "size": min(size, total)})
 
     def bank(self, plan: Plan) -> "Theta":
-        bank = Theta(self.seed, plan.shared["total"], plan.shared["size"])
-        drawn = torch.rand(len(bank.theta), generator=self.generator("", "theta"))
-        bank.theta.data.copy_((2 * drawn - 1) * self.bound)
-        return bank
+        theta = self.symmetric("", "theta", (plan.shared["size"],)) * self.bound
+        return Theta(theta, plan.shared["total"], self.seed)
 
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "UniLoRADelta":
         return UniLoRADelta(site, Theta.at(bank, site), plan.choices[site.shape.name])
@@ -82,8 +76,7 @@ class UniLoRA(Ranked):
 
     def rate_factor(self, plan: Plan) -> float:
         """√(D/d): a step of θ moves each entry of A and B by √(d/D) of it."""
-        factor: float = (plan.shared["total"] / plan.shared["size"]) ** 0.5
-        return factor
+        return float((plan.shared["total"] / plan.shared["size"]) ** 0.5)
 
     def numbers(self, shape: SiteShape) -> int:
         return 0
@@ -108,10 +101,10 @@ DRAWS["spread"] = spread
 class Theta(Bank):
     """theta (d,) and the map π from D rows to its columns, which a seed regenerates."""
 
-    def __init__(self, seed: int, total: int, size: int) -> None:
+    def __init__(self, theta: Tensor, total: int, seed: int) -> None:
         super().__init__()
-        self.index = Frozen("spread", seed, ("unilora", "columns"), (total, size))
-        self.theta = nn.Parameter(torch.zeros(size))
+        self.index = Frozen("spread", seed, ("unilora", "columns"), (total, len(theta)))
+        self.theta = nn.Parameter(theta)
 
     def unfold(self, offset: int = 0, count: int | None = None) -> Tensor:
         """Entries offset .. offset + count of θ_D = P θ; all of them unless told otherwise."""
@@ -141,9 +134,8 @@ class UniLoRADelta(Delta):
 
     def cut(self, values: Tensor) -> Factors:
         """A (r, in) and B (out, r) from their entries one after the other."""
-        A, B = values.split(
-            [self.rank * self.site.shape.in_features, self.rank * self.site.shape.out_features]
-        )
+        shape = self.site.shape
+        A, B = values.split([self.rank * n for n in (shape.in_features, shape.out_features)])
         return A.view(self.rank, -1), B.view(-1, self.rank)
 
     def low_rank(self) -> Factors:

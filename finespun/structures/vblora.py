@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from finespun.errors import InputError
 from finespun.structures.delta import Bank, Delta, Factors
 from finespun.structures.site import Site, SiteShape
-from finespun.structures.structure import Plan, Ranked, must_divide, register
+from finespun.structures.structure import Plan, Ranked, must_be_positive, must_divide, register
 
 
 @register
@@ -51,11 +51,7 @@ class VBLoRA(Ranked):
                 f"top_k={self.top_k} of num_vectors={self.num_vectors} vectors cannot be chosen; "
                 f"try {min(2, max(self.num_vectors, 1))}"
             )
-        if self.vector_length < 1 or self.bound <= 0:
-            raise InputError(
-                f"vector_length={self.vector_length} and bound={self.bound} must be positive; "
-                "try 256 and 0.02"
-            )
+        must_be_positive(vector_length=(self.vector_length, 256), bound=(self.bound, 0.02))
 
     @property
     def starts_at_zero(self) -> bool:
@@ -66,10 +62,8 @@ class VBLoRA(Ranked):
         return {**super().choose(site), "top_k": self.top_k}
 
     def bank(self, plan: Plan) -> "Vectors":
-        bank = Vectors(self.num_vectors, self.vector_length)
-        drawn = torch.rand(bank.vectors.shape, generator=self.generator("", "vectors"))
-        bank.vectors.data.copy_((2 * drawn - 1) * self.bound)
-        return bank
+        size = self.num_vectors, self.vector_length
+        return Vectors(self.symmetric("", "vectors", size) * self.bound)
 
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "VBLoRADelta":
         delta = VBLoRADelta(site, Vectors.at(bank, site), plan.choices[site.shape.name])
@@ -92,9 +86,9 @@ class VBLoRA(Ranked):
 class Vectors(Bank):
     """The bank: vectors (h, b)."""
 
-    def __init__(self, num_vectors: int, length: int) -> None:
+    def __init__(self, vectors: Tensor) -> None:
         super().__init__()
-        self.vectors = nn.Parameter(torch.zeros(num_vectors, length))
+        self.vectors = nn.Parameter(vectors)
 
 
 class VBLoRADelta(Delta):

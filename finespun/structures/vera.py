@@ -78,12 +78,7 @@ class VeRADelta(Delta):
         A, B = self.projections()
         return self.d[:, None] * A, self.b[:, None] * B
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.adjusted:
-            return super().forward(x)
+    def product(self, x: Tensor) -> Tensor:
         A, B = self.projections()
         h = F.linear(x.to(A.dtype), A) * self.d
         return F.linear(h, B) * (self.b * self.scale)
-
-    def direct(self, tokens: int, formed: bool) -> bool:
-        return not self.adjusted

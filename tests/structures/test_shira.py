@@ -241,7 +241,7 @@ def test_what_cannot_be_is_named():
         SHiRA().plan([site(12, 10)])
     with pytest.raises(PlanError, match=r"at most rank=2"):
         SHiRA(rank=3, mask="magnitude", skip=1).plan([site(12, 10)])
-    with pytest.raises(InputError, match=r"'grad'.*gradient, snip, given"):
+    with pytest.raises(InputError, match=r"mask='grad'.*'gradient', 'snip' or 'given'"):
         SHiRA(mask="grad")
     (given,), _, _ = built(SHiRA(rank=2, mask="given"), site(30, 20))
     with pytest.raises(InputError, match=r"'site' are \(20, 30\), expected \(30, 20\)"):
@@ -253,7 +253,7 @@ def test_what_cannot_be_is_named():
     with pytest.raises(StateError, match=r"mask='given' does not look at gradients; try 'snip'"):
         given.start_from(torch.randn(30, 20))
     (drawn,), _, _ = built(SHiRA(rank=2), site(30, 20))
-    with pytest.raises(StateError, match="SHiRADelta does not start from gradients"):
+    with pytest.raises(StateError, match="EntriesDelta does not start from gradients"):
         drawn.start_from(torch.randn(30, 20))
     with pytest.raises(InputError, match=r"skip=1.*magnitude"):
         SHiRA(skip=1)
