@@ -1,6 +1,4 @@
-"""What every structure can do, found out by doing it: writes docs/capabilities.md.
-
-    python docs/hooks/capabilities.py
+"""What every structure can do, found out by doing it; run, it writes docs/capabilities.md.
 
 Every check works on a model of one layer, compares numbers, and fails loudly where they are wrong.
 A refusal, which is an error of Finespun's own, becomes the cell's reason.
@@ -39,17 +37,15 @@ SMALL: dict[str, dict[str, object]] = {
     "fourierft": {"frequencies": 40}, "nola": {"rank": 4, "k": 20}, "unilora": {"size": 100},
     "vblora": {"num_vectors": 16, "vector_length": 8}, "lsr": {"separation_rank": 3},
     "loha": {"rank": 2}, "lokr": {"rank": 2}, "s2ft": {"channels": 0.1},
+    "tokens": {"tokens": list(range(0, 16, 2))},
 }  # fmt: skip
 
 
 def one(layer: nn.Module) -> nn.Module:
-    """A model of one layer."""
     return nn.Sequential(OrderedDict(layer=layer))
 
 
 class Block(nn.Module):
-    """h + up(tanh(down(h)))."""
-
     def __init__(self) -> None:
         super().__init__()
         self.down, self.up = nn.Linear(IN, 40), nn.Linear(40, IN)
@@ -116,13 +112,18 @@ def adapts(layer: str) -> Callable[[Structure], str]:
     return check
 
 
+def place(form: Structure) -> str:
+    """The kind of layer that the structure is meant for."""
+    return {"lor2c": "block", "tokens": "embedding"}.get(form.kind, "linear")
+
+
 def usual(form: Structure) -> Subject:
-    return Subject(form, "block" if form.site_kind == "block" else "linear")
+    return Subject(form, place(form))
 
 
 def starts(form: Structure) -> str:
     torch.manual_seed(0)
-    build, draw, target = LAYERS["block" if form.site_kind == "block" else "linear"]
+    build, draw, target = LAYERS[place(form)]
     model, x = one(build()), draw()
     base = model(x)
     fs.adapt(model, form, [target], ())
@@ -190,7 +191,8 @@ def exports(form: Structure) -> str:
 
 def calculus(form: Structure) -> str:
     subject = usual(form)
-    M = {n: torch.randn(d.site.shape.out_features, IN) for n, d in subject.adapter.deltas.items()}
+    shapes = {n: d.site.shape for n, d in subject.adapter.deltas.items()}
+    M = {n: torch.randn(s.out_features, s.in_features) for n, s in shapes.items()}
     pulled = subject.adapter.pull(M)
     v = {n: {k: torch.randn_like(t) for k, t in own.items()} for n, own in pulled.items()}
     pushed = subject.adapter.push(v)
@@ -309,7 +311,7 @@ def page(table: dict[str, dict[str, str]]) -> str:
         shown = []
         for cell in cells.values():
             if cell.startswith("!"):
-                told = " ".join(cell[1:].split()).replace("<", "&lt;")
+                told = " ".join(cell[1:].split()).replace(f"{Block.__module__}.", "")
                 told = told.replace(f"{kind} ", "it ", 1) if told.startswith(kind) else told
                 letter = reasons.setdefault(told, str(len(reasons) + 1))
                 cell = f"[{letter}](#reasons)"

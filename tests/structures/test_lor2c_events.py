@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -142,6 +143,51 @@ def test_recomputed_activations_give_the_same_gradients():
     model.how = lambda layer, h: checkpoint(layer, h, use_reentrant=True)
     with pytest.raises(StateError, match=r"'layer.1'.*use_reentrant=False"):
         grads(model, adapter, inputs[0])
+
+
+SIZE = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
+
+
+def decoder():
+    """A tiny Llama with one bypass around all its blocks."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZE, num_key_value_heads=1, pad_token_id=0)
+    model = transformers.LlamaForCausalLM(config)
+    adapter = fs.adapt(model, LoR2C(rank=2), r"model\.layers\.\d", train=())
+    for delta in adapter.deltas.values():
+        nn.init.normal_(delta.B)
+    names = list(adapter.deltas)
+    adapter.entry.plan = adapter.entry.plan.choose(names[0], span=[names[0], names[2]])
+    link(adapter.name, adapter.entry.plan, adapter.deltas)
+    return model, adapter, torch.arange(21).view(3, 7) + 3
+
+
+def test_transformers_checkpointing_gives_the_same_gradients():
+    model, adapter, ids = decoder()
+    found = []
+    for _ in range(2):
+        losses = [model.train()(input_ids=ids, labels=ids + i).loss for i in range(2)]
+        found.append([torch.autograd.grad(loss, adapter.parameters()) for loss in losses])
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for plain, recomputed in zip(*found):
+        for a, b in zip(plain, recomputed):
+            torch.testing.assert_close(b, a)
+
+
+def test_generation_is_the_same_with_and_without_a_cache():
+    model, _, ids = decoder()
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2}
+    with_cache, without = (
+        model.eval().generate(ids, use_cache=cache, **options) for cache in (True, False)
+    )
+    assert torch.equal(with_cache, without)
 
 
 def test_a_span_that_cannot_know_its_input_is_refused():
@@ -377,6 +423,7 @@ def test_merged_and_injected_numbers_go_on_learning():
         run.steps(6)
         for p, old in zip(watched, before):
             assert (p - old).norm() > 0, epoch
+        assert all(p.grad is not None for p in run.adapter.parameters())
     silent = [d for d in dead if not any(m.any() for m in d.masks().values())]
     assert len(silent) >= 2
     for p in (p for d in silent for p in d.numbers()):
