@@ -42,6 +42,8 @@ def adapt(
     """
     if not isinstance(structure, Structure):
         raise InputError(f"structure={structure!r} must be an instance such as fs.LSR(rank=4)")
+    if tie not in (None, "both"):
+        raise InputError(f"tie={tie!r} is not known; try 'both', or leave it out")
     if isinstance(train, str):
         train = (train,)
     trained = hosts.find_head(model) if train is None else tuple(train)

@@ -9,10 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from suite import CASES, FEW, batch, draw, net, stirred
+from suite import CASES, FEW, batch, draw, net, relative, stirred
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+
+from finespun import hosts
+from finespun.errors import StateError
 
 STEPS, ROWS = 4, 4
 PATIENCE = timedelta(seconds=120)
@@ -54,7 +58,35 @@ def sharded(case, rank, world):
     fully_shard(model, mesh=mesh)
     found = losses(case, model, adapter, rank, world)
     plain = [n for n, p in model.named_parameters() if not isinstance(p, DTensor)]
-    return found, plain + [p.shape for p in adapter.parameters() if not isinstance(p, DTensor)]
+    plain += [p.shape for p in adapter.parameters() if not isinstance(p, DTensor)]
+    return found, plain + gathered(case, model, adapter)
+
+
+def gathered(case, model, adapter):
+    """What goes wrong after training: half an adapter is neither merged nor saved, and the whole
+    one computes the same."""
+    wrong = []
+    for act in (lambda: adapter.save("nowhere"), lambda: hosts.tensors_of(adapter.entry)):
+        try:
+            act()
+            wrong.append("a shard was taken for the whole")
+        except StateError as error:
+            wrong += [] if "sharded over processes" in str(error) else [str(error)]
+    try:
+        adapter.merge()
+        wrong.append("a shard was merged")
+    except StateError as error:
+        allowed = ("sharded over processes", "cannot be merged")
+        wrong += [] if any(part in str(error) for part in allowed) else [str(error)]
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    x = batch(ROWS)
+    y = model.eval()(x).detach()
+    if dist.get_rank() == 0:
+        whole, _ = stirred(case, net(), ("head",))
+        whole.load_state_dict(state)
+        wrong += [] if relative(whole(x), y) < 1e-5 else ["the gathered adapter is another"]
+    return wrong
 
 
 def work(rank, world, file, results, cases):

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import finespun as fs
-from finespun.errors import StateError, TargetError
+from finespun.errors import InputError, StateError, TargetError
 
 
 def language_model():
@@ -81,6 +81,11 @@ def test_both_uses_survive_a_file(tmp_path):
     other = language_model()
     fs.load(other, tmp_path / "a")
     assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+def test_an_unknown_tie_is_refused():
+    with pytest.raises(InputError, match="tie='bth' is not known; try 'both'"):
+        fs.adapt(language_model(), fs.LoRA(rank=2), ["lm_head"], tie="bth")
 
 
 def test_naming_both_uses_is_refused():

@@ -174,14 +174,20 @@ def _add_copy(model: nn.Module, name: str, board: Board, adapter: str) -> nn.Mod
 
 def tensors_of(entry: Entry) -> dict[str, Tensor]:
     """Every tensor that belongs to the adapter, by its key in files: delta/SITE/NAME, bank/NAME,
-    trained/MODULE/NAME."""
+    trained/MODULE/NAME. Raises StateError where a process holds only its shard of them."""
     if entry.flat is not None:
         return entry.flat.tensors()
     parts: list[tuple[str, nn.Module]] = [(f"delta/{n}", d) for n, d in entry.deltas.items()]
     if entry.bank is not None:
         parts.append(("bank", entry.bank))
     parts += [(f"trained/{n}", m) for n, m in entry.copies.items()]
-    return {f"{p}/{k}": v for p, m in parts for k, v in m.state_dict().items()}
+    found = {f"{p}/{k}": v for p, m in parts for k, v in m.state_dict().items()}
+    if any(hasattr(tensor, "full_tensor") for tensor in found.values()):
+        raise StateError(
+            f"{entry.name!r} is sharded over processes: gather the model's state with "
+            "get_model_state_dict(full_state_dict=True) into a model that is not, and save there"
+        )
+    return found
 
 
 def load_tensors(entry: Entry, tensors: Mapping[str, Tensor]) -> None:

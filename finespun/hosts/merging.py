@@ -124,6 +124,8 @@ def _check(model: nn.Module, hosts: dict[str, Host], weights: dict[str, float]) 
     own = {name: id(host.layer._parameters.get("weight")) for name, host in hosts.items()}
     reached = Counter(own.values())
     for name, host in hosts.items():
+        if hasattr(host.layer._parameters.get("weight"), "full_tensor"):
+            raise StateError(f"{name!r} is sharded over processes: merge before or after that")
         for adapter, delta in host.held().items():
             if adapter in weights and not delta.mergeable:
                 raise StateError(

@@ -14,8 +14,8 @@ from finespun.hosts.forming import Former
 from finespun.hosts.seat import all_hosts
 from finespun.hosts.targets import modules
 
-MAIN = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values",
-        "input_features", "input_values", "sample", "hidden_states")  # fmt: skip
+MAIN = ("inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds",
+        "pixel_values", "input_features", "input_values", "sample", "hidden_states")  # fmt: skip
 
 
 def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -26,7 +26,7 @@ def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         for entry in _unwatched(model, board):
             for _, host in _places(model, entry):
                 host.ran = False
-    if board.rows is not None and (x := _batch(args, kwargs)) is not None:
+    if board.rows is not None and (x := batch(args, kwargs)) is not None:
         board.rows.check(len(x), board.several)
     for former in _formers(board):
         former.enter()
@@ -43,7 +43,7 @@ def leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         former.leave()
 
 
-def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The input whose leading dimension counts the rows: by its usual name, or the first tensor."""
     named = {**kwargs, **next((a for a in args[:1] if isinstance(a, Mapping)), {})}
     usual = (named.get(name) for name in MAIN if name in named)

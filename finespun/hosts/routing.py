@@ -11,6 +11,7 @@ from finespun.errors import InputError, StateError
 from finespun.hosts.attach import materialise, take_out, tensors_of
 from finespun.hosts.board import Board, Rows, board_of
 from finespun.hosts.flat import FlatState
+from finespun.hosts.passes import batch
 
 
 def activate(model: nn.Module, wanted: str | Sequence[str] | Mapping[str, float] | None) -> None:
@@ -71,7 +72,7 @@ def rows(
 
 @contextmanager
 def _generating(model: nn.Module, board: Board) -> Iterator[None]:
-    """Let the board know while the model's `generate` runs, which repeats the rows it is given."""
+    """Around the model's `generate`: it is given the rows that are named, and repeats them."""
     inner = getattr(model, "generate", None)
     if inner is None:
         yield
@@ -79,6 +80,8 @@ def _generating(model: nn.Module, board: Board) -> Iterator[None]:
 
     @functools.wraps(inner)
     def generate(*args: Any, **kwargs: Any) -> Any:
+        if board.rows is not None and (x := batch(args, kwargs)) is not None:
+            board.rows.check(len(x), board.several)
         before, board.several = board.several, True
         try:
             return inner(*args, **kwargs)

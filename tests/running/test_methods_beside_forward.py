@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import finespun as fs
+from finespun.errors import StateError
 
 LSR = fs.LSR(rank=4, separation_rank=3)
 
@@ -35,6 +36,25 @@ def test_generate_of_an_encoder_and_decoder(beams):
     for i, name in enumerate(("one", None, "two")):
         assert torch.equal(mixed[i], alone[name][i]), (beams, name)
     assert len({tuple(a.flatten().tolist()) for a in alone.values()}) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_generate_repeats_the_rows_it_is_given_and_no_others(family):
+    model, ids = two(built(family)), words(4)
+    fs.activate(model, "one")
+    options = {"max_new_tokens": 3, "min_new_tokens": 3}
+    wanted = model.generate(ids, num_beams=2, num_return_sequences=2, **options)
+    with fs.rows(model, ["one"] * 4):
+        got = model.generate(ids, num_beams=2, num_return_sequences=2, **options)
+    assert torch.equal(got, wanted)
+    assert "generate" not in model.__dict__
+    for names in (["one"], ["one", "two"], ["one"] * 3):
+        message = f"given 4 rows .* names {len(names)}"
+        with pytest.raises(StateError, match=message), fs.rows(model, names):
+            model.generate(ids, **options)
+        with pytest.raises(StateError, match=message), fs.rows(model, names):
+            model.generate(inputs=ids, **options)
 
 
 def features(model):
