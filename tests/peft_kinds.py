@@ -46,4 +46,5 @@ CASES = {
     "dora, bias": {"target_modules": ["up", "conv"], "bias": "all", "use_dora": True},
     "saved": {"target_modules": ["fc"], "modules_to_save": ["head", "norm"]},
     "tokens": {"target_modules": ["up"], "trainable_token_indices": {"embed": [7, 2]}},
+    "table": {"target_modules": ["embed"], "token_indices": [7, 2]},
 }

@@ -228,7 +228,7 @@ def _rank(
 ) -> int:
     if rank is not None:
         return rank
-    whole = max(1, *(len(e) - 1 for e in falling.values()))
+    whole = max([1, *(len(e) - 1 for e in falling.values())])
     kept = () if portable else (DoRADelta,)
     if all(isinstance(d, kept) or d.factors() is not None for d in entry.deltas.values()):
         return whole

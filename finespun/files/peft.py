@@ -183,8 +183,9 @@ def _plan(
     """Sites, their choices and the tensors of their deltas. A choice that is `open` stands at a
     site of which the file does not tell the size: `fitting.settle` asks the model."""
     sites, choices, tensors = [], {}, dict[str, Tensor]()
+    dotted = _dotted(parts, config)
     for path, pair in parts.pairs.items():
-        site, choices[path] = settle_pair(path, pair, config, notes)
+        site, choices[path] = settle_pair(path, pair, config, notes, dotted)
         sites.append(site)
         tensors |= {f"delta/{path}/{s}": getattr(pair, s) for s in ("A", "B")}
         if pair.m is not None:
@@ -235,15 +236,29 @@ def _tokens(path: str, config: Mapping[str, Any]) -> list[int]:
     return _indices([] if given is None else given, "trainable_token_indices")
 
 
+def _dotted(parts: Parts, config: Mapping[str, Any]) -> bool:
+    """Whether the ranks can only be those of PEFT 0.13, whose patterns began after a dot."""
+
+    def told(dotted: bool) -> bool:
+        pairs = parts.pairs.items()
+        return all(p.A is None or len(p.A) in _meant(config, n, dotted)[0] for n, p in pairs)
+
+    return not told(False) and told(True)
+
+
 def settle_pair(
-    path: str, pair: Pair, config: Mapping[str, Any], notes: list[str]
+    path: str,
+    pair: Pair,
+    config: Mapping[str, Any],
+    notes: list[str],
+    dotted: bool = False,
 ) -> tuple[SiteShape, dict[str, Any]]:
     """The site at `path`, and the rank and scale that the config gives it."""
     A, B = pair.A, pair.B
     if A is None or B is None:
         raise FileError(f"{path!r} lacks a factor")
-    rank, usual = A.shape[0], config.get("r", 8)
-    meant = _matching(config.get("rank_pattern"), path) or [usual]
+    rank = A.shape[0]
+    meant, alphas = _meant(config, path, dotted)
     if B.shape[1] != rank or rank not in meant:
         raise FileError(
             f"{path!r}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, while the "
@@ -251,7 +266,6 @@ def settle_pair(
         )
     if pair.m is not None and len(pair.m) != len(B):
         raise FileError(f"{path!r}: {len(pair.m)} magnitudes for {len(B)} outputs")
-    alphas = _matching(config.get("alpha_pattern"), path) or [config.get("lora_alpha", 8)]
     if len(set(alphas)) > 1:
         notes.append(f"alpha_pattern gives {path!r} {alphas}: {alphas[0]} is taken, as in PEFT")
     if not math.isfinite(alpha := float(alphas[0])):
@@ -261,13 +275,26 @@ def settle_pair(
     return site, {"rank": rank, "scale": scale}
 
 
-def _matching(patterns: Any, path: str) -> list[Any]:
+def _meant(config: Mapping[str, Any], path: str, dotted: bool) -> tuple[list[Any], list[Any]]:
+    """The ranks and the alphas that the config may mean at a path. Of PEFT 0.13's patterns the
+    first that matches, of either kind, decides both."""
+    told = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    if dotted:
+        keys = {key: key for patterns in told for key in patterns}
+        first = (_matching(keys, path, dotted) or [path])[0]
+        found = [[patterns[first]] if first in patterns else [] for patterns in told]
+    else:
+        found = [_matching(patterns, path) for patterns in told]
+    return found[0] or [config.get("r", 8)], found[1] or [config.get("lora_alpha", 8)]
+
+
+def _matching(patterns: Any, path: str, dotted: bool = False) -> list[Any]:
     """What the keys that match the end of the path say, in their order. PEFT takes the first, but
     sorts the keys when it saves: the one it trained with may be another, which shapes betray."""
     found = []
     for key, value in (patterns or {}).items():
         try:
-            if re.match(rf"(.*\.)?({key})$", path):
+            if re.match(rf".*\.{key}$" if dotted else rf"(.*\.)?({key})$", path):
                 found.append(value)
         except re.error as error:
             raise FileError(f"pattern {key!r} is no regular expression: {error}") from error
