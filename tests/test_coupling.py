@@ -95,6 +95,17 @@ def test_every_layer_of_a_block_is_known(name):
         assert all(c.units > 1 for c in block)
 
 
+@each
+def test_writers_train_rows_and_readers_columns(name):
+    """The official timing code has the two the other way round."""
+    adapter = fs.adapt(model_of(name), S2FT(heads=0.5, channels=0.1), KNOWN[name], ())
+    for site, delta in adapter.deltas.items():
+        changed = delta.sparse()[0] // delta.site.shape.in_features
+        rows = len(changed.unique())
+        writes = delta.site.coupling.side == "out"
+        assert rows == (len(delta.lines) if writes else delta.site.shape.out_features), site
+
+
 def test_what_is_not_known_shares_nothing():
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
     assert hosts.sites(model, ["0"], S2FT())["0"].coupling is None

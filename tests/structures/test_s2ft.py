@@ -1,5 +1,8 @@
 """S2FT against its definition, masked full training and the facts of arXiv 2412.06289."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import finespun as fs
-from finespun.driver import estimate_gradients, mean_activations
+from finespun.driver import estimate_gradients, in_place, mean_activations
 from finespun.errors import InputError, PlanError
 from finespun.structures import S2FT, Coupling, SiteShape, TensorSite
 
@@ -87,6 +90,14 @@ def test_an_export_has_one_place_in_each_row():
     assert torch.equal(B, torch.eye(30, dtype=B.dtype)[:, rows.lines])
     assert (rank(columns), rank(rows)) == (4, 6)
     assert columns.scale == rows.scale == 1.0
+
+
+def test_the_base_products_output_is_not_written_to():
+    (delta,) = moved(S2FT(channels=0.2, outputs=("site",)), site(30, 20))
+    x, y = inputs(3, 20), inputs(3, 30, seed=2)
+    before = y.clone()
+    torch.testing.assert_close(delta.through(x, lambda _: y), before + x @ update(delta).T)
+    assert torch.equal(y, before)
 
 
 # --- what is skipped -----------------------------------------------------------------------------
@@ -198,6 +209,46 @@ def test_three_ways_of_training_agree():
             theirs = other.get_submodule(name).weight.detach()
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
         assert float((mine - W0).norm()) > 0.01
+
+
+def test_training_inside_the_base_is_training():
+    """`in_place` knows an update of few entries, not the method: one product, and it is undone."""
+    pairs = [(inputs(16, 12, seed=i), inputs(16, 12, seed=90 + i)) for i in range(20)]
+    found = {}
+    for inside in (False, True):
+        model = feedforward()
+        adapter = fs.adapt(model, S2FT(channels=0.2), ["fc1", "fc2"], ())
+        optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+        with in_place(model, "default") if inside else contextlib.nullcontext():
+            for x, y in pairs:
+                optimizer.zero_grad()
+                (model(x) - y).square().mean().backward()
+                optimizer.step()
+        found[inside] = [p.detach() for p in adapter.parameters()]
+        assert torch.equal(model.fc2.weight, feedforward().fc2.weight)
+    for a, b in zip(*found.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        assert float(a.norm()) > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hundred_switches_leave_no_trace(dtype):
+    """Only the chosen lines are written, and what stood there is put back."""
+    model = feedforward(dtype=dtype)
+    before = copy.deepcopy(model.state_dict())
+    adapters = [
+        fs.adapt(model, S2FT(channels=0.2, seed=i), ["fc1", "fc2"], (), f"a{i}") for i in range(2)
+    ]
+    for step in range(50):
+        for adapter in adapters:
+            for p in adapter.parameters():
+                nn.init.normal_(p)
+            adapter.activate()
+            kept = adapter.merge(0.1 * step, undo="entries")
+            assert kept == adapter.num_parameters * (8 + dtype.itemsize)
+            adapter.unmerge()
+    assert all(torch.equal(model.get_parameter(n), p) for n, p in before.items())
+    assert all(model.get_parameter(n).is_leaf for n in before)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -340,6 +391,14 @@ def test_a_plan_does_not_hang_on_the_order_of_layers(per_layer):
         form.plan(layers).choices
         != S2FT(channels=0.1, per_layer=per_layer, seed=1).plan(layers).choices
     )
+
+
+def test_what_a_seed_draws_never_changes():
+    plan = S2FT(channels=0.1, heads=0.25).plan(
+        [coupled("down", 4, 40, "in", 40), coupled("o", 4, 16, "in", 8, "heads", block="attention")]
+    )
+    assert plan.choices["down"]["units"] == [2, 12, 24, 27]
+    assert plan.choices["o"]["units"] == [1, 4]
 
 
 @pytest.mark.parametrize("largest", [True, False])
