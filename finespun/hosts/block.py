@@ -145,7 +145,10 @@ def link(adapter: str, plan: Plan, deltas: Mapping[str, Delta]) -> None:
         host.begins[adapter], host.ends[adapter] = [], []
         host.away.discard(adapter)
     for name, host in hosts.items():
-        first, last = plan.choices.get(name, {}).get("span") or (name, name)
+        ends = plan.choices.get(name, {}).get("span") or (name, name)
+        if not isinstance(ends, list | tuple) or len(ends) != 2:
+            raise PlanError(f"the span of {name!r} is {ends!r}; it names a first and a last block")
+        first, last = map(str, ends)
         if first == last == name:
             continue
         for end in (first, last):

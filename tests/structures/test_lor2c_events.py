@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 import transformers
+from peers import largest_tensor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -200,6 +201,35 @@ def test_a_span_that_cannot_know_its_input_is_refused():
         model.layer[2](torch.randn(3, 8))
     with pytest.raises(PlanError, match=r"'layer.9'.*nearest"):
         around(adapter, layer_0=(0, 9))
+    for wrong in (3, ["layer.0"], "layer.0"):
+        with pytest.raises(PlanError, match="a first and a last block"):
+            link("default", adapter.entry.plan.choose("layer.0", span=wrong), adapter.deltas)
+
+
+def test_a_block_that_runs_twice_is_bypassed_twice():
+    """As in ALBERT, where one block stands for all layers."""
+    model, adapter = adapted(LoR2C(rank=2), ["layer.0"], depth=1)
+    plain, x = Stack(depth=1), torch.randn(3, 8)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    (delta,) = adapter.deltas.values()
+    update = (delta.scale * delta.B @ delta.A).T
+    wanted = plain(x) + x @ update
+    wanted = plain(wanted) + wanted @ update
+    torch.testing.assert_close(model(model(x)), wanted)
+    assert neighbours(adapter.entry) == []
+
+
+def test_no_matrix_of_the_width_is_made():
+    """The published code keeps and multiplies a zero matrix of the hidden size for each bypass."""
+    model, adapter = adapted(LoR2C(rank=2), BLOCKS, width=64)
+    around(adapter, layer_0=(0, 2))
+    x = torch.randn(5, 64)
+    for layer in model.layer:
+        layer.query, layer.value = nn.Identity(), nn.Identity()
+    assert largest_tensor(lambda: model(x).square().sum().backward()) == 5 * 64
+    assert all(
+        t.numel() <= 2 * 64 for d in adapter.deltas.values() for t in d.state_dict().values()
+    )
 
 
 def test_spans_serve_rows_and_threads_apart():
