@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import finespun as fs
+from finespun import hosts
 from finespun.errors import InputError, StateError
 
 
@@ -107,20 +108,38 @@ def test_rows_wait_while_another_thread_runs_the_model():
         model(ids)
 
 
-@pytest.mark.parametrize("wanted", ["fr", None, {"fr": 0.5, "de": 0.5}])
-def test_what_is_active_stays_while_another_thread_runs_the_model(wanted):
+CHANGES = {
+    "activate": lambda model: fs.activate(model, "fr"),
+    "activate none": lambda model: fs.activate(model, None),
+    "merge": lambda model: hosts.merge(model, {"de": 1.0}),
+    "evict": lambda model: fs.evict(model, "fr"),
+    "detach": lambda model: fs.Adapter(model, "fr").detach(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_nothing_changes_while_another_thread_runs_the_model(change):
+    """Half a pass with one adapter and half with another would be nobody's output."""
     model, ids = two_adapters(), torch.randint(0, 20, (2, 5))
     fs.activate(model, "de")
     y, said = model(ids), []
     handle = model.up.register_forward_pre_hook(
-        lambda *_: said.append(in_another_thread(lambda: fs.activate(model, wanted)))
+        lambda *_: said.append(in_another_thread(lambda: change(model)))
     )
     assert torch.equal(model(ids), y)
     handle.remove()
     assert "another thread is using this model" in str(said[0])
-    fs.activate(model, wanted)
-    assert in_another_thread(lambda: fs.activate(model, "de")) is None
     assert torch.equal(model(ids), y)
+    assert not isinstance(in_another_thread(lambda: change(model)), StateError)
+
+
+def test_rows_cannot_be_merged_into():
+    model, ids = two_adapters(), torch.randint(0, 20, (2, 5))
+    with fs.rows(model, ["fr", None]):
+        y = model(ids)
+        with pytest.raises(StateError, match=r"leave rows\(\) before merging"):
+            fs.Adapter(model, "fr").merge()
+        assert torch.equal(model(ids), y)
 
 
 def test_two_threads_train_as_one_would():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from finespun.errors import InputError, StateError, TargetError, nearest
 from finespun.hosts import passes
 from finespun.hosts.block import link
-from finespun.hosts.board import Board, Entry, board_of
+from finespun.hosts.board import Board, Entry, alone, board_of
 from finespun.hosts.copies import CopyHost
 from finespun.hosts.forming import Former
 from finespun.hosts.host import Host
@@ -232,6 +232,7 @@ def _parts(entry: Entry) -> Iterator[tuple[str, nn.Module]]:
         yield f"trained/{name}/", module
 
 
+@alone
 def remove(model: nn.Module, name: str) -> None:
     """Forget an adapter and restore every module that carries none; the last one restores the
     model itself."""

@@ -3,12 +3,13 @@
 Layers read it on every forward pass; switching between activated adapters changes this object only.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock, get_ident
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from finespun.structures import Bank, Delta, Plan, Structure
 
 Weights = tuple[tuple[str, float], ...]
 LOCK = Lock()
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class Board:
         with LOCK:
             if before not in (None, me) or self.running.keys() - {me}:
                 raise StateError(
-                    "another thread is using this model: activate(), rows(), disabled() must wait"
+                    "another thread is using this model: wait before changing what it does"
                 )
             self.owner = me
         try:
@@ -226,3 +229,16 @@ def board_of(model: nn.Module) -> Board:
     if not isinstance(board, Board):
         raise StateError(f"this {type(model).__name__} has no adapters; adapt or load one first")
     return board
+
+
+def alone(
+    change: Callable[Concatenate[nn.Module, P], R],
+) -> Callable[Concatenate[nn.Module, P], R]:
+    """A change of the model that waits for nobody: StateError while another thread runs it."""
+
+    @functools.wraps(change)
+    def guarded(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> R:
+        with board_of(model).guard():
+            return change(model, *args, **kwargs)
+
+    return guarded

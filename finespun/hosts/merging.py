@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finespun.errors import InputError, StateError
 from finespun.hosts.attach import hosts_of, materialise
-from finespun.hosts.board import Board, Kept, Patch, board_of
+from finespun.hosts.board import Board, Kept, Patch, alone, board_of
 from finespun.hosts.host import Host, Stored
 from finespun.hosts.mirror import Mirror
 from finespun.hosts.parts import PartHost
@@ -20,6 +20,7 @@ from finespun.structures import Delta
 Undo = Literal["memory", "entries", "none"]
 
 
+@alone
 def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") -> int:
     """W ← W0 + Σ c_i (W_i − W0), computed in float32 and rounded once; returns the bytes kept.
 
@@ -35,6 +36,8 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
         raise InputError(f"undo={undo!r} is not known; try 'memory', 'entries' or 'none'")
     if board.merged:
         raise StateError(f"{', '.join(board.merged)} is merged already; unmerge first")
+    if board.rows is not None:
+        raise StateError("rows have adapters of their own here: leave rows() before merging")
     for name in weights:
         materialise(model, board[name])
     hosts = {n: h for n, h in hosts_of(model).items() if any(w in h.held() for w in weights)}
@@ -68,6 +71,7 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
     return sum(t.nbytes for held in kept.values() for t in _tensors(held) if t is not None)
 
 
+@alone
 def unmerge(model: nn.Module) -> None:
     """Put back the very tensors, or single entries, that stood before the merge."""
     board = board_of(model)

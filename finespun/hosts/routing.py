@@ -9,22 +9,23 @@ from torch import nn
 
 from finespun.errors import InputError, StateError
 from finespun.hosts.attach import materialise, take_out, tensors_of
-from finespun.hosts.board import Board, Rows, board_of
+from finespun.hosts.board import Board, Rows, alone, board_of
 from finespun.hosts.flat import FlatState
 from finespun.hosts.passes import batch
 
 
+@alone
 def activate(model: nn.Module, wanted: str | Sequence[str] | Mapping[str, float] | None) -> None:
     """Make these adapters act, with weights where a mapping is given; None is the base alone.
     Raises StateError while another thread runs the model."""
     board = board_of(model)
     weights = board.weights(wanted)
-    with board.guard():
-        for name, _ in weights:
-            materialise(model, board[name])
-        board.active = weights
+    for name, _ in weights:
+        materialise(model, board[name])
+    board.active = weights
 
 
+@alone
 def evict(model: nn.Module, name: str) -> None:
     """Keep only the flat tensor of an inactive adapter; its modules are made anew when needed."""
     board = board_of(model)
