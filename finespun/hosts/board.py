@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock, get_ident
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,7 @@ from finespun.structures import Bank, Delta, Plan, Structure
 
 Weights = tuple[tuple[str, float], ...]
 LOCK = Lock()
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -231,14 +230,12 @@ def board_of(model: nn.Module) -> Board:
     return board
 
 
-def alone(
-    change: Callable[Concatenate[nn.Module, P], R],
-) -> Callable[Concatenate[nn.Module, P], R]:
-    """A change of the model that waits for nobody: StateError while another thread runs it."""
+def alone(change: F) -> F:
+    """Make a change of a model, its first argument, raise StateError while another thread runs it."""
 
     @functools.wraps(change)
-    def guarded(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> R:
+    def guarded(model: nn.Module, *args: Any, **options: Any) -> Any:
         with board_of(model).guard():
-            return change(model, *args, **kwargs)
+            return change(model, *args, **options)
 
-    return guarded
+    return cast(F, guarded)
