@@ -185,10 +185,15 @@ class Recipe(Document):
     def json_schema(cls) -> dict[str, Any]:
         """JSON Schema of a recipe file, with the options of every structure."""
         schema = cls.model_json_schema()
-        choices = []
-        for kind, structure in sorted(STRUCTURES.items()):
-            options = TypeAdapter(structure).json_schema()
-            options["properties"] = {"kind": {"const": kind}, **options["properties"]}
-            choices.append({**options, "required": ["kind"], "additionalProperties": False})
-        schema["properties"]["structure"]["oneOf"] = choices
+        schema["properties"]["structure"]["oneOf"] = structure_schemas()
         return schema
+
+
+def structure_schemas() -> list[dict[str, Any]]:
+    """JSON Schemas of all structures, options included."""
+    choices = []
+    for kind, structure in sorted(STRUCTURES.items()):
+        options = TypeAdapter(structure).json_schema()
+        options["properties"] = {"kind": {"const": kind}, **options["properties"]}
+        choices.append({**options, "required": ["kind"], "additionalProperties": False})
+    return choices

@@ -6,15 +6,19 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from pydantic import ValidationError
 
+from finespun.bench import BenchSpec
 from finespun.cli.app import run
 from finespun.cli.explain import facts
+from finespun.errors import InputError
 from finespun.recipe import Recipe
 from finespun.recipe_yaml import read_yaml
 from finespun.structures import LSR, STRUCTURES, LoRA, SiteShape, VeRA
@@ -180,3 +184,49 @@ def test_a_schema_file_is_written_once(tmp_path: Path, capsys: Captured) -> None
     assert run(["schema", "--out", str(out)]) == 2
     assert "--force" in capsys.readouterr().err
     assert run(["schema", "--out", str(out), "--force"]) == 0
+
+
+@pytest.fixture(scope="module")
+def bench_schema() -> Draft202012Validator:
+    schema = BenchSpec.json_schema()
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+def bench_files() -> list[Path]:
+    return [p for p in sorted((ROOT / "examples").glob("*.yaml")) if "members:" in p.read_text()]
+
+
+def test_bench_files_fit_their_schema(bench_schema: Draft202012Validator) -> None:
+    assert len(bench_files()) >= 3
+    for file in bench_files():
+        BenchSpec.load(file)
+        assert list(bench_schema.iter_errors(read_yaml(file.read_text(), file.name)[0])) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rtes": [1e-3, 1e-2, 1e-1]},
+        {"rates": {"low": 1e-3, "high": 1e-1}},
+        {"rates": [0, 1, 2]},
+        {"members": [{"structure": {"kind": "lrs"}}]},
+        {"members": [{"structure": {"kind": "lora", "rnk": 3}}]},
+        {"recipe": {"model": "minilm-l3", "data": {"task": "trec"}, "output": "out"}},
+        {"recipe": {"model": "minilm-l3", "data": {"task": "trec"}, "training": {"rate": 1.0}}},
+        {"recipe": {"model": "minilm-l3", "data": {"task": "trec"}, "trackers": ["wandb"]}},
+    ],
+)
+def test_what_a_bench_refuses_its_schema_refuses(
+    change: dict[str, Any], bench_schema: Draft202012Validator
+) -> None:
+    whole = {
+        "recipe": {"model": "minilm-l3", "data": {"task": "trec"}},
+        "members": [{"structure": {"kind": "lora"}}],
+        "rates": {"low": 1e-3, "high": 1e-1, "count": 3},
+    }
+    assert bench_schema.is_valid(whole)
+    BenchSpec.model_validate(whole)
+    assert not bench_schema.is_valid({**whole, **change})
+    with pytest.raises((InputError, ValidationError)):
+        BenchSpec.model_validate({**whole, **change})

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import sizes
 
+FILE = sizes.LONGEST_FILE["finespun"]
 SHORT = "def f():\n    return 1\n"
 LONG = "def g():\n" + "    x = 1\n" * sizes.LONGEST_FUNCTION
 
 
 def tree(root: Path, **files: str) -> Path:
-    for part in sizes.PARTS:
+    for part in sizes.LONGEST_FILE:
         (root / part).mkdir()
     for name, text in files.items():
         (root / "finespun" / f"{name}.py").write_text(text)
@@ -34,7 +35,7 @@ def test_files_and_functions_are_counted(tmp_path: Path) -> None:
     [
         (LONG, "finespun/new.py:1 g has 61 lines, at most 60"),
         ("class A:\n    async " + LONG.replace("\n", "\n    "), "finespun/new.py:2 g has 61 lines"),
-        ("x = 1\n" * (sizes.LONGEST_FILE + 1), "finespun/new.py has 351 lines, at most 350"),
+        ("x = 1\n" * (FILE + 1), "finespun/new.py has 351 lines, at most 350"),
     ],
 )
 def test_an_outlier_fails(
@@ -51,22 +52,17 @@ def test_an_outlier_fails(
 
 
 def test_the_limits_themselves_are_allowed(tmp_path: Path) -> None:
-    whole = "x = 1\n" * sizes.LONGEST_FILE
+    whole = "x = 1\n" * FILE
     function = "def g():\n" + "    x = 1\n" * (sizes.LONGEST_FUNCTION - 1)
     assert sizes.main([str(tree(tmp_path, file=whole, function=function))]) == 0
 
 
-def test_a_known_file_may_not_grow_and_leaves_the_list_when_it_is_short(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = tree(tmp_path, old="x = 1\n" * 400)
-    monkeypatch.setattr(sizes, "KNOWN", {"finespun/old.py": 400})
+def test_tests_may_be_longer(tmp_path: Path) -> None:
+    root = tree(tmp_path, old=SHORT)
+    (root / "tests" / "test_a.py").write_text("x = 1\n" * 500)
     assert sizes.main([str(root)]) == 0
-    (root / "finespun" / "old.py").write_text("x = 1\n" * 401)
+    (root / "tests" / "test_a.py").write_text("x = 1\n" * 501)
     assert sizes.main([str(root)]) == 1
-    (root / "finespun" / "old.py").write_text("x = 1\n" * 350)
-    assert sizes.main([str(root)]) == 1
-    assert "finespun/old.py needs no place in KNOWN" in capsys.readouterr().err
 
 
 def test_an_empty_folder_is_no_success(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from pydantic import (
     ModelWrapValidatorHandler,
     PrivateAttr,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
 from finespun.errors import InputError
-from finespun.recipe import AnyStructure, Recipe
+from finespun.recipe import AnyStructure, Recipe, structure_schemas
 from finespun.recipe_yaml import Document, Section, explain
 from finespun.structures import LSR, Structure
 
@@ -62,7 +63,12 @@ def rounded(rate: float) -> float:
     return float(f"{rate:.3g}")
 
 
-Rates = Annotated[tuple[float, ...], BeforeValidator(read_rates)]
+_LIST = {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}}
+Rates = Annotated[
+    tuple[float, ...],
+    BeforeValidator(read_rates),
+    WithJsonSchema({"anyOf": [_LIST, Grid.model_json_schema()]}),
+]
 
 
 class Member(Section):
@@ -178,6 +184,18 @@ class BenchSpec(Document):
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds = {list(self.seeds)} repeats a seed")
         return self
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """JSON Schema of a bench file, with the options of every structure; its recipe has no keys
+        that the bench has of its own."""
+        schema = cls.model_json_schema()
+        parts = schema["$defs"]
+        parts["Member"]["properties"]["structure"]["oneOf"] = structure_schemas()
+        for part, key in (("Recipe", "structure"), ("Recipe", "output"), ("Recipe", "trackers")):
+            del parts[part]["properties"][key]
+        del parts["Training"]["properties"]["rate"]
+        return schema
 
     @property
     def rungs(self) -> tuple[int, ...]:

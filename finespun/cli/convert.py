@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+
+if TYPE_CHECKING:
+    from finespun.convert import Converted
 
 EXAMPLE = "finespun convert out/trec-lsr-small out/squeezed --to lora --set rank=2"
 
@@ -55,9 +58,7 @@ def command(
         part,
     )
     if as_json:
-        content = dataclasses.asdict(made) | {"folder": str(made.folder), "error": made.error}
-        content["structure"] = {"kind": made.structure.kind, **made.structure.options()}
-        typer.echo(json.dumps(content, ensure_ascii=False))
+        typer.echo(as_one_object(made))
         return
     width = max(map(len, made.errors))
     typer.echo(f"{'layer':<{width}}  rank  predicted  true error")
@@ -65,6 +66,13 @@ def command(
         rank, predicted = made.ranks[name], made.predicted[name]
         typer.echo(f"{name:<{width}}  {rank:>4}  {predicted:>9.4f}  {error:>10.4f}")
     typer.echo(str(made))
+
+
+def as_one_object(made: "Converted") -> str:
+    """What a conversion wrote, as JSON."""
+    content = dataclasses.asdict(made) | {"folder": str(made.folder), "error": made.error}
+    content["structure"] = {"kind": made.structure.kind, **made.structure.options()}
+    return json.dumps(content, ensure_ascii=False)
 
 
 def wanted(to: str, options: list[str]) -> Any:

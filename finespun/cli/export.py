@@ -1,5 +1,7 @@
 """`finespun export`: files that other programs load: PEFT's, diffusers' or kohya's."""
 
+import dataclasses
+import json
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -33,9 +35,11 @@ def command(
     model: Annotated[
         str | None, typer.Option(help="With --format: the base's folder, for convolutions' sizes.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write an adapter as a LoRA folder in PEFT's format, or as one file that diffusers or kohya's
     scripts load, and say how exact it is."""
+    from finespun.cli.convert import as_one_object as converted
     from finespun.errors import InputError
     from finespun.train.use import Trained
 
@@ -44,16 +48,17 @@ def command(
     if format != "peft":
         if per_module_rank:
             raise InputError("per_module_rank is for PEFT's format")
-        typer.echo(str(without_model(adapter, out, rank, max_error, model, format, part)))
+        made = without_model(adapter, out, rank, max_error, model, format, part)
+        typer.echo(converted(made) if as_json else str(made))
         return
     if part is not None or model is not None:
         raise InputError("part and model belong to --format diffusers and --format kohya")
     trained = Trained.open(adapter)
     with warnings.catch_warnings():  # what it warns of is printed
         warnings.simplefilter("ignore")
-        typer.echo(
-            str(trained.adapter.export(out, rank, max_error, per_module_rank=per_module_rank))
-        )
+        done = trained.adapter.export(out, rank, max_error, per_module_rank=per_module_rank)
+    told = {**dataclasses.asdict(done), "folder": str(done.folder), "error": done.error}
+    typer.echo(json.dumps(told, ensure_ascii=False) if as_json else str(done))
 
 
 def without_model(

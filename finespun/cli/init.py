@@ -1,5 +1,6 @@
 """`finespun init`: a first recipe for a table of one's own."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,17 +14,24 @@ def command(
     model: Annotated[str, typer.Argument(help="minilm-l6, minilm-l3, a folder or a hub model.")],
     out: Annotated[str | None, typer.Option(help="Write here; without it, print.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the recipe, or the file's name, as one object.")
+    ] = False,
 ) -> None:
     """Write a commented recipe for a table: columns, labels, targets and sizes are guessed."""
+    from finespun.cli.schema import write_new
     from finespun.errors import InputError
-    from finespun.files import write_file
+    from finespun.recipe_yaml import read_yaml
     from finespun.train.suggest import suggest_recipe
 
     if out is not None and Path(out).exists() and not force:
         raise InputError(f"{out!r} exists; choose another name, or --force to replace it")
     text = suggest_recipe(data, model)
-    if out is None:
+    if out is not None:
+        write_new(out, text, force)
+        told = json.dumps({"written": out})
+        typer.echo(told if as_json else f"{out} written. Next: finespun train {out}")
+    elif as_json:
+        typer.echo(json.dumps(read_yaml(text, "recipe")[0], ensure_ascii=False))
+    else:
         typer.echo(text, nl=not text.endswith("\n"))
-        return
-    write_file(out, text)
-    typer.echo(f"{out} written. Next: finespun train {out}")

@@ -1,5 +1,6 @@
 """`finespun report`: a page about a run or a bench."""
 
+import json
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ EXAMPLE = "finespun report out/trec-lsr-small"
 
 def command(
     folder: Annotated[str, typer.Argument(help="The output folder of a run or of a bench.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write report.html into a folder: curves, tables, the update layer by layer, the recipe.
 
@@ -16,4 +18,5 @@ def command(
     """
     from finespun.report import report
 
-    typer.echo(f"{report(folder)} written")
+    page = str(report(folder))
+    typer.echo(json.dumps({"written": page}) if as_json else f"{page} written")

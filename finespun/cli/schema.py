@@ -1,8 +1,9 @@
-"""`finespun schema`: what a recipe may hold, for editors and other programs."""
+"""`finespun schema`: what a recipe or a bench file may hold, for editors and other programs."""
 
 import json
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,25 +11,48 @@ EXAMPLE = "finespun schema --out recipe.schema.json"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
+class Kind(StrEnum):
+    """Kinds of files."""
+
+    RECIPE = "recipe"
+    BENCH = "bench"
+
+
 def command(
+    kind: Annotated[Kind, typer.Argument(help="recipe, or bench for bench files.")] = Kind.RECIPE,
     out: Annotated[str | None, typer.Option(help="Write here; without it, print.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --out: tell the file as one JSON object.")
+    ] = False,
 ) -> None:
-    """Print the JSON schema of recipes, every method and its options included.
+    """Print the JSON schema of recipes or bench files, every method and its options included.
 
     An editor with a YAML language server checks and completes a recipe whose first line is
     `# yaml-language-server: $schema=recipe.schema.json`.
     """
-    from finespun.errors import InputError
-    from finespun.files import write_file
-    from finespun.recipe import Recipe
-
-    if out is not None and Path(out).exists() and not force:
-        raise InputError(f"{out!r} exists; choose another name, or --force to replace it")
-    schema = {"$schema": DIALECT, **Recipe.json_schema()}
-    text = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(schema_of(kind), indent=2, ensure_ascii=False) + "\n"
     if out is None:
         typer.echo(text, nl=False)
-        return
+    else:
+        write_new(out, text, force)
+        typer.echo(json.dumps({"written": out}) if as_json else f"{out} written")
+
+
+def schema_of(kind: Kind) -> dict[str, Any]:
+    """The schema of one kind of file."""
+    from finespun.bench import BenchSpec
+    from finespun.recipe import Recipe
+
+    made = Recipe.json_schema() if kind is Kind.RECIPE else BenchSpec.json_schema()
+    return {"$schema": DIALECT, **made}
+
+
+def write_new(out: str, text: str, force: bool) -> None:
+    """Write a file that is not there yet, or replace it. Raises InputError."""
+    from finespun.errors import InputError
+    from finespun.files import write_file
+
+    if Path(out).exists() and not force:
+        raise InputError(f"{out!r} exists; choose another name, or --force to replace it")
     write_file(out, text)
-    typer.echo(f"{out} written")
