@@ -231,7 +231,7 @@ def board_of(model: nn.Module) -> Board:
 
 
 def alone(change: F) -> F:
-    """Make a change of a model, its first argument, raise StateError while another thread runs it."""
+    """Refuse a change of a model, its first argument, while another thread runs it: StateError."""
 
     @functools.wraps(change)
     def guarded(model: nn.Module, *args: Any, **options: Any) -> Any:
