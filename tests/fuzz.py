@@ -118,6 +118,8 @@ def known_names(folder: Path) -> set[str]:
         data = path.read_bytes()
         if path.suffix == ".safetensors":
             data = data[8 : 8 + int.from_bytes(data[:8], "little")]
+        if path.suffix == ".yaml":
+            found |= set(re.findall(r"^ *(\w+):", data.decode(errors="replace"), re.MULTILINE))
         if path.suffix in (".json", ".safetensors"):
             found |= set(re.findall(r'"([\w.$/]+)"', data.decode(errors="replace")))
     parts = {p for name in found for p in (name.partition("/")[2].rpartition("/")[0],)}
@@ -128,7 +130,7 @@ def names_something(message: str, names: set[str], room: Path) -> bool:
     """Whether an error names a file of the folder, or quotes a key or name=value."""
     if str(room) in message or any(n in message for n in names if "." in n and len(n) > 6):
         return True
-    quoted = set(re.findall(r"'([^']+)'", message)) | set(re.findall(r"\b(\w+)=", message))
+    quoted = set(re.findall(r"'([^']+)'", message)) | set(re.findall(r"\b(\w+)(?:=| ')", message))
     ends = {part for name in names for part in re.split(r"[./]", name)}
     return any(q in names or ends & set(re.split(r"[./]", q)) for q in quoted)
 

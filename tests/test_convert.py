@@ -300,6 +300,6 @@ def test_damaged_tensors_are_told(tmp_path):
     saved.entry.flat = type(saved.entry.flat).pack(tensors)
     with pytest.raises(FileError, match=r"Missing key.*A"):
         list(StoredDeltas(saved).values())
-    edit(tmp_path / "a", use_dora=True)
-    with pytest.raises(FileError, match="use_dora"):
+    edit(tmp_path / "a", lora_bias=True)
+    with pytest.raises(FileError, match="lora_bias"):
         fs.convert(tmp_path / "a", tmp_path / "b", "lora")

@@ -316,3 +316,74 @@ def test_ranks_of_their_own_are_for_peft_alone(tmp_path):
     plain = adapter.export(tmp_path / "y")
     assert weights(tmp_path / "x").keys() == weights(tmp_path / "y").keys()
     assert plain.rank == 6
+
+
+# --- what was converted is used as a run is -----------------------------------------------------
+@pytest.fixture(scope="module")
+def made(done: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders that were made of the run in `done / out`, its classifier's logits all the same."""
+    root = tmp_path_factory.mktemp("made")
+    Trained.open(done / "out").adapter.export(root / "exported")
+    fs.convert(done / "out", root / "exact", "lora")
+    fs.convert(done / "out", root / "peft", "lora", format="peft")
+    fs.convert(root / "exported", root / "back", fs.LSR(rank=2, separation_rank=16), refine=50)
+    fs.convert(root / "exact", root / "again", fs.LoRA(rank=2))
+    return {p.name: p for p in sorted(root.iterdir())}
+
+
+@pytest.mark.parametrize("name", ["exported", "exact", "peft", "back", "again"])
+def test_what_was_made_of_a_run_is_measured_and_asked(done, made, name, capsys, tmp_path):
+    table, words = str(done / "table.csv"), ["the cat runs fine", "a grim dull train"]
+    wanted = {}
+    for place in (done / "out", made[name]):
+        measured = json.loads(printed(["evaluate", str(place), "--json"], capsys))
+        on_all = json.loads(printed(["evaluate", str(place), "--file", table, "--json"], capsys))
+        lines = printed(["predict", str(place), *words, "--json"], capsys).splitlines()
+        asked = [json.loads(line) for line in lines]
+        assert [a["label"] in a["probabilities"] for a in asked] == [True, True]
+        shares = [a["probabilities"]["good"] for a in asked]
+        wanted[place] = [*measured.values(), *on_all.values(), *shares]
+    first, second = wanted.values()
+    assert second == pytest.approx(first, abs=1e-4)
+    printed(["merge", str(made[name]), str(tmp_path / "m")], capsys)
+    assert (tmp_path / "m" / "classifier.safetensors").is_file()
+
+
+def test_recipe_classes_and_seeds_go_along_and_parents_are_named(done, made):
+    run_line = read_adapter(done / "out").lineage
+    assert run_line.classes == ("bad", "good")
+    for folder in made.values():
+        line = read_adapter(folder).lineage
+        assert (line.recipe, line.classes) == (run_line.recipe, run_line.classes)
+        assert line.seeds["training"] == run_line.seeds["training"]
+    parent = read_adapter(made["again"]).lineage.parents
+    assert [p.sha256 for p in parent] == [read_adapter(made["exact"]).sha256]
+
+
+def test_a_language_model_that_was_converted_answers(done, tmp_path, capsys):
+    fs.convert(done / "lm" / "out", tmp_path / "a", "lora")
+    asked = ["the cat sleeps today", "soon the ship stops"]
+    told = [
+        printed(["predict", str(place), *asked, "--json"], capsys)
+        for place in (done / "lm" / "out", tmp_path / "a")
+    ]
+    first, second = ([json.loads(line) for line in text.splitlines()] for text in told)
+    for a, b in zip(first, second, strict=True):
+        assert a["label"] == b["label"]
+        assert a["probabilities"] == pytest.approx(b["probabilities"], abs=1e-4)
+
+
+def test_without_classes_in_the_lineage_the_rows_tell_them(done, made, capsys):
+    path = made["exact"] / "adapter.json"
+    content = json.loads(path.read_text())
+    content["lineage"]["classes"] = None
+    path.write_text(json.dumps(content))
+    assert Trained.open(made["exact"]).classes == ["bad", "good"]
+
+
+def test_a_folder_without_a_recipe_says_what_would_do(tmp_path, capsys):
+    fresh(bert(), fs.LoRA(rank=2), ("query",)).save(tmp_path / "a")
+    for command in ("evaluate", "predict"):
+        more = [] if command == "evaluate" else ["x"]
+        assert run([command, str(tmp_path / "a"), *more]) == 3
+        assert "does not say which recipe made it" in capsys.readouterr().err

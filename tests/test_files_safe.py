@@ -46,6 +46,7 @@ HOSTILE = {
     ),
     "deep": (raw(b'{"a":' + b"[" * 100 + b"]" * 100 + b"}"), "nested more than 64"),
     "very deep": (raw(b'{"a":' + b"[" * 10**5 + b"]" * 10**5 + b"}"), "nested more than 64"),
+    "a number too large": (raw(b'{"a": 1e999}'), "1e999 is larger than any number there is"),
     "a long number": (raw(b'{"a":' + b"9" * 10**4 + b"}"), "is not JSON"),
     "no dtype": (raw({"a": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8)), "'a' must have"),
     "an extra field": (raw({"a": {**entry(), "x": 1}}, bytes(8)), "'a' must have exactly"),

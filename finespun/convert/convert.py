@@ -18,6 +18,7 @@ from finespun.convert import diffusion
 from finespun.convert.stored import (
     StoredDeltas,
     StoredWeights,
+    blamed,
     numbers_of,
     source_name,
     update_of,
@@ -184,7 +185,9 @@ def _as_lora(
     wanted = target.rank if isinstance(target, LoRA) else None
     scale = target.scale if isinstance(target, LoRA) else 1.0
     for name, delta in StoredDeltas(saved, base).items():
-        if wanted is None and energy is None and delta.factors() is None:
+        with blamed(repr(name)):
+            known = delta.factors() is not None
+        if wanted is None and energy is None and not known:
             raise InputError(
                 f"the update of {name!r} ({saved.entry.structure.kind}) has no factors to "
                 "take over: give a rank or a share of the energy, such as rank=16 or energy=0.95"
@@ -266,8 +269,10 @@ def _entry(saved: Saved, made: Structure, fitted: _Fitted) -> Entry:
 
 def _lineage(saved: Saved, made: Structure, fitted: _Fitted, refine: int) -> Lineage:
     told = {"conversion_error": max(fitted.errors.values()), "refine": refine}
-    parent = Parent(saved.entry.name, saved.sha256)
-    return lineage_of(made, metrics=told, parents=(parent,))
+    old, parent = saved.lineage, Parent(saved.entry.name, saved.sha256)
+    if old is None:
+        return lineage_of(made, metrics=told, parents=(parent,))
+    return lineage_of(made, old.recipe, told, old.seeds, (parent,), old.classes)
 
 
 def _write_peft(saved: Saved, entry: Entry, line: Lineage, src: Path, dst: str | Path) -> None:

@@ -12,13 +12,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from finespun import files
 from finespun.adapter import Adapter, load
 from finespun.convert.stored import source_name
-from finespun.errors import InputError, nearest
+from finespun.errors import FileError, InputError, nearest
 from finespun.files import Saved, check_writable, whole_folder
 from finespun.files.atomic import located
 from finespun.hosts import tensors_of
 from finespun.hosts.targets import OWN
-from finespun.train.output import RECIPE
-from finespun.train.use import Trained
+from finespun.train.use import Trained, origin
 from finespun.train.zoo import (
     POOLING_FILE,
     MeanPooledClassifier,
@@ -112,10 +111,10 @@ def _tied(model: nn.Module) -> bool:
 def _loaded(folder: Path, model: str | None) -> tuple[Adapter, Any, str]:
     """The adapter on its base, the tokenizer where there is one, and the base's folder."""
     if model is None:
-        if not (folder / RECIPE).is_file():
-            raise InputError(
-                f"{str(folder)!r} is no run of finespun's: name the base with --model (model=...)"
-            )
+        try:
+            origin(folder)
+        except FileError as error:
+            raise InputError(f"{error}; or name the base with --model (model=...)") from error
         trained = Trained.open(folder)
         return trained.adapter, trained.text.tokenizer, find_model(trained.recipe.model)
     saved, source = files.read_adapter(folder), find_model(model)

@@ -14,7 +14,7 @@ from finespun.errors import FileError, InputError, nearest
 from finespun.files import Saved
 from finespun.files.budget import bounded
 from finespun.files.diffusion_names import Layer
-from finespun.files.native import DAMAGED
+from finespun.files.native import DAMAGED, check_scale
 from finespun.files.safe import read_json
 from finespun.hosts import tensors_of
 from finespun.linalg import LowRank
@@ -36,16 +36,15 @@ class StoredWeights:
         self.folder = Path(folder).expanduser()
         self.files: dict[str, Path] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
-            try:
-                with safe_open(path, "pt") as file:
-                    self.files.update(dict.fromkeys(file.keys(), path))
-            except (SafetensorError, OSError) as error:
-                raise FileError(f"{path} cannot be read: {error}") from error
+            if not path.is_file():
+                raise FileError(f"{path} is not a regular file")
+            with _reading(path), safe_open(path, "pt") as file:
+                self.files.update(dict.fromkeys(file.keys(), path))
         if not self.files:
             raise FileError(f"{self.folder} holds no weights in .safetensors files")
         config = self.folder / "config.json"
         kind = read_json(config).get("model_type") if config.is_file() else None
-        self.transposed = kind in TRANSPOSED
+        self.transposed = isinstance(kind, str) and kind in TRANSPOSED
 
     def read(self, shape: SiteShape, leaf: str = "weight") -> Tensor:
         """W0 of a site, (out, in), or its bias (out,), in the precision of the file.
@@ -54,7 +53,7 @@ class StoredWeights:
         FileError where no tensor of that name and shape is there.
         """
         key = self._key(f"{shape.name}.{leaf}")
-        with safe_open(self.files[key], "pt") as file:
+        with _reading(self.files[key]), safe_open(self.files[key], "pt") as file:
             value: Tensor = file.get_tensor(key)
         if leaf == "bias":
             return value
@@ -62,7 +61,7 @@ class StoredWeights:
         turned = tuple(value.shape) == wanted[::-1]
         if turned and (self.transposed or shape.kind == "embedding"):
             value = value.mT
-        if value.shape[0] != wanted[0] or value.numel() != wanted[0] * wanted[1]:
+        if value.shape[:1] != wanted[:1] or value.numel() != wanted[0] * wanted[1]:
             raise FileError(
                 f"{self.folder}: {key!r} is {tuple(value.shape)}, the adapter has it as {wanted}"
             )
@@ -158,7 +157,7 @@ class StoredDeltas(Mapping[str, Delta]):
         for key in self.tensors:
             if not key.startswith(tuple(owners)):
                 raise FileError(f"{key!r} belongs to nothing that the plan names")
-        with _built("the bank"):
+        with blamed("the bank"):
             self.bank = self.entry.structure.bank(self.entry.plan)
         if self.bank is not None:
             if "bank" in self.starts:
@@ -167,8 +166,9 @@ class StoredDeltas(Mapping[str, Delta]):
 
     def __getitem__(self, name: str) -> Delta:
         site = StoredSite(self.sites[name], self.base)
-        with _built(repr(name)):
+        with blamed(repr(name)):
             delta = self.entry.structure.build(site, self.entry.plan, self.bank)
+            check_scale(name, delta.scale)
         if self.starts & {"bank", f"delta/{name}"}:
             delta.keep_start()
         _fill(delta, self.tensors, f"delta/{name}/")
@@ -193,7 +193,7 @@ def update_of(
     moved = delta.bias_change() if "map_bias" in delta.written else None
     if moved is not None and bool(moved.any()):
         raise InputError(f"the adapter moves the bias of {name!r}, which the result cannot say")
-    with _built(repr(name)):
+    with blamed(repr(name)):
         found = delta.as_low_rank(rank, energy) * strength
     exact = LowRank(found.A.double(), found.B.double())
     sizes = (exact.A.norm(), exact.B.norm(), exact.norm())
@@ -222,13 +222,26 @@ def source_name(folder: Path) -> tuple[str, str | None]:
 
 
 @contextmanager
-def _built(what: str) -> Iterator[None]:
-    """Turn what a damaged plan leads to into a FileError that names the site."""
+def _reading(path: Path) -> Iterator[None]:
+    """Name the file in what safetensors says of it."""
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise FileError(f"{path} cannot be read: {error}") from error
+
+
+@contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """Name the site in what goes wrong; what a damaged plan leads to becomes a FileError."""
     try:
         with bounded(what):
             yield
-    except (InputError, FileError):
+    except FileError:
         raise
+    except InputError as error:
+        if what in str(error):
+            raise
+        raise InputError(f"{what}: {error}") from error
     except (*DAMAGED, MemoryError) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise FileError(f"{what}: its plan or its numbers are damaged ({reason})") from error

@@ -59,7 +59,7 @@ class Fingerprint:
             raise FileError(f"{where}: base.{key} {what}")
         try:
             samples = {
-                str(k): (_dtype_name(v["dtype"]), tuple(float(x) for x in v["values"]))
+                str(k): (_dtype_name(v["dtype"]), tuple(map(_finite, v["values"])))
                 for k, v in content["samples"].items()
             }
             left_out = tuple(str(n) for n in content["left_out"])
@@ -247,6 +247,12 @@ def _source(model: nn.Module) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _finite(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{str(value)[:80]!r} is no finite number")
+    return float(value)
 
 
 def _dtype_name(name: Any) -> str:

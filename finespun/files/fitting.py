@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 from finespun.errors import BaseMismatch, FileError, TargetError, nearest
 from finespun.files.budget import bounded
 from finespun.files.fingerprint import check_base
-from finespun.files.native import DAMAGED, Saved, plan_as_json
+from finespun.files.native import DAMAGED, Saved, check_scale, plan_as_json
 from finespun.hosts import Entry, FlatState, modules, register, sites, tensors_of
 from finespun.hosts.attach import check_trained
 from finespun.hosts.flat import Slot
@@ -171,6 +171,7 @@ def _work_out(model: nn.Module, entry: Entry) -> Forms:
             asked = _bytes(parts.get("bank", {}))
             for name, host in hosts.items():
                 delta = structure.build(host, plan, bank)
+                check_scale(name, delta.scale)
                 parts[f"delta/{name}"] = delta.state_dict()
                 asked += _bytes(parts[f"delta/{name}"])
                 _check_promised(entry, asked)

@@ -4,7 +4,7 @@ import datetime
 import math
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from typing import Any
@@ -27,13 +27,15 @@ class Parent:
 class Lineage:
     """Where an adapter comes from, stored with it.
 
-    `recipe` is the whole text of the recipe that made it, `metrics` are names and values as
-    measured then, `created` is UTC in ISO 8601.
+    `recipe` is the whole text of the recipe that made it, `classes` name the outputs of its head,
+    `metrics` are names and values as measured then, `created` is UTC in ISO 8601. What is made of
+    it keeps recipe and classes.
     """
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     recipe: str | None = None
+    classes: tuple[str, ...] | None = None
     seeds: Mapping[str, int] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     parents: tuple[Parent, ...] = ()
@@ -55,6 +57,8 @@ class Lineage:
         values = dict(content)
         try:
             values["parents"] = tuple(Parent(**p) for p in values.get("parents", ()))
+            if isinstance(values.get("classes"), list):
+                values["classes"] = tuple(values["classes"])
             found = cls(**values)
         except TypeError as error:
             raise FileError(f"{where}: lineage: {error}") from error
@@ -65,6 +69,9 @@ class Lineage:
         texts += [("recipe", found.recipe)] if found.recipe is not None else []
         for parent in found.parents:
             texts += [("parents.name", parent.name), ("parents.sha256", parent.sha256)]
+        if found.classes is not None and not isinstance(found.classes, tuple):
+            raise FileError(f"{where}: lineage.classes must be a list")
+        texts += [("classes", name) for name in found.classes or ()]
         for name, value in texts:
             if not isinstance(value, str):
                 raise FileError(f"{where}: lineage.{name} must be text, got {str(value)[:80]!r}")
@@ -77,12 +84,14 @@ def lineage_of(
     metrics: Mapping[str, Any] | None = None,
     seeds: Mapping[str, int] | None = None,
     parents: tuple[Parent, ...] = (),
+    classes: Sequence[str] | None = None,
 ) -> Lineage:
     """The lineage of an adapter that is made now, with these packages."""
     return Lineage(
         method=structure.kind,
         options=structure.options(),
         recipe=recipe,
+        classes=None if classes is None else tuple(classes),
         seeds={"structure": structure.seed, **(seeds or {})},
         metrics=metrics or {},
         parents=parents,

@@ -118,8 +118,8 @@ def read(folder: str | Path, strict: bool = True) -> Saved:
             raise FileError("neither a site nor a trained module is named")
     base = None
     if content["base"] is not None:
-        base = Fingerprint.from_json(_object(content["base"], "base"), str(path))
-    lineage = Lineage.from_json(_object(content["lineage"], "lineage"), str(path))
+        base = Fingerprint.from_json(_object(content["base"], f"{path}: base"), str(path))
+    lineage = Lineage.from_json(_object(content["lineage"], f"{path}: lineage"), str(path))
     return Saved(entry, base, lineage, held.sha256, tuple(notes))
 
 
@@ -182,6 +182,11 @@ def _structure(content: Any, strict: bool, notes: list[str]) -> Structure:
         notes += [f"{CONFIG}: option {e!r} of {kind!r} is unknown and left out" for e in extra]
         options = {k: v for k, v in options.items() if k in known}
     return structure(kind, **options)
+
+
+def check_scale(name: str, scale: Any) -> None:
+    """Raise FileError unless the scale that a plan gave a site's update is a finite number."""
+    _number(scale, f"the scale of {name!r}")
 
 
 def _only(

@@ -124,6 +124,7 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
             data.decode(),
             object_pairs_hook=lambda pairs: _without_twins(pairs, where),
             parse_constant=lambda name: _refuse(f"{where}: {name} is no JSON number"),
+            parse_float=lambda text: _number(text, where),
         )
     except RecursionError as error:
         raise FileError(f"{where}: nested more than {DEPTH_LIMIT} levels deep") from error
@@ -270,6 +271,12 @@ def check_depth(content: Any, where: str) -> None:
         if not level:
             return
     raise FileError(f"{where}: nested more than {DEPTH_LIMIT} levels deep")
+
+
+def _number(text: str, where: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise FileError(f"{where}: {text[:80]} is larger than any number there is")
+    return number
 
 
 def _refuse(message: str) -> None:

@@ -133,7 +133,7 @@ def _run(recipe: Recipe, folder: Path, resume: bool, reporter: Reporter) -> Resu
         loop, before, after = _trained(job, state, Several(reporter, log, trackers), log)
     for line in samples(job.text, job.adapter, job.test):
         Several(reporter, log).tell({"event": "note", "text": line})
-    job.adapter.save(folder, lineage(recipe, after))
+    job.adapter.save(folder, lineage(recipe, after, job.classes))
     result = _result(job, loop, before, after)
     write_file(folder / RESULT, result.as_json() + "\n")
     shutil.rmtree(folder / CHECKPOINT)
@@ -255,10 +255,10 @@ def surroundings(recipe: Recipe) -> Iterator[None]:
 
 
 # --- small parts ---------------------------------------------------------------------------------
-def lineage(recipe: Recipe, metrics: dict[str, float]) -> Lineage:
+def lineage(recipe: Recipe, metrics: dict[str, float], classes: list[str] | None) -> Lineage:
     """What adapter.json says of the run that made it."""
     seeds = {"training": recipe.training.seed, "data": recipe.data.seed}
-    return lineage_of(recipe.structure, recipe.dump(), metrics, seeds)
+    return lineage_of(recipe.structure, recipe.dump(), metrics, seeds, classes=classes)
 
 
 def _resumed(loop: Loop, state: dict[str, Any]) -> str:

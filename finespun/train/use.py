@@ -9,6 +9,7 @@ import torch
 
 from finespun.adapter import Adapter, load
 from finespun.errors import FileError, InputError
+from finespun.files import read_adapter
 from finespun.files.safe import read_bytes
 from finespun.recipe import Recipe
 from finespun.recipe_yaml import MOST_BYTES
@@ -36,25 +37,26 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with the adapter of a finished run."""
+    """A model with the adapter of a finished run, or with what that was converted to; `classes`
+    are None where numbers are predicted."""
 
     recipe: Recipe
-    result: Result
+    classes: list[str] | None
     text: TextModel
     adapter: Adapter
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
-        """Load the base model that the recipe in `folder` names, and the adapter beside it.
+        """Load the base model that the recipe names, and the adapter in `folder`: the output of a
+        run, or a folder that was made of one by `convert` or `export`.
 
-        Raises FileError where `folder` holds no finished run.
+        Raises FileError where there is no adapter, or nothing tells which recipe made it.
         """
-        result = Result.read(folder)
-        recipe = read_recipe(folder)
-        task: Task = "classification" if result.classes else "regression"
-        model = load_model(recipe, task, len(result.classes or [""]))
+        recipe, classes = origin(folder)
+        task: Task = "regression" if classes is None else "classification"
+        model = load_model(recipe, task, len(classes or [""]))
         model.model.to(choose_device(recipe.training.device))
-        return cls(recipe, result, model, load(model.model, folder))
+        return cls(recipe, classes, model, load(model.model, folder))
 
     @property
     def columns(self) -> Columns:
@@ -68,7 +70,7 @@ class Trained:
         if file is None:
             examples = load_data(self.recipe.data).test
         else:
-            classes = None if self.result.classes is None else tuple(self.result.classes)
+            classes = None if self.classes is None else tuple(self.classes)
             kind: LabelKind = "numbers" if classes is None else "classes"
             examples = read_examples(file, self.columns, kind, classes)
         if self.recipe.data.prompt is not None:
@@ -86,7 +88,7 @@ class Trained:
                 "this adapter was trained on "
                 + ("single texts" if self.recipe.data.pair is None else "pairs of texts")
             )
-        classes = self.result.classes
+        classes = self.classes
         second = None if pairs is None else tuple(pairs)
         if self.recipe.data.prompt is not None:
             asked = Examples(tuple(texts), second, (0,) * len(texts), tuple(classes or ()))
@@ -114,6 +116,28 @@ class Trained:
         tokens = tokenize(self.text.tokenizer, examples, training.max_length)
         batches = in_order(self.text.tokenizer, tokens, training.eval_batch_size)
         return outputs_of(self.text.model, batches, len(tokens))
+
+
+def origin(folder: str | Path) -> tuple[Recipe, list[str] | None]:
+    """The recipe behind the adapter in a folder, and the classes that its head tells apart: from
+    the run's own files, else from the adapter's lineage. Raises FileError."""
+    if (Path(folder) / RECIPE).exists():
+        result = Result.read(folder)
+        return read_recipe(folder), result.classes
+    try:
+        line = read_adapter(folder).lineage
+    except FileError as error:
+        raise FileError(f"{error}; nor is there a run: {RECIPE} is missing") from error
+    if line is None or line.recipe is None:
+        raise FileError(
+            f"{str(folder)!r} does not say which recipe made it: name the output folder of a run, "
+            "or what finespun convert or export made of one"
+        )
+    recipe = Recipe.parse(line.recipe, source=f"the recipe in {str(folder)!r}")
+    if line.classes is not None:
+        return recipe, list(line.classes)
+    held_out = load_data(recipe.data).train.classes
+    return recipe, None if held_out is None else list(held_out)
 
 
 def read_recipe(folder: str | Path) -> Recipe:
