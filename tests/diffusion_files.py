@@ -16,6 +16,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import finespun as fs
 
+LAYERS = ("down_blocks.0.attentions.0.proj_in", "down_blocks.0.resnets.0.conv1",
+          "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")  # fmt: skip
+
 
 def unet() -> nn.Module:
     return built("diffusers unet")

@@ -110,12 +110,7 @@ def export(
         raise InputError(f"{name!r} changes no weight: there is nothing a LoRA could hold")
     falling = {n: _errors(u) for n, u in updates.items()}
     chosen = _rank(entry, falling, rank, max_error, portable)
-    ranks = dict.fromkeys(updates, chosen)
-    if per_module_rank:
-        bound = 0.0 if max_error is None else max_error
-        ranks = {n: min(chosen, _enough(e, bound)) for n, e in falling.items()}
-    elif not portable:
-        ranks = {n: min(chosen, len(e) - 1) for n, e in falling.items()}
+    ranks = _ranks(falling, chosen, per_module_rank, portable, max_error)
     errors = {n: e[min(ranks[n], len(e) - 1)] for n, e in falling.items()}
     _check_errors(errors, falling, max_error, form)
     whole_modules = tuple(n for n in entry.trained if n not in form.dropped)
@@ -235,6 +230,20 @@ def _rank(
     if max_error is not None:
         return max(_enough(e, max_error) for e in falling.values())
     return min(SERVED_RANK, whole)
+
+
+def _ranks(
+    falling: Mapping[str, list[float]],
+    chosen: int,
+    own: bool,
+    portable: bool,
+    max_error: float | None,
+) -> dict[str, int]:
+    """The rank that every layer is written with: the same, or on request its own."""
+    if own:
+        bound = 0.0 if max_error is None else max_error
+        return {n: min(chosen, _enough(e, bound)) for n, e in falling.items()}
+    return {n: chosen if portable else min(chosen, len(e) - 1) for n, e in falling.items()}
 
 
 def _enough(errors: list[float], max_error: float) -> int:
