@@ -20,6 +20,7 @@ from finespun.files.atomic import located, settled
 from finespun.files.fingerprint import Fingerprint
 from finespun.files.lineage import Lineage
 from finespun.files.native import Saved, blame
+from finespun.files.patterns import check_pattern
 from finespun.files.peft_keys import Pair, Parts, sort
 from finespun.files.safe import TensorFile, read_json, read_tensors
 from finespun.hosts import Entry, FlatState
@@ -293,11 +294,9 @@ def _matching(patterns: Any, path: str, dotted: bool = False) -> list[Any]:
     sorts the keys when it saves: the one it trained with may be another, which shapes betray."""
     found = []
     for key, value in (patterns or {}).items():
-        try:
-            if re.match(rf".*\.{key}$" if dotted else rf"(.*\.)?({key})$", path):
-                found.append(value)
-        except re.error as error:
-            raise FileError(f"pattern {key!r} is no regular expression: {error}") from error
+        check_pattern(key, path)
+        if re.match(rf"(.*\.)?({key})$", path):
+            found.append(value)
     return found
 
 
