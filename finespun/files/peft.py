@@ -295,7 +295,7 @@ def _matching(patterns: Any, path: str, dotted: bool = False) -> list[Any]:
     found = []
     for key, value in (patterns or {}).items():
         check_pattern(key, path)
-        if re.match(rf"(.*\.)?({key})$", path):
+        if re.match(rf".*\.{key}$" if dotted else rf"(.*\.)?({key})$", path):
             found.append(value)
     return found
 
