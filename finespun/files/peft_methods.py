@@ -1,7 +1,9 @@
-"""Reading PEFT's folders of methods other than LoRA, in their own form.
+"""Reading checkpoints of PEFT's other methods: their own options and tensors, under our names.
 
-Formats: PEFT 0.21. Methods whose frozen numbers PEFT draws from its own generator (VeRA, RandLoRA,
-FourierFT, UniLoRA) are not read, because ours come from portable streams.
+PEFT's options are those of `structure(kind, ...)` by its aliases. Sizes that such a file does not
+tell are the model's, so a model is needed. Methods whose frozen numbers PEFT draws in its own way
+are read as the LoRA that they are: VeRA as B' = diag(b)·B, A' = diag(d)·A, RandLoRA as its bases
+side by side. Format: PEFT 0.21.
 """
 
 import re
@@ -10,249 +12,288 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from finespun.errors import FileError, nearest
-from finespun.files import peft
+from finespun.errors import FileError, TargetError, nearest
 from finespun.files.atomic import located, settled
 from finespun.files.native import Saved, blame
+from finespun.files.peft import CONFIG, PASSED, TENSORS
 from finespun.files.peft_keys import PREFIX
 from finespun.files.safe import read_json, read_tensors
-from finespun.hosts import Entry, FlatState
-from finespun.structures import Plan, Structure, TensorSite, structure
+from finespun.hosts import Entry, FlatState, modules, sites
+from finespun.structures import STRUCTURES, LoRA, Plan, SiteShape, Structure, structure
 
+Found = Mapping[str, Tensor]
 Config = Mapping[str, Any]
-Tensors = dict[str, Tensor]
-UNKNOWN = 0  # a side that the file does not tell
+SHARED = "base_model."
+# what acts while training and starting only; nothing is left of it in a file
+STARTS = frozenset(["init_weights", "init_ia3_weights", "rank_dropout", "rank_dropout_scale"])
+OFF: tuple[Any, ...] = (None, False, 0, 0.0, "none", "", {}, [])
+
+
+def _same(found: Found, site: SiteShape, config: Config) -> Found:
+    return found
 
 
 @dataclass(frozen=True)
 class Method:
-    """How one method of PEFT's becomes ours.
-
-    `names` maps the ends of PEFT's keys to our numbers, None for what we work out ourselves;
-    `options` makes our options of the config; `shape` tells (out, in) from a site's tensors;
-    `turn` changes a number's layout. `used` are the config's keys that are read, `must` those that
-    may have these values only.
-    """
+    """How one of PEFT's methods is read: our `kind`, our name of each tensor, and what has to be
+    done to the tensors or the options. `fixed` are options with the only values that are read,
+    `unused` those that say nothing."""
 
     kind: str
-    names: Mapping[str, str | None]
-    options: Callable[[Config], dict[str, Any]]
-    shape: Callable[[Tensors], tuple[int, int]]
-    used: tuple[str, ...] = ()
-    must: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    turn: Callable[[str, Tensor, Config], Tensor] = lambda name, tensor, config: tensor
+    names: Mapping[str, str]
+    change: Callable[[Found, SiteShape, Config], Found] = _same
+    options: Callable[[Config, Mapping[str, Found]], dict[str, Any]] = lambda config, found: {}
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    unused: frozenset[str] = frozenset()
 
 
-def ranked(config: Config) -> dict[str, Any]:
-    """Rank and alpha."""
-    alpha = config.get("alpha")
-    return {"rank": config["r"], **({} if alpha is None else {"alpha": float(alpha)})}
+def _gralora(found: Found, site: SiteShape, config: Config) -> Found:
+    return {n: t.mT if n in ("A", "B") else t for n, t in found.items()}
 
 
-def _sides(t: Tensors, name: str) -> Tensor:
-    """A factor that is whole, or the product of two."""
-    return t[name] if name in t else t[f"{name}_b"] @ t[f"{name}_a"]
+def _flat(name: str) -> Callable[[Found, SiteShape, Config], Found]:
+    return lambda found, *_: {n: t.flatten() if n == name else t for n, t in found.items()}
 
 
-def _kron(t: Tensors) -> tuple[int, int]:
-    P, Q = _sides(t, "P"), _sides(t, "Q")
-    return P.shape[0] * Q.shape[0], P.shape[1] * Q.shape[1]
+def _shira(found: Found, site: SiteShape, config: Config) -> Found:
+    rows, columns = found["entries"].long()
+    entries, order = (rows * site.in_features + columns).sort()
+    return {"entries": entries, "v": found["v"][order]}
 
 
-def _thin(t: Tensors) -> tuple[int, int]:
-    return t["B"].shape[0], t["A"].shape[1]
+def _ia3(config: Config, found: Mapping[str, Found]) -> dict[str, Any]:
+    """A gain of one row acts on the input."""
+    return {"feedforward_modules": [p for p, t in found.items() if len(t["ia3_l"]) == 1]}
 
 
-def _oft_inputs(t: Tensors) -> tuple[int, int]:
-    count, free = t["s"].shape
-    return UNKNOWN, count * round((1 + (1 + 8 * free) ** 0.5) / 2)
+def _oft(config: Config, found: Mapping[str, Found]) -> dict[str, Any]:
+    """The block size is in the tensors: b(b − 1)/2 numbers a block."""
+    counts = {t["oft_R.weight"].shape[1] for t in found.values()}
+    sizes = sorted(round((1 + (1 + 8 * count) ** 0.5) / 2) for count in counts)
+    if len(sizes) > 1:
+        raise FileError(f"oft_block_size is {sizes} in different layers; one for all is read")
+    series = {} if config.get("use_cayley_neumann") else {"num_cayley_neumann_terms": 0}
+    return {"oft_block_size": sizes[0], **series}
 
 
-HADA = {"hada_w1_a": "B1", "hada_w1_b": "A1", "hada_w2_a": "B2", "hada_w2_b": "A2"}
-LOKR = {
-    "lokr_w1": "P", "lokr_w1_a": "P_b", "lokr_w1_b": "P_a",
-    "lokr_w2": "Q", "lokr_w2_a": "Q_b", "lokr_w2_b": "Q_a",
-}  # fmt: skip
-GRALORA = {
-    "gralora_A": "A", "gralora_B": "B",
-    "gralora_A_general.weight": "A_hybrid", "gralora_B_general.weight": "B_hybrid",
-}  # fmt: skip
-METHODS: dict[str, Method] = {
-    "LOHA": Method("loha", HADA, ranked, lambda t: (len(t["B1"]), t["A1"].shape[1])),
-    "LOKR": Method(
-        "lokr", LOKR,
-        lambda c: {**ranked(c), "decompose_both": bool(c.get("decompose_both")),
-                   "factor": c.get("decompose_factor", -1)},
-        _kron, ("decompose_both", "decompose_factor"),
+def _turned(found: Found, site: SiteShape, config: Config) -> Found:
+    """Without its series PEFT turns the other way."""
+    return found if config.get("use_cayley_neumann") else {"s": -found["s"]}
+
+
+def _boft(config: Config, found: Mapping[str, Found]) -> dict[str, Any]:
+    factors, _, size, _ = next(iter(found.values()))["boft_R"].shape
+    return {"boft_block_size": size, "boft_n_butterfly_factor": factors}
+
+
+def _vera(found: Found, shared: Found, site: SiteShape, config: Config) -> tuple[Tensor, Tensor]:
+    b, d = found["vera_lambda_b"], found["vera_lambda_d"]
+    A, B = shared["vera_A"], shared["vera_B"]
+    return d[:, None] * A[:, : site.in_features], b[:, None] * B[: site.out_features]
+
+
+def _randlora(
+    found: Found, shared: Found, site: SiteShape, config: Config
+) -> tuple[Tensor, Tensor]:
+    """PEFT pairs the rows (rank, base) of one side with the columns (base, rank) of the other, both
+    counted through, and swaps the sides where in > out."""
+    short, long = sorted((site.in_features, site.out_features))
+    lambda_, gamma = found["randlora_lambda"], found["randlora_gamma"]
+    bases = lambda_.shape[1]
+    small = shared["randlora_A"][:, :, :short] * lambda_[:, :, None] * gamma[None]
+    large = shared["randlora_B"][:long, :bases] * (config["randlora_alpha"] / config["r"])
+    rows, columns = small.flatten(end_dim=1), large.flatten(1)
+    return (columns.T, rows.T) if site.in_features > site.out_features else (rows, columns)
+
+
+METHODS: Mapping[str, Method] = {
+    "BOFT": Method(
+        "boft",
+        {"boft_R": "X", "boft_s": "s"},
+        _flat("s"),
+        _boft,
+        unused=frozenset(["boft_block_num"]),
     ),
-    "HIRA": Method("hira", {"hira_A": "A", "hira_B": "B"}, ranked, _thin),
-    "MISS": Method(
-        "miss", {"miss_block": "D"}, lambda c: {"rank": c["r"]},
-        lambda t: (t["D"].shape[1], UNKNOWN), ("mini_r",), {"init_weights": (True, False)},
-    ),
-    "DELORA": Method(
-        "delora",
-        {"delora_A": "A", "delora_B": "B", "delora_lambda": "strength", "delora_w_norm": None},
-        lambda c: {"rank": c["r"]}, _thin, ("delora_lambda",),
+    "C3A": Method("c3a", {"c3a_kernel": "w"}),
+    "DELORA": Method("delora", {"delora_A": "A", "delora_B": "B", "delora_lambda": "strength"}),
+    "FOURIERFT": Method(
+        "fourierft", {"fourierft_spectrum": "c"}, options=lambda config, found: {"draw": "torch"}
     ),
     "GRALORA": Method(
-        "gralora", GRALORA,
-        lambda c: {**ranked(c), "k": c["gralora_k"], "hybrid_rank": c.get("hybrid_r", 0)},
-        lambda t: (t["B"].shape[0] * t["B"].shape[1], t["A"].shape[0] * t["A"].shape[2]),
-        ("gralora_k", "hybrid_r"),
-        turn=lambda name, tensor, c: tensor if name.endswith("hybrid") else tensor.mT,
+        "gralora",
+        {
+            "gralora_A": "A",
+            "gralora_B": "B",
+            "gralora_A_general.weight": "A_hybrid",
+            "gralora_B_general.weight": "B_hybrid",
+        },
+        _gralora,
     ),
-    "C3A": Method(
-        "c3a", {"c3a_kernel": "w"}, lambda c: {"block_size": c["block_size"]},
-        lambda t: (t["w"].shape[0] * t["w"].shape[2], t["w"].shape[1] * t["w"].shape[2]),
-        ("block_size",),
+    "HIRA": Method("hira", {"hira_A": "A", "hira_B": "B"}),
+    "IA3": Method("ia3", {"ia3_l": "g"}, _flat("g"), _ia3),
+    "LOHA": Method(
+        "loha", {"hada_w1_a": "B1", "hada_w1_b": "A1", "hada_w2_a": "B2", "hada_w2_b": "A2"}
     ),
-    "BOFT": Method(
-        "boft", {"boft_R": "X", "boft_s": "s"},
-        lambda c: {"block_size": c["boft_block_size"],
-                   "factors": c.get("boft_n_butterfly_factor", 1)},
-        lambda t: (len(t["s"]), t["X"].shape[1] * t["X"].shape[2]),
-        ("boft_block_size", "boft_n_butterfly_factor", "boft_block_num"),
-        turn=lambda name, tensor, c: tensor.flatten() if name == "s" else tensor,
+    "LOKR": Method(
+        "lokr",
+        {
+            "lokr_w1": "P",
+            "lokr_w1_a": "P_b",
+            "lokr_w1_b": "P_a",
+            "lokr_w2": "Q",
+            "lokr_w2_a": "Q_b",
+            "lokr_w2_b": "Q_a",
+        },
+    ),
+    "MISS": Method(
+        "miss",
+        {"miss_block": "D"},
+        fixed={"init_weights": (True, False)},
+        unused=frozenset(["mini_r"]),
     ),
     "OFT": Method(
-        "oft", {"oft_R.weight": "s"},
-        lambda c: {"block_size": c["oft_block_size"],
-                   "neumann": c["num_cayley_neumann_terms"] if c["use_cayley_neumann"] else 0},
-        _oft_inputs, ("oft_block_size", "use_cayley_neumann", "num_cayley_neumann_terms", "eps"),
-        {"coft": (False,), "block_share": (False,)},
-        lambda name, tensor, c: tensor if c["use_cayley_neumann"] else -tensor,
+        "oft",
+        {"oft_R.weight": "s"},
+        _turned,
+        _oft,
+        unused=frozenset(["r", "eps", "use_cayley_neumann"]),
     ),
-    "IA3": Method(
-        "ia3", {"ia3_l": "g"},
-        lambda c: {"feedforward": list(c.get("feedforward_modules") or ())},
-        lambda t: (UNKNOWN, UNKNOWN), ("feedforward_modules", "init_ia3_weights"),
-        turn=lambda name, tensor, c: tensor.flatten(),
+    "SHIRA": Method(
+        "shira",
+        {"shira_weight": "v", "shira_indices": "entries"},
+        _shira,
+        lambda config, found: {"mask_type": "given", "random_seed": 0},
     ),
     "VBLORA": Method(
         "vblora",
         {"vblora_logits_A": "logits_A", "vblora_logits_B": "logits_B"},
-        lambda c: {"rank": c["r"], "num_vectors": c["num_vectors"], "top_k": c["topk"],
-                   "vector_length": c["vector_length"]},
-        lambda t: (0, 0), ("num_vectors", "vector_length", "topk", "init_logits_std",
-                           "init_vector_bank_bound"),
-        {"save_only_topk_weights": (False,)},
+        unused=frozenset(["init_logits_std"]),
     ),
-}  # fmt: skip
-BANKS = {"base_model.vblora_vector_bank": "vectors"}
-# Of a run's training, which ends with the file:
-TRAINING = ("rank_dropout", "module_dropout", "rank_dropout_scale", "init_weights", "r", "alpha")
+}
+BANKS = {"vblora_vector_bank": "vectors"}
+AS_LORA = {"VERA": _vera, "RANDLORA": _randlora}
+KINDS = ("LORA", "TRAINABLE_TOKENS", *METHODS, *AS_LORA)
 
 
-def read_method(folder: str | Path, strict: bool = True) -> Saved:
-    """The adapter in a folder that PEFT wrote, whatever its method; LoRA's are `peft.read_peft`'s.
+def read_method(folder: str | Path, model: nn.Module, strict: bool = True) -> Saved | None:
+    """The adapter in a folder of PEFT's, for `model`; None where its method is none of these.
 
-    Raises FileError naming what is damaged, missing or not read.
+    Raises FileError naming the option or the tensor that is not read, TargetError for a layer that
+    the model lacks.
     """
     place = settled(folder)
-    config = read_json(place / peft.CONFIG)
-    method = METHODS.get(str(config.get("peft_type")))
-    if method is None:
-        return peft.read_peft(folder, strict)
+    config = read_json(place / CONFIG) if (place / CONFIG).is_file() else {}
+    kind = str(config.get("peft_type"))
+    if kind not in METHODS and kind not in AS_LORA:
+        return None
+    held = read_tensors(place / TENSORS)
+    name = re.sub(r"[.:/]", "-", located(folder).name) or "default"
     notes: list[str] = []
-    with blame(place / peft.CONFIG):
-        _check(config, method, strict, notes)
-        form = structure(method.kind, **method.options(config), dropout=_dropout(config))
-    held = read_tensors(place / peft.TENSORS)
-    with blame(place / peft.TENSORS):
-        saved = peft._names(config.get("modules_to_save") or [])
-        found, bank, whole = _sort(held.tensors, method, saved, config)
-        plan = _plan(found, form, method, config)
-    tensors = {f"delta/{p}/{n}": t for p, own in found.items() for n, t in own.items()}
-    tensors |= {f"bank/{name}": tensor for name, tensor in bank.items()}
+    with blame(place):
+        saved = config.get("modules_to_save") or []
+        found, shared, whole = _sort(held.tensors, [str(n) for n in saved])
+    known = modules(model)
+    for path in found.keys() - known.keys():
+        raise TargetError(f"no module is called {path!r}; {nearest(path, known)}")
+    with blame(place):
+        if kind in METHODS:
+            made = _structure(METHODS[kind], config, found, strict, notes)
+            plan, tensors = _own(METHODS[kind], made, model, found, shared, config)
+        else:
+            made, plan, tensors = _as_lora(AS_LORA[kind], model, found, shared, config)
+            notes.append(f"{kind} is read as the LoRA of rank {made.rank} that it is")
     tensors |= {f"trained/{m}/{k}": t for m, state in whole.items() for k, t in state.items()}
-    name, base, lineage = peft._beside(place, held, notes)
-    named = name or re.sub(r"[.:/]", "-", located(folder).name) or "default"
-    flat = FlatState.pack(tensors)
-    entry = Entry(name=named, structure=form, plan=plan, trained=tuple(whole), flat=flat)
-    return Saved(entry, base, lineage, held.sha256, tuple(notes))
-
-
-def _dropout(config: Config) -> float:
-    """The dropout on the input of the update; its key carries the method's name."""
-    own = [v for k, v in config.items() if k.endswith("_dropout") and k not in TRAINING]
-    return float(own[0]) if own else 0.0
-
-
-def _check(config: Config, method: Method, strict: bool, notes: list[str]) -> None:
-    bias, kind = config.get("bias", "none"), config["peft_type"]
-    refused = [k for k, ok in method.must.items() if k in config and config[k] not in ok]
-    refused += [k for k, v in config.items() if k.endswith("_pattern") and v and "layers" not in k]
-    refused += ["bias"] if bias != "none" else []
-    if refused:
-        told = ", ".join(f"{k}={str(config[k])[:60]}" for k in refused)
-        raise FileError(f"not read for {kind}: {told}; merge it in PEFT, or save it without")
-    known = {*method.used, *method.must, *peft.PASSED, *TRAINING}
-    known |= {"peft_type", "bias", "modules_to_save"}
-    for key, value in config.items():
-        if value and key not in known and not key.endswith("_dropout"):
-            told = f"{key}={str(value)[:60]} is unknown; {nearest(key, known)}"
-            if strict:
-                raise FileError(f"{told}; strict=False passes over it")
-            notes.append(told)
+    entry = Entry(name, made, plan, trained=tuple(whole), flat=FlatState.pack(tensors))
+    return Saved(entry, None, None, held.sha256, tuple(notes))
 
 
 def _sort(
-    tensors: Mapping[str, Tensor], method: Method, saved: list[str], config: Config
-) -> tuple[dict[str, Tensors], Tensors, dict[str, Tensors]]:
-    """Site -> its numbers, the bank's numbers, and module -> the numbers of its own copy."""
-    found: dict[str, Tensors] = {}
-    bank: Tensors = {}
-    whole: dict[str, Tensors] = {}
+    tensors: Found, saved: list[str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Tensors by site, those that all sites share, and modules saved whole."""
+    found: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, dict[str, Tensor]] = {}
+    shared: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        if key in BANKS:
-            bank[BANKS[key]] = tensor.float()
-            continue
         name = key.removeprefix(PREFIX)
-        end = next((e for e in method.names if name.endswith(f".{e}")), None)
-        module = peft_module(name, saved)
-        if end is not None:
-            own = method.names[end]
-            site = found.setdefault(name.removesuffix(f".{end}"), {})
-            if own is not None:
-                site[own] = method.turn(own, tensor.float(), config).contiguous()
-        elif module is not None:
+        parts = name.split(".")
+        paths = (".".join(parts[:end]) for end in range(1, len(parts)))
+        module = next((path for path in paths if path.endswith(tuple(saved))), None)
+        if name == key:
+            if not key.startswith(SHARED):
+                raise FileError(f"{key!r} does not begin with {PREFIX!r}")
+            shared[key.removeprefix(SHARED)] = tensor
+        elif saved and module is not None:
             whole.setdefault(module, {})[name.removeprefix(f"{module}.")] = tensor
         else:
-            raise FileError(
-                f"{key!r} belongs to nothing that is read; {nearest(key, method.names)}"
-            )
+            place = len(parts) - (2 if parts[-1] == "weight" else 1)
+            found.setdefault(".".join(parts[:place]), {})[".".join(parts[place:])] = tensor
     if not found:
-        raise FileError(f"there are no numbers such as {next(iter(method.names))!r}")
-    return found, bank, whole
+        raise FileError(f"{TENSORS} holds no layer's tensors")
+    return found, shared, whole
 
 
-def peft_module(name: str, saved: list[str]) -> str | None:
-    """The module saved whole that a key belongs to."""
-    parts = name.split(".")
-    paths = (".".join(parts[:end]) for end in range(1, len(parts)))
-    return next((p for p in paths if any((PREFIX + p).endswith(one) for one in saved)), None)
+def _structure(
+    method: Method, config: Config, found: Mapping[str, Found], strict: bool, notes: list[str]
+) -> Structure:
+    known = STRUCTURES[method.kind]
+    options = {**config, **method.options(config, found)}
+    own = {f.name for f in known.__dataclass_fields__.values()} | set(known.aliases)
+    taken = {k: v for k, v in options.items() if k in own - {"seed"} and k not in method.unused}
+    passed = {*own, *PASSED, *STARTS, *method.unused, "peft_type", "modules_to_save", "dropout"}
+    for key, value in config.items():
+        allowed = method.fixed.get(key)
+        if allowed is not None and value not in allowed:
+            raise FileError(f"{key}={str(value)[:60]} is not read; only {allowed} are")
+        if allowed is None and value not in OFF and key not in passed and "dropout" not in key:
+            told = f"{key}={str(value)[:60]} is not read; {nearest(key, own)}"
+            if strict:
+                raise FileError(f"{told}; strict=False passes over it")
+            notes.append(told)
+    return structure(method.kind, **taken)
 
 
-def _plan(found: dict[str, Tensors], form: Structure, method: Method, config: Config) -> Plan:
-    """The plan of these sites; `open` where the file does not tell a site's size."""
-    sites, unsure = [], []
-    for path, own in sorted(found.items()):
-        try:
-            out, inner = method.shape(own)
-        except (KeyError, IndexError, RuntimeError, ValueError) as error:
-            raise FileError(f"{path!r}: its numbers {sorted(own)} do not fit together") from error
-        if method.kind == "vblora":
-            length = config["vector_length"]
-            out, inner = (own[f"logits_{s}"].shape[s == "A"] * length for s in "BA")
-        if UNKNOWN in (out, inner):
-            unsure.append(path)
-        sites.append(TensorSite(path, torch.empty(out or inner or 1, inner or out or 1,
-                                                  device="meta")))  # fmt: skip
-    plan = form.plan(sites)
-    for path in unsure:
-        plan = plan.choose(path, open=True)
-    return plan
+def _own(
+    method: Method,
+    made: Structure,
+    model: nn.Module,
+    found: Mapping[str, Found],
+    shared: Found,
+    config: Config,
+) -> tuple[Plan, dict[str, Tensor]]:
+    hosts = sites(model, found, made)
+    plan, tensors = made.plan(list(hosts.values())), dict[str, Tensor]()
+    for path, state in found.items():
+        own: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            if name in method.names:
+                own[method.names[name]] = tensor
+            elif not (method.kind == "delora" and name == "delora_w_norm"):
+                raise FileError(
+                    f"'{PREFIX}{path}.{name}' is unknown; {nearest(name, method.names)}"
+                )
+        tensors |= {
+            f"delta/{path}/{n}": t for n, t in method.change(own, hosts[path].shape, config).items()
+        }
+    return plan, {**tensors, **{f"bank/{BANKS[n]}": t for n, t in shared.items()}}
+
+
+def _as_lora(
+    factors: Callable[[Found, Found, SiteShape, Config], tuple[Tensor, Tensor]],
+    model: nn.Module,
+    found: Mapping[str, Found],
+    shared: Found,
+    config: Config,
+) -> tuple[LoRA, Plan, dict[str, Tensor]]:
+    hosts, tensors, choices = sites(model, found, LoRA()), dict[str, Tensor](), {}
+    if not shared:
+        raise FileError("the frozen projections are missing; save it with save_projection=True")
+    for path, state in found.items():
+        A, B = factors(state, shared, hosts[path].shape, config)
+        tensors |= {f"delta/{path}/A": A.contiguous(), f"delta/{path}/B": B.contiguous()}
+        choices[path] = {"rank": len(A), "scale": 1.0}
+    most = max(int(c["rank"]) for c in choices.values())
+    made = LoRA(rank=most, alpha=float(most))
+    return made, Plan(tuple(h.shape for h in hosts.values()), choices), tensors

@@ -47,6 +47,6 @@ def read_for(
     Raises TargetError naming what the model lacks and the nearest there is, PlanError for another
     size, InputError where `part` is missing or not in the file.
     """
-    saved = read_adapter(folder, strict)
+    saved = read_method(folder, model, strict) or read_adapter(folder, strict)
     layers = layers_of(model) if isinstance(saved, Unplaced) else {}
     return place_on(saved, layers, part)

@@ -73,7 +73,7 @@ class DeLoRADelta(Delta):
         out, inner, device = site.shape.out_features, site.shape.in_features, site.device
         self.A = nn.Parameter(torch.zeros(rank, inner, device=device))
         self.B = nn.Parameter(torch.zeros(out, rank, device=device))
-        self.strength = nn.Parameter(torch.full((1,), strength, device=device))
+        self.strength = nn.Parameter(torch.full((1,), float(strength), device=device))
         self.hold("norms", torch.linalg.vector_norm(self.base_weight(), dim=0))
 
     def low_rank(self) -> Factors:

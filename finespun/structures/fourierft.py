@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,14 @@ class FourierFT(Structure):
 
     c starts at zero. (The paper draws it; since ΔW is linear in c, that start with its own update
     taken away is this one.) α is `scaling`; the update shrinks as α/√(in·out), so large values are
-    usual. Source: arXiv 2405.03003.
+    usual. `draw` says who draws the places: "stream", the same on every machine, or "torch", whose
+    generator PEFT uses. Source: arXiv 2405.03003.
     """
 
     frequencies: int = 1000
     scaling: float = 150.0
     seed: int = 777
+    draw: Literal["stream", "torch"] = "stream"
 
     kind = "fourierft"
     source = "arXiv 2405.03003"
@@ -42,6 +44,8 @@ class FourierFT(Structure):
             raise InputError(f"frequencies={self.frequencies} must be at least 1; try 1000")
         if not (math.isfinite(self.scaling) and self.scaling > 0):
             raise InputError(f"scaling={self.scaling} must be positive; try 150.0")
+        if self.draw not in ("stream", "torch"):
+            raise InputError(f"draw={self.draw!r} is not known; try 'stream' or 'torch'")
 
     def choose(self, site: Site) -> dict[str, Any]:
         shape = site.shape
@@ -56,8 +60,12 @@ class FourierFT(Structure):
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "FourierFTDelta":
         n = plan.choices[site.shape.name]["frequencies"]
         out, inner = site.shape.out_features, site.shape.in_features
-        key = streams.key(self.seed, f"{out}x{inner}", "frequencies")
-        places = streams.choice(key, out * inner, n)
+        if self.draw == "torch":
+            torch_draw = torch.Generator().manual_seed(self.seed)
+            places = torch.randperm(out * inner, generator=torch_draw)[:n]
+        else:
+            key = streams.key(self.seed, f"{out}x{inner}", "frequencies")
+            places = streams.choice(key, out * inner, n)
         return FourierFTDelta(site, places, self.scaling)
 
     def numbers(self, shape: SiteShape) -> int:
