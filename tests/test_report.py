@@ -4,11 +4,10 @@ mouse. Pages are parsed; where Chromium is on the path it must open them without
 import csv
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import chromium
 import pytest
 import torch
 from hypothesis import given
@@ -238,25 +237,44 @@ def test_a_page_stands_alone_and_can_be_read_by_everyone(
 
 
 @pytest.mark.parametrize("which", ["done", "compared"])
-def test_a_page_parses_and_chromium_where_it_is_draws_it_without_a_complaint(
+def test_chromium_where_it_is_can_read_a_page_in_every_way(
     which: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     path = report(request.getfixturevalue(which))
-    drawn = len(Page(path.read_text(encoding="utf-8")).every("svg"))
-    assert drawn > 1
-    chromium = shutil.which("chromium")
-    if chromium is not None:
-        options = "--headless --no-sandbox --disable-gpu --disable-background-networking"
-        log = ["--enable-logging=stderr", "--dump-dom", f"--user-data-dir={tmp_path}"]
-        done = subprocess.run(
-            [chromium, *options.split(), *log, path.as_uri()],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=120,
-        )
-        assert "CONSOLE" not in done.stderr
-        assert len(re.findall("<svg ", done.stdout)) == drawn
+    drawn = Page(path.read_text(encoding="utf-8"))
+    assert len(drawn.every("svg")) > 1
+    if chromium.CHROMIUM is None:
+        return
+    with chromium.opened(path, tmp_path) as tab:
+        backs = []
+        for width, dark in ((360, False), (1400, False), (1400, True)):
+            tab.resize(width, dark)
+            assert tab.run("document.documentElement.scrollWidth") <= width
+            narrowest = "Math.min(...[...document.querySelectorAll('svg')].map(s=>s.clientWidth))"
+            assert tab.run(narrowest) > 250
+            backs.append(tab.run("getComputedStyle(document.body).backgroundColor"))
+        assert backs[0] == backs[1] != backs[2]
+        check_focus(tab)
+        spoken = tab.spoken()
+        images = [name for role, name in spoken if role == "image"]
+        assert len(images) == len(drawn.every("svg"))
+        seen = "[...document.querySelectorAll('[role=region]')].filter(e => e.offsetParent).length"
+        assert [role for role, _ in spoken].count("region") == tab.run(seen)
+        for role in ("image", "region", "table", "heading", "link"):
+            assert all(name for kind, name in spoken if kind == role), role
+        assert {"image", "region", "table", "heading", "link", "main"} <= {r for r, _ in spoken}
+        assert tab.complaints == []
+
+
+def check_focus(tab: chromium.Tab) -> None:
+    """Tab reaches the skip link first, then all that opens or scrolls, with a visible mark."""
+    wanted = tab.run("document.querySelectorAll('a, summary, [tabindex=\"0\"]').length")
+    hidden = tab.run("document.querySelectorAll('details [tabindex=\"0\"]').length")
+    reached = [tab.press_tab() for _ in range(wanted - hidden)]
+    assert reached[0] == "A.skip"
+    assert "BODY." not in reached
+    assert tab.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    assert tab.run("document.activeElement.getBoundingClientRect().top >= 0")
 
 
 # --- the command ---------------------------------------------------------------------------------
