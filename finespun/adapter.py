@@ -256,6 +256,7 @@ class Adapter:
         theirs = saved.entry
         if self.name in hosts.board_of(self.model).merged:
             raise StateError(f"{self.name!r} is merged; unmerge it before swapping its numbers")
+        files.settle(self.model, theirs)
         if saved.base is not None:
             files.check_base(saved.base, self.model, force)
         kinds = theirs.structure.kind, mine.structure.kind

@@ -143,7 +143,7 @@ REFUSALS = {
     "alora": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens=[1, 2]"),
     "megatron": ({"megatron_config": {"a": 1}}, "megatron_config="),
     "tied": ({"ensure_weight_tying": True}, "ensure_weight_tying=True"),
-    "type": ({"peft_type": "LOHA"}, "'LOHA'; only 'LORA'"),
+    "type": ({"peft_type": "XLORA"}, "peft_type is 'XLORA'"),
     "loftq": ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' changes the base"),
     "corda": ({"init_lora_weights": "corda"}, "init_lora_weights='corda' changes the base"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base"),
@@ -168,6 +168,14 @@ def test_configs_that_are_not_read_are_refused_by_name(tmp_path, name):
         fs.load(model, tmp_path / "x")
     assert message in str(caught.value)
     assert "_finespun_board" not in model.__dict__
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_cannot_be_held_is_refused_by_its_key(tmp_path, key):
+    by_peft(tmp_path / "x", bert(), target_modules=["query"])
+    edit(tmp_path / "x", **{key: {"some": "value"}})
+    with pytest.raises(FileError, match=rf"not read: {key}=.*merge it in PEFT, or save it without"):
+        fs.load(bert(), tmp_path / "x")
 
 
 QUERY = f"{PREFIX}bert.encoder.layer.0.attention.self.query.lora_"

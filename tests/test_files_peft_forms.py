@@ -235,6 +235,47 @@ def _names(site: str, key: str) -> list[str]:
     }[key]
 
 
+@pytest.mark.parametrize("name", ["bias", "tokens", "dora", "table"])
+def test_numbers_are_swapped_in_place(tmp_path, name):
+    by_peft(tmp_path / "a", Kinds().eval(), **CASES[name])
+    theirs = peft.PeftModel.from_pretrained(Kinds().eval(), tmp_path / "a").eval()
+    stir([p for n, p in theirs.named_parameters() if "lora_" in n or "tokens_delta" in n])
+    theirs.save_pretrained(tmp_path / "b")
+    adapter = loaded(Kinds().eval(), tmp_path / "a")
+    before = [p.data_ptr() for p in adapter.parameters()]
+    adapter.swap(tmp_path / "b")
+    assert relative(out(adapter.model), out(theirs)) < 1e-6
+    assert [p.data_ptr() for p in adapter.parameters()] == before
+
+
+class Scaled(nn.Embedding):
+    """A table that scales its rows, as those of Gemma and BART do."""
+
+    def __init__(self, scale) -> None:
+        super().__init__(11, 6)
+        self.embed_scale = scale
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * self.embed_scale
+
+
+@pytest.mark.parametrize("scale", [3.0, torch.tensor(3.0)], ids=["number", "tensor"])
+@pytest.mark.parametrize("name", ["kinds", "tokens"])
+def test_tables_that_scale_their_rows(tmp_path, name, scale):
+    def make() -> nn.Module:
+        model = Kinds().eval()
+        table = Scaled(scale)
+        table.weight = model.embed.weight
+        model.embed = table
+        return model
+
+    theirs = by_peft(tmp_path / "x", make(), **CASES[name])
+    adapter = loaded(make(), tmp_path / "x")
+    assert relative(out(adapter.model), out(theirs)) < 1e-6
+    adapter.merge()
+    assert relative(out(adapter.model), out(theirs)) < 1e-6
+
+
 # --- made by us ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("structure", "targets"),

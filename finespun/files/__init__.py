@@ -10,7 +10,7 @@ from finespun.files.checkpoint import (
 )
 from finespun.files.export import Exported, Format, export
 from finespun.files.fingerprint import Fingerprint, check_base, fingerprint
-from finespun.files.fitting import check_fit, register_saved
+from finespun.files.fitting import check_fit, register_saved, settle
 from finespun.files.lineage import Lineage, Parent, lineage_of
 from finespun.files.lora_folder import lora_config, write_lora
 from finespun.files.native import Saved, save, write
@@ -39,6 +39,7 @@ __all__ = [
     "save",
     "save_checkpoint",
     "set_random_state",
+    "settle",
     "settled",
     "whole_folder",
     "write",

@@ -82,7 +82,7 @@ def settle(model: nn.Module, entry: Entry) -> None:
             continue
         if "tokens" not in choices[site.name] and _is_norm(known.get(site.name)):
             own = tensors.pop(f"delta/{site.name}/b")
-            whole = {**known[site.name].state_dict(), "bias": own}
+            whole = {**_own_state(known[site.name]), "bias": own}
             tensors |= {f"trained/{site.name}/{k}": v for k, v in whole.items()}
             entry.trained = (*entry.trained, site.name)
             del choices[site.name]
@@ -95,9 +95,15 @@ def settle(model: nn.Module, entry: Entry) -> None:
     entry.flat = FlatState.pack(tensors)
 
 
+def _own_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's tensors without those that adapters put into it."""
+    state = module.state_dict()
+    return {k: v for k, v in state.items() if not any(part in OWN for part in k.split("."))}
+
+
 def _is_norm(module: nn.Module | None) -> bool:
     """Whether a module holds vectors alone, a bias among them."""
-    if module is None or module._modules or module._parameters.get("bias") is None:
+    if module is None or module._parameters.get("bias") is None or {*module._modules} - {*OWN}:
         return False
     return all(p is None or p.dim() < 2 for p in module._parameters.values())
 
@@ -181,10 +187,7 @@ def _work_out(model: nn.Module, entry: Entry) -> Forms:
     except (*DAMAGED, MemoryError) as error:
         raise FileError(f"adapter {entry.name!r}: its plan cannot be built: {error!r}") from error
     for name in entry.trained:
-        state = present[name].state_dict()
-        parts[f"trained/{name}"] = {
-            k: v for k, v in state.items() if not any(part in OWN for part in k.split("."))
-        }
+        parts[f"trained/{name}"] = _own_state(present[name])
     tensors = {
         f"{part}/{key}": Form(v.shape, v.is_floating_point())
         for part, state in parts.items()

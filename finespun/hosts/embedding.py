@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,7 +34,9 @@ class EmbeddingHost(Host):
         return stored[0].T
 
     def multiply(self, x: Tensor, W: Tensor) -> Tensor:
-        return F.embedding(x, W.T, self.layer.padding_idx)
+        found = F.embedding(x, W.T, self.layer.padding_idx)
+        scale = getattr(self.layer, "embed_scale", None)  # Gemma's and BART's own tables
+        return found if scale is None else found * torch.as_tensor(scale).to(found)
 
     def _flat(self, x: Tensor, output: bool = False) -> Tensor:
         return x.flatten(0, -2) if output else x.flatten()

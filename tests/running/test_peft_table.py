@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, save_as_lora
+from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model, save_as_lora
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.hotswap import hotswap_adapter
 from tiny import built, words
 from transformers import LlamaForCausalLM
@@ -19,6 +20,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
 PEFT = {
     "LoraConfig": LoraConfig,
     "PeftModel": PeftModel,
+    "TrainableTokensConfig": TrainableTokensConfig,
     "get_peft_model": get_peft_model,
     "hotswap_adapter": hotswap_adapter,
     "rescale_adapter_scale": rescale_adapter_scale,
@@ -83,8 +85,8 @@ def adapted(names):
     model = names["model"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if isinstance(model, PeftModel):
-        inner = model.base_model.model
-        return {n for n, m in inner.named_modules() if isinstance(m, LoraLayer)}, trained
+        inner, layers = model.base_model.model, (LoraLayer, TrainableTokensLayer)
+        return {n for n, m in inner.named_modules() if isinstance(m, layers)}, trained
     return set(hosts.hosts_of(model)), trained
 
 
