@@ -17,6 +17,13 @@ from finespun.structures.site import Site, SiteShape
 Scores = Mapping[str, float | Tensor]
 
 
+class Choices(dict[str, Mapping[str, Any]]):
+    """Site name -> its decisions; PlanError where the plan holds no such site."""
+
+    def __missing__(self, name: str) -> Mapping[str, Any]:
+        raise PlanError(f"the plan has no site {name!r}; {nearest(name, self)}")
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is decided once for the whole model before any delta exists.
@@ -28,6 +35,9 @@ class Plan:
     sites: tuple[SiteShape, ...]
     choices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shared: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "choices", Choices(self.choices))
 
     def fit(self, sites: Iterable[SiteShape]) -> None:
         """Raise PlanError unless these are the plan's own sites (order does not matter)."""
