@@ -142,7 +142,10 @@ def check_config(config: Mapping[str, Any], strict: bool, notes: list[str]) -> N
     becomes a note."""
     kind = config.get("peft_type")
     if kind not in ("LORA", "TRAINABLE_TOKENS"):
-        raise FileError(f"peft_type is {kind!r}; only 'LORA' and 'TRAINABLE_TOKENS' are read")
+        raise FileError(
+            f"peft_type is {kind!r}; without its model only 'LORA' and 'TRAINABLE_TOKENS' are "
+            "read, more with it, by load(model, folder)"
+        )
     refused = [k for k in REFUSED if config.get(k)]
     if config.get("bias", "none") not in BIASES:
         refused.append("bias")
