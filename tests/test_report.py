@@ -258,8 +258,9 @@ def test_chromium_where_it_is_can_read_a_page_in_every_way(
         spoken = tab.spoken()
         images = [name for role, name in spoken if role == "image"]
         assert len(images) == len(drawn.every("svg"))
-        seen = "[...document.querySelectorAll('[role=region]')].filter(e => e.offsetParent).length"
-        assert [role for role, _ in spoken].count("region") == tab.run(seen)
+        regions = "[...document.querySelectorAll('[role=region]')]"
+        seen = tab.run(f"{regions}.filter(e => e.checkVisibility()).length")
+        assert [role for role, _ in spoken].count("region") == seen
         for role in ("image", "region", "table", "heading", "link"):
             assert all(name for kind, name in spoken if kind == role), role
         assert {"image", "region", "table", "heading", "link", "main"} <= {r for r, _ in spoken}
