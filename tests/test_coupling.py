@@ -1,6 +1,7 @@
 """Layers that share hidden features: who they are, and moving their units together."""
 
 import copy
+import json
 
 import pytest
 import tiny
@@ -10,7 +11,7 @@ from torch import nn
 
 import finespun as fs
 from finespun import hosts
-from finespun.errors import StateError
+from finespun.errors import FileError, StateError
 from finespun.hosts.coupling import family
 from finespun.hosts.gathering import reorder
 from finespun.structures import S2FT, Coupling
@@ -319,3 +320,15 @@ def test_saved_merged_and_back(name, tmp_path):
     adapter.unmerge()
     adapter.detach()
     assert same(bytes_of(model), before)
+
+
+@pytest.mark.parametrize("wrong", [[40], [-1], [3, 1], [1, 1], [], ["1"]])
+def test_a_file_with_units_that_are_none_is_refused(wrong, tmp_path):
+    fs.adapt(model_of("llama"), S2FT(), ["down_proj"], ()).save(tmp_path)
+    told = json.loads((tmp_path / "adapter.json").read_text())
+    choices = told["plan"]["choices"]["model.layers.1.mlp.down_proj"]
+    assert choices["of"] == 40
+    choices["units"] = wrong
+    (tmp_path / "adapter.json").write_text(json.dumps(told))
+    with pytest.raises(FileError, match="adapter"):
+        fs.load(model_of("llama"), tmp_path)

@@ -448,7 +448,7 @@ def test_activations_of_the_base_choose_units():
 def test_what_cannot_be_is_named():
     with pytest.raises(InputError, match=r"channels=0.*0, 1.*0.02"):
         S2FT(channels=0.0)
-    with pytest.raises(InputError, match=r"'weigth'.*'weight'"):
+    with pytest.raises(InputError, match=r"select='weigth'.*'weight'"):
         S2FT(select="weigth")
     with pytest.raises(PlanError, match=r"select='score' needs scores"):
         S2FT(select="score").plan([site(4, 4)])
