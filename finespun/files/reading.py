@@ -25,7 +25,7 @@ def read_adapter(folder: str | Path, strict: bool = True) -> Saved:
     if (place / native.CONFIG).is_file():
         return native.read(place, strict)
     if (place / peft.CONFIG).is_file():
-        return read_method(place, strict)
+        return peft.read_peft(place, strict)
     if (place / diffusion.WEIGHTS).is_file():
         return diffusion.read_diffusion(place / diffusion.WEIGHTS)
     if not place.is_dir():
