@@ -263,6 +263,18 @@ def test_a_model_that_is_wrapped_already_is_refused(wrap):
     assert "_finespun_board" not in model.__dict__
 
 
+def test_a_module_inside_an_adapted_one_is_not_adapted_apart():
+    model = net()
+    inner = fs.adapt(model.blocks[0], fs.LoRA(rank=2), ["up"], train=())
+    with pytest.raises(TargetError, match=r"'blocks.0.up' is adapted already, as 'up' of a module"):
+        fs.adapt(model, fs.LoRA(rank=2), ["up"], train=(), name="outer")
+    assert "_finespun_board" not in model.__dict__
+    inner.detach()
+    fs.adapt(model, fs.LoRA(rank=2), ["up"], train=(), name="outer")
+    with pytest.raises(TargetError, match="'up' is adapted already"):
+        fs.adapt(model.blocks[0], fs.LoRA(rank=2), ["up"], train=())
+
+
 # --- weights that are read ------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 
 import finespun as fs
-from finespun.errors import TargetError
+from finespun.errors import StateError, TargetError
 
 
 def plain():
@@ -79,6 +79,22 @@ def test_adapts_merges_to_float_and_comes_back_bit_for_bit(base, structure):
     assert torch.equal(copy.deepcopy(model)(x), y)
     adapter.detach()
     assert torch.equal(model(x), y0)
+
+
+def test_a_layer_quantised_after_it_was_adapted_acts_and_is_not_merged():
+    model, x = plain(), torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
+    adapter = fs.adapt(model, fs.LoRA(rank=4), ["0", "2"])
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    y = model(x)
+    quantize_(model, Int8WeightOnlyConfig())
+    torch.testing.assert_close(model(x), y, atol=0.1, rtol=0.1)
+    z = model(x)
+    with pytest.raises(StateError, match="'0' was quantised after it was adapted"):
+        adapter.merge()
+    assert torch.equal(model(x), z)
+    assert float((z - BASES["torchao int8"]()(x)).detach().abs().max()) > 0.1
 
 
 def test_parts_of_a_quantised_layer_are_refused():

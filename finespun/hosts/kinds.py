@@ -44,6 +44,11 @@ def _site(
         raise TargetError(f"no module is called {name!r}; {nearest(name, known)}")
     module = known[name]
     own = host_at(module, part)
+    if own is not None and own.board is not board:
+        raise TargetError(
+            f"{name!r} is adapted already, as {own.name!r} of a module inside or around this one: "
+            "adapt everything through the same module"
+        )
     if own is not None:
         return own
     parent = unread(model, known, name)

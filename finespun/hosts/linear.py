@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finespun.errors import StateError
 from finespun.hosts.host import Base, Host, Stored, hooked
 from finespun.hosts.layer import OWN, plain_class
 from finespun.hosts.quantised import dequantise, quantised
@@ -23,6 +24,14 @@ class LinearHost(Host):
     @property
     def shape(self) -> SiteShape:
         return SiteShape(self.name, self.layer.out_features, self.layer.in_features)
+
+    def stored(self) -> Stored:
+        if quantised(self.layer):
+            raise StateError(
+                f"{self.name!r} was quantised after it was adapted: the update acts, but its "
+                "weight cannot be read or merged; quantise first, then adapt or load"
+            )
+        return super().stored()
 
     def multiply(self, x: Tensor, W: Tensor) -> Tensor:
         return F.linear(x, W)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 def quantised(layer: nn.Module) -> bool:
     """Whether the layer's weight is stored in less than a floating point number each."""
     weight: Any = layer._parameters.get("weight")
-    return weight is not None and (
+    if weight is None or hasattr(weight, "full_tensor"):  # a shard is no quantised weight
+        return False
+    return (
         (type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "dequantize"))
         or not weight.is_floating_point()
         or getattr(weight, "quant_state", None) is not None
