@@ -12,6 +12,7 @@ from pathlib import Path
 
 LONGEST_FILE = {"finespun": 350, "benchmarks": 350, "docs": 350, "tests": 500}
 LONGEST_FUNCTION, SHOWN = 60, 10
+KNOWN = {"tests/structures/test_lor2c_events.py": 567}  # longer already; it may only shrink
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ def measure(root: Path) -> tuple[list[Size], list[Size]]:
     files, functions = [], []
     for path in (p for part in LONGEST_FILE for p in sorted((root / part).rglob("*.py"))):
         name, text = path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
-        files.append(Size(name, len(text.splitlines()), LONGEST_FILE[name.partition("/")[0]]))
+        limit = KNOWN.get(name, LONGEST_FILE[name.partition("/")[0]])
+        files.append(Size(name, len(text.splitlines()), limit))
         functions += [
             Size(f"{name}:{node.lineno} {node.name}", lines_of(node), LONGEST_FUNCTION)
             for node in functions_of(ast.parse(text))
