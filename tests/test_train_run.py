@@ -17,7 +17,7 @@ from finespun.files import atomic
 from finespun.recipe import Recipe
 from finespun.structures import SiteShape
 from finespun.train.output import Result
-from finespun.train.run import prepare, run
+from finespun.train.run import LOOK, prepare, run
 from finespun.train.use import Trained
 
 
@@ -253,3 +253,28 @@ def test_a_rate_beyond_reason_keeps_the_checkpoint(recipe: Recipe) -> None:
     with pytest.raises(TrainingError, match=r"try training\.rate=3e\+36"):
         run(recipe.changed([*changes, "training.checkpoint_every=1"]))
     assert not (Path(recipe.output) / "metrics.json").exists()
+
+
+def test_a_mask_is_chosen_by_the_gradients_of_the_first_rows(recipe: Recipe) -> None:
+    recipe = recipe.changed(["structure={kind: shira, rank: 1, mask: snip}"])
+    job = prepare(recipe)
+    model = job.text.model
+    places = {n: model.get_parameter(f"{n}.weight") for n in job.adapter.deltas}
+    job.loop()
+    batches = list(job.batches().epoch())
+    assert sum(len(batch["labels"]) for batch in batches) <= LOOK
+    with job.adapter.disabled():
+        for p in places.values():
+            p.requires_grad_(True)
+        losses = [model(**b).loss * len(b["labels"]) for b in batches]
+        gradients = torch.autograd.grad(torch.stack(losses).sum(), list(places.values()))
+    for (name, W), G in zip(places.items(), gradients):
+        delta: Any = job.adapter.deltas[name]
+        best = (W * G).abs().flatten().topk(len(delta.v)).indices
+        assert set(delta.index.tolist()) == set(best.tolist())
+    result = run(recipe)
+    kept = adapter_of(Path(recipe.output))
+    assert result.steps == 8
+    for name, delta in job.adapter.deltas.items():
+        assert torch.equal(kept[f"delta/{name}/entries"], delta.state_dict()["entries"])
+        assert kept[f"delta/{name}/v"].abs().max() > 0

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from finespun.adapter import Adapter, adapt
+from finespun.driver import start_from_gradients
 from finespun.errors import InputError
 from finespun.files import (
     Lineage,
@@ -46,9 +48,11 @@ from finespun.train.output import (
 from finespun.train.progress import Log, Reporter, Several
 from finespun.train.tables import Columns, Examples, Split, load_split
 from finespun.train.tasks import load_task
-from finespun.train.text import Batches, Tokens, in_order, tokenize
+from finespun.train.text import Batch, Batches, Tokens, in_order, tokenize, weight_of
 from finespun.train.trackers import check_installed, followed
 from finespun.train.zoo import Task, TextModel, load_text_model
+
+LOOK = 128  # rows
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,26 @@ class Job:
 
     def loop(self, reporter: Reporter | None = None, **options: Any) -> Loop:
         """The training loop of this recipe, at its start."""
-        training = self.recipe.training
-        batches = Batches(self.text.tokenizer, self.train, training.batch_size, seed=training.seed)
+        if self.recipe.structure.wants_gradient and self.adapter.deltas:
+            self.look()
+        batches, training = self.batches(), self.recipe.training
         return Loop(self.adapter, batches, training, self.recipe.rate, reporter, **options)
+
+    def batches(self) -> Batches:
+        """The rows to train on, from the first step's."""
+        training = self.recipe.training
+        return Batches(self.text.tokenizer, self.train, training.batch_size, seed=training.seed)
+
+    def look(self) -> None:
+        """Show the adapter the gradients of the first `LOOK` rows, for masks that want them."""
+        model = self.text.model.eval()
+        device = next(model.parameters()).device
+
+        def loss(model: Any, batch: Batch) -> tuple[Tensor, float]:
+            return model(**{k: v.to(device) for k, v in batch.items()}).loss, weight_of(batch)
+
+        steps = -(-LOOK // self.recipe.training.batch_size)
+        start_from_gradients(model, self.adapter.name, islice(self.batches().epoch(), steps), loss)
 
 
 def run(
