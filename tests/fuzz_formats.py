@@ -113,7 +113,7 @@ def as_peft_says(folder: Path, adapter: fs.Adapter) -> None:
     for path in paths:
         A, B = (raw[f"{start}{path}.lora_{side}.weight"].float() for side in "AB")
         patterns = told.get("alpha_pattern") or {}
-        alpha = patterns.get(get_pattern_key(patterns, path), told.get("lora_alpha", 8))
+        alpha = float(patterns.get(get_pattern_key(patterns, path), told.get("lora_alpha", 8)))
         scale = alpha / (math.sqrt(len(A)) if told.get("use_rslora") else len(A))
         wanted = (scale * B.double()) @ A.double()
         size = float(wanted.norm())

@@ -387,3 +387,71 @@ def test_a_folder_without_a_recipe_says_what_would_do(tmp_path, capsys):
         more = [] if command == "evaluate" else ["x"]
         assert run([command, str(tmp_path / "a"), *more]) == 3
         assert "does not say which recipe made it" in capsys.readouterr().err
+
+
+def test_blank_texts_are_refused_and_every_prediction_is_one_line(done, capsys):
+    assert run(["predict", str(done / "out"), "a fine dog", " "]) == 2
+    assert "text 2 of 2 is blank" in capsys.readouterr().err
+    shown = printed(["predict", str(done / "out"), "a fine\ndog\truns", "a ship"], capsys)
+    assert [line.split("\t")[2] for line in shown.splitlines()] == ["a fine dog runs", "a ship"]
+    told = printed(["predict", str(done / "out"), "a fine\ndog", "--json"], capsys)
+    assert json.loads(told)["text"] == "a fine\ndog"
+
+
+def test_the_command_line_speaks_of_its_own_options(done, capsys, tmp_path):
+    shown = printed(["export", str(done / "out"), str(tmp_path / "a")], capsys)
+    assert "--no-allow-full leaves it out" in shown
+    assert "allow_full" not in shown
+    plain = ["export", str(done / "out"), str(tmp_path / "b"), "--no-allow-full"]
+    assert "left out" in printed(plain, capsys)
+    assert not config(tmp_path / "b")["modules_to_save"]
+
+
+def test_inspect_says_what_kind_of_folder_it_is(done, made, capsys, tmp_path):
+    def kind(folder: Path) -> str:
+        return json.loads(printed(["inspect", str(folder), "--json"], capsys))["format"]
+
+    Trained.open(done / "out").adapter.export(tmp_path / "small", rank=1)
+    assert kind(done / "out") == "Finespun's own"
+    assert kind(made["exported"]) == "PEFT's, exported from lsr, exact"
+    assert kind(tmp_path / "small").startswith("PEFT's, exported from lsr, relative error up to ")
+
+
+def test_a_strangers_text_cannot_steer_the_terminal(tmp_path, capsys):
+    fresh(bert(), fs.LoRA(rank=2), ("query",)).save(tmp_path / "a")
+    path = tmp_path / "a" / "adapter.json"
+    content = json.loads(path.read_text())
+    content["lineage"]["metrics"] = {"x": "\x1b[2Jgone"}
+    path.write_text(json.dumps(content))
+    shown = printed(["inspect", str(tmp_path / "a")], capsys)
+    assert "\x1b" not in shown
+    assert r"\x1b[2Jgone" in shown
+
+
+def test_a_gguf_adapter_of_the_exported_tensors_says_the_same(tmp_path):
+    """llama.cpp's converter is in no package; its names and scale are, so the file is written here:
+    NAME.lora_a (r, in), NAME.lora_b (out, r), adapter.lora.alpha; ΔW = alpha / r · B A."""
+    import gguf
+
+    model = bert()
+    adapter = fs.adapt(model, fs.LSR(rank=4), ("query", "value"), train=())
+    stir(adapter.parameters())
+    wanted = {n: u.dense().detach() for n, u in adapter.updates().items()}
+    adapter.export(tmp_path / "x")
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "bert")
+    writer.add_string(gguf.Keys.General.TYPE, gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, config(tmp_path / "x")["lora_alpha"])
+    for path, (A, B) in pairs(tmp_path / "x").items():
+        writer.add_tensor(f"{path}.lora_a", A.numpy())
+        writer.add_tensor(f"{path}.lora_b", B.numpy())
+    for write in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{write}_to_file")()
+    writer.close()
+    reader = gguf.GGUFReader(tmp_path / "x.gguf")
+    alpha = float(reader.get_field(gguf.Keys.Adapter.LORA_ALPHA).contents())
+    held = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
+    assert len(held) == 2 * len(wanted)
+    for name, delta in wanted.items():
+        A, B = held[f"{name}.lora_a"], held[f"{name}.lora_b"]
+        assert relative(alpha / len(A) * (B @ A), delta) < 1e-6

@@ -168,3 +168,31 @@ def test_impossible_shares_are_refused(share: float) -> None:
 def test_one_row_cannot_be_split() -> None:
     with pytest.raises(InputError, match="too few"):
         split(examples([0], 2))
+
+
+def test_all_rows_to_mend_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "x.csv"
+    file.write_text("text,label\n" + "a,x\nb,y\n,x\n" * 14)
+    with pytest.raises(InputError, match=r"14 rows .* first is row 3: fill in or delete") as caught:
+        read_examples(file)
+    assert str(caught.value).endswith(": 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, ...")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "says"),
+    [
+        ("cp1252", "byte 0xe9 in line 2), perhaps WINDOWS-1252: iconv -f WINDOWS-1252 -t UTF-8 x."),
+        ("utf-16", "byte 0xff in line 1), perhaps UTF-16: iconv -f UTF-16 -t UTF-8 x."),
+    ],
+)
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+def test_another_encoding_is_recognised(
+    tmp_path: Path, encoding: str, says: str, ending: str
+) -> None:
+    rows = {"csv": "text,label\ncaf\u00e9,x\nb,y\n", "tsv": "text\tlabel\ncaf\u00e9\tx\nb\ty\n"}
+    text = rows.get(ending, '{"text": "a", "label": "x"}\n{"text": "caf\u00e9", "label": "y"}\n')
+    file = tmp_path / f"x.{ending}"
+    file.write_bytes(text.encode(encoding))
+    with pytest.raises(FileError) as caught:
+        read_examples(file)
+    assert says + ending in str(caught.value)

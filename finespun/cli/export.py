@@ -25,6 +25,13 @@ def command(
     per_module_rank: Annotated[
         bool, typer.Option(help="Every layer at its own rank: fewer numbers, for PEFT alone.")
     ] = False,
+    allow_full: Annotated[
+        bool,
+        typer.Option(
+            "--allow-full/--no-allow-full",
+            help="Write trained modules (a head) too; vLLM, SGLang and llama.cpp refuse them.",
+        ),
+    ] = True,
     format: Annotated[
         str, typer.Option(help="peft, or one file as diffusers or kohya writes it.")
     ] = "peft",
@@ -56,9 +63,16 @@ def command(
     trained = Trained.open(adapter)
     with warnings.catch_warnings():  # what it warns of is printed
         warnings.simplefilter("ignore")
-        done = trained.adapter.export(out, rank, max_error, per_module_rank=per_module_rank)
+        done = trained.adapter.export(
+            out, rank, max_error, allow_full, per_module_rank=per_module_rank
+        )
     told = {**dataclasses.asdict(done), "folder": str(done.folder), "error": done.error}
-    typer.echo(json.dumps(told, ensure_ascii=False) if as_json else str(done))
+    typer.echo(json.dumps(told, ensure_ascii=False) if as_json else as_option(str(done)))
+
+
+def as_option(text: str) -> str:
+    """The text with the argument of Python's as that of the command line."""
+    return text.replace("allow_full=False", "--no-allow-full")
 
 
 def without_model(

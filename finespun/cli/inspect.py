@@ -1,6 +1,7 @@
 """`finespun inspect`: what an adapter folder holds, without loading its base."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,7 +25,7 @@ def command(
     from finespun.files import read_adapter
 
     saved = read_adapter(adapter)
-    found = facts(saved)
+    found = {**origin(Path(adapter), saved), **facts(saved)}
     found |= spectra_of(saved, None if model is None else base_folder(model), as_json)
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
@@ -33,8 +34,28 @@ def command(
     for name, value in found.items():
         lines = value if isinstance(value, list) else [value]
         for number, line in enumerate(lines):
-            shown = f"{line:,}" if isinstance(line, int) else line
+            shown = f"{line:,}" if isinstance(line, int) else printable(line)
             typer.echo(f"{'' if number else name:<{width}}  {shown}")
+
+
+def origin(folder: Path, saved: "Saved") -> dict[str, Any]:
+    """What kind of folder it is; of one that we exported, from what and how exactly."""
+    from finespun.files import native, peft, settled
+    from finespun.files.safe import read_json
+
+    place = settled(folder)
+    if (place / native.CONFIG).is_file():
+        return {"format": "Finespun's own"}
+    if saved.lineage is None or not (place / peft.SIDE).is_file():
+        return {}
+    error = read_json(place / peft.SIDE).get("relative_error")
+    exact = f"relative error up to {error:.2%}" if isinstance(error, float) and error else "exact"
+    return {"format": f"PEFT's, exported from {saved.lineage.method}, {exact}"}
+
+
+def printable(text: str) -> str:
+    """Text of a stranger's file without the signs that steer a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def facts(saved: "Saved") -> dict[str, Any]:

@@ -28,11 +28,12 @@ def command(
     trained = Trained.open(adapter)
     found = trained.predict(texts or []) if file is None else trained.predict_file(file)
     for item in found:
+        text = " ".join(item.text.split())  # one line for each
         if as_json:
             typer.echo(line(vars(item)))
         elif item.label is None:
-            typer.echo(f"{item.value:.4f}\t{item.text}")
+            typer.echo(f"{item.value:.4f}\t{text}")
         elif item.label not in item.probabilities:
-            typer.echo(f"{item.label}\t{item.text}")
+            typer.echo(f"{' '.join(item.label.split())}\t{text}")
         else:
-            typer.echo(f"{item.label}\t{item.probabilities[item.label]:.3f}\t{item.text}")
+            typer.echo(f"{item.label}\t{item.probabilities[item.label]:.3f}\t{text}")

@@ -253,4 +253,7 @@ def _fill(module: Bank | Delta, tensors: Mapping[str, Tensor], prefix: str) -> N
         module.load_state_dict(own)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise FileError(f"{prefix.rstrip('/')}: {reason}") from error
+        lacking = sorted(module.state_dict().keys() - own.keys())
+        if lacking:
+            reason = f"{prefix + lacking[0]!r} is missing; {reason}"
+        raise FileError(f"{prefix.rstrip('/')!r}: {reason}") from error

@@ -18,6 +18,7 @@ LabelKind = Literal["classes", "numbers"]
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 MANY_CLASSES = 50
+SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def read_table(path: str | Path) -> pl.DataFrame:
         raise FileError(f"{str(path)!r} is empty") from error
     except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
         reason = str(error).strip().splitlines()[0]
+        if ending != ".parquet":
+            reason = _other_encoding(file) or reason
         raise FileError(f"{str(path)!r} cannot be read as {ending[1:]}: {reason}") from error
     if table.is_empty():
         raise FileError(f"{str(path)!r} has no rows")
@@ -259,11 +262,29 @@ def _texts(table: pl.DataFrame, name: str, path: str | Path) -> tuple[str, ...]:
 
 
 def _refuse(missing: pl.Series, what: str, name: str, path: str | Path) -> None:
-    if count := int(missing.sum()):
-        row = int(missing.arg_true()[0]) + 1
-        raise InputError(
-            f"{str(path)!r} has {count} rows without a {what} in {name!r}, the first is row {row}"
+    rows = [int(row) + 1 for row in missing.arg_true()]
+    if not rows:
+        return
+    shown = ", ".join(map(str, rows[:SHOWN])) + (", ..." if len(rows) > SHOWN else "")
+    raise InputError(
+        f"{str(path)!r} has {len(rows)} rows without a {what} in {name!r}, the first is row "
+        f"{rows[0]}: fill in or delete these rows (counted without the heading): {shown}"
+    )
+
+
+def _other_encoding(file: Path) -> str | None:
+    """What to do about a text file that is not UTF-8; None for one that is."""
+    data = file.read_bytes()
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        likely = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
+        line = data.count(b"\n", 0, error.start) + 1
+        return (
+            f"it is not UTF-8 (byte 0x{data[error.start]:02x} in line {line}), perhaps {likely}: "
+            f"iconv -f {likely} -t UTF-8 {file.name} > utf8-{file.name}"
         )
+    return None
 
 
 def _numbers(column: pl.Series, path: str | Path) -> tuple[float, ...]:

@@ -83,6 +83,9 @@ class Trained:
         its own. Raises InputError for no texts, or pairs that are missing or not asked for."""
         if not texts:
             raise InputError("no texts to predict")
+        for number, row in enumerate(zip(texts, pairs or texts, strict=False), start=1):
+            if not all(part.strip() for part in row):
+                raise InputError(f"text {number} of {len(texts)} is blank: leave it out")
         if (pairs is None) != (self.recipe.data.pair is None):
             raise InputError(
                 "this adapter was trained on "
