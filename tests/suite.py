@@ -141,9 +141,9 @@ CASES = (
     Case("shira", structures.SHiRA(rank=5), kind="entries"),
     Case("shira-structured", structures.SHiRA(rank=1, mask="structured")),
     Case("shira-magnitude", structures.SHiRA(rank=5, mask="magnitude")),
-    Case("lor2c", structures.LoR2C(rank=2)),
     Case("s2ft", structures.S2FT(channels=0.2), kind="columns"),
     Case("s2ft-outputs", structures.S2FT(channels=0.2, outputs=("site", "up")), kind="rows"),
+    Case("lor2c", structures.LoR2C(rank=2)),
     Case("lor2c-shared", structures.LoR2C(rank=2, share=True)),
 )
 
