@@ -17,11 +17,13 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-3 is a number, as in YAML 1.2."""
 
 
-_Loader.add_implicit_resolver(
+# Resolver of floats such as 1e-3, for reading and so that text which looks like one is quoted.
+_FLOAT = (
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
+_Loader.add_implicit_resolver(*_FLOAT)
 
 
 def read_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -143,6 +145,7 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 Quoting.add_representer(str, _text)
+Quoting.add_implicit_resolver(*_FLOAT)
 
 
 class Section(BaseModel):
