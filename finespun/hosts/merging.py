@@ -14,7 +14,7 @@ from finespun.hosts.board import Board, Kept, Patch, alone, board_of
 from finespun.hosts.host import Host, Stored
 from finespun.hosts.mirror import Mirror
 from finespun.hosts.parts import PartHost
-from finespun.kernels.entries import exchange_entries
+from finespun.kernels.entries import entries_of, exchange_entries
 from finespun.structures import Delta
 
 Undo = Literal["memory", "entries", "none"]
@@ -170,10 +170,10 @@ def _patch(host: Host, strengths: dict[str, float]) -> Patch | None:
         return None
     index = moves[0][0] if len(moves) == 1 else torch.cat([at for at, _, _ in moves]).unique()
     W = host.read(host.stored())
-    values = W[index // W.shape[1], index % W.shape[1]]
-    values = values.to(torch.promote_types(W.dtype, torch.float32))
+    values = entries_of(W, index).to(torch.promote_types(W.dtype, torch.float32))
     for at, move, c in moves:
-        values.index_add_(0, torch.searchsorted(index, at), move.to(values.dtype), alpha=c)
+        where = slice(None) if at is index else torch.searchsorted(index, at)
+        values[where] += c * move.to(values.dtype)
     return Patch(index, values)
 
 

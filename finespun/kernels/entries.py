@@ -121,17 +121,19 @@ class _Sample(torch.autograd.Function):
         return _Product.apply(x, g, ctx.at), _Back.apply(dy, g, ctx.at), None  # type: ignore[no-untyped-call]
 
 
+def entries_of(W: Tensor, index: Tensor) -> Tensor:
+    """A copy of the entries `index` (K,) of W (out, in)."""
+    return W.view(-1)[index] if W.is_contiguous() else W[index // W.shape[1], index % W.shape[1]]
+
+
 def exchange_entries(W: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """Write values (K,) over the entries `index` of W (out, in), in place, rounded to its dtype;
     returns what stood there, which written again leaves no trace."""
+    before = entries_of(W, index)
     if W.is_contiguous():
-        flat = W.view(-1)
-        before = flat[index]
-        flat.index_copy_(0, index, values.to(W.dtype))
-        return before
-    where = index // W.shape[1], index % W.shape[1]
-    before = W[where]
-    W.index_put_(where, values.to(W.dtype))
+        W.view(-1).index_copy_(0, index, values.to(W.dtype))
+    else:
+        W.index_put_((index // W.shape[1], index % W.shape[1]), values.to(W.dtype))
     return before
 
 

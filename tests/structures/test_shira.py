@@ -8,6 +8,7 @@ from peers import Sizes, adapted, built, fingerprint, moved, outputs_agree, peft
 from peft import ShiraConfig
 
 from finespun.errors import InputError, PlanError, StateError
+from finespun.kernels.entries import Entries
 from finespun.structures import LoRA, SHiRA, SiteShape
 from finespun.structures.interference import interference
 
@@ -257,3 +258,35 @@ def test_what_cannot_be_is_named():
         drawn.start_from(torch.randn(30, 20))
     with pytest.raises(InputError, match=r"skip=1.*magnitude"):
         SHiRA(skip=1)
+
+
+def test_places_beyond_int32():
+    """Flat places of a weight of 2.8·10⁹ numbers: the same rows and columns as counted by hand."""
+    index = torch.tensor([3, 2**31 + 5, 70_000 * 40_000 - 1])
+    at = Entries(index, (70_000, 40_000))
+    wanted = [divmod(i, 40_000) for i in index.tolist()]
+    found = at.matrix(torch.ones(3)).to_sparse_coo().indices().T.tolist()
+    assert [tuple(pair) for pair in found] == wanted
+
+
+def test_as_a_lora_it_is_the_nearest():
+    """PEFT refuses to write one; here the lost share of the norm is that of the tail."""
+    (delta,) = moved(SHiRA(rank=1), site(30, 20))
+    S = torch.linalg.svdvals(update(delta))
+    near = delta.as_low_rank(4)
+    lost = (near.dense() - update(delta)).norm()
+    assert float(lost) == pytest.approx(float(S[4:].norm()), rel=1e-6)
+
+
+def test_hooks_of_the_layer_are_called():
+    """PEFT calls the functional form with another weight, past hooks on the base layer."""
+    layer = peft(ShiraConfig(r=1), (24, 16)).fc0
+    ours, _ = adapted(SHiRA(rank=1), layer)
+    called = []
+    ours.register_forward_hook(lambda *_: called.append("ours"))
+    layer.base_layer.register_forward_hook(lambda *_: called.append("theirs"))
+    x = torch.randn(2, 16)
+    ours(x)
+    with pytest.warns(UserWarning, match="hooks set which will be ignored"):
+        layer(x)
+    assert called == ["ours"]
