@@ -259,5 +259,5 @@ def damage(folder: Path, draw: random.Random) -> str:
     way = draw.choice(own if own and draw.random() < 0.75 else ANY)
     try:
         return f"{path.name}: {way(path, draw)}"
-    except (ValueError, LookupError, AttributeError, TypeError, RecursionError, SafetensorError):
+    except (ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError):
         return f"{path.name}: too damaged already for {way.__name__}"
