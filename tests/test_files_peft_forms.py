@@ -1,13 +1,12 @@
 """Everything PEFT's LoRA files hold, read and written: the two libraries compute the same."""
 
-import logging
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from peft_both import by_peft, loaded, out, shapes, silence
 from peft_folders import PREFIX, config, edit, fresh, gpt2, logits, weights
 from peft_kinds import CASES, IDS, KINDS, Kinds
 from safetensors.torch import load_file, save_file
@@ -17,54 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import finespun as fs
 from finespun.errors import BaseMismatch, FileError, InputError, TargetError
-
-
-@contextmanager
-def silence():
-    """Raises for anything that PEFT, transformers or Python's warnings say."""
-    said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())
-    loggers = [logging.getLogger(name) for name in ("", "peft", "transformers")]
-    for logger in loggers:
-        logger.addHandler(handler)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # PEFT's own
-            yield
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
-    assert not said
-
-
-def by_peft(folder: Path, model: nn.Module, **options) -> nn.Module:
-    """PEFT's model with every trained number moved, saved in `folder`."""
-    kind = peft.TrainableTokensConfig if "token_indices" in options else peft.LoraConfig
-    rank = {} if "token_indices" in options else {"r": 2}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(model, kind(**{**rank, **options})).eval()
-        stir([p for p in theirs.parameters() if p.requires_grad])
-        theirs.save_pretrained(folder)
-    return theirs
-
-
-def loaded(model: nn.Module, folder: Path) -> fs.Adapter:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*carries no fingerprint")
-        return fs.load(model, folder)
-
-
-@torch.no_grad()
-def out(model: nn.Module) -> torch.Tensor:
-    return model(IDS)
-
-
-def shapes(folder: Path) -> dict[str, torch.Size]:
-    return {k: v.shape for k, v in weights(folder).items()}
 
 
 @pytest.mark.parametrize("name", CASES)
