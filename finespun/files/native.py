@@ -27,6 +27,7 @@ FORMAT = 1
 TENSORS, CONFIG = "adapter.safetensors", "adapter.json"
 # what code meets where a file holds a value of another kind or size than it should
 DAMAGED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+LARGEST = 3.4e38
 KEYS = ("format", "name", "structure", "plan", "trained", "strength", "dtypes", "base", "lineage")
 
 
@@ -185,8 +186,9 @@ def _structure(content: Any, strict: bool, notes: list[str]) -> Structure:
 
 
 def check_scale(name: str, scale: Any) -> None:
-    """Raise FileError unless the scale that a plan gave a site's update is a finite number."""
-    _number(scale, f"the scale of {name!r}")
+    """Raise FileError unless the scale that a plan gave a site's update is one that float32 has."""
+    if abs(_number(scale, f"the scale of {name!r}")) > LARGEST:
+        raise FileError(f"the scale of {name!r} is {scale}, larger than any number in float32")
 
 
 def _only(
