@@ -84,6 +84,7 @@ class Member(Section):
     name: str | None = Field(None, min_length=1, description="null: made from the options")
     targets: str | tuple[str, ...] | None = Field(None, description="null: the recipe's")
     rates: Rates | None = Field(None, description="null: the bench's")
+    rate: float | None = Field(None, gt=0, description="known from elsewhere; no search")
     rate_of: str | None = Field(None, description="a member whose best rate is taken; no search")
     rate_power: float = Field(
         0.0, description="p: the rate of `rate_of` is multiplied by (its numbers / these numbers)^p"
@@ -102,8 +103,9 @@ class Member(Section):
             raise InputError("targets: [] trains the head alone, without structure or numbers")
         if member.targets != () and "structure" not in values:
             raise InputError("structure is missing; targets: [] would train the head alone")
-        if member.rate_of is not None and member.rates is not None:
-            raise InputError("rates are searched, rate_of is carried over; leave one of them out")
+        given = [k for k in ("rate", "rates", "rate_of") if getattr(member, k) is not None]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} exclude each other; leave one in")
         if member.rate_of is None and "rate_power" in values:
             raise InputError("rate_power needs rate_of, the member whose rate it scales")
         options = values.get("structure")
