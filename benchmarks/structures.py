@@ -85,9 +85,7 @@ def ours_and_theirs(kind: str, config: peft.PeftConfig, folder: str) -> tuple[nn
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped.save_pretrained(folder)
-        adapter = fs.load(model, folder)
-    for p in adapter.parameters():
-        p.requires_grad_(True)
+        fs.load(model, folder, trainable=True)
     return model.train(), wrapped
 
 
