@@ -56,7 +56,7 @@ def test_the_result_counts_what_the_closed_form_says(done: tuple[Path, Recipe, R
 def test_the_folder_holds_adapter_recipe_and_metrics(done: tuple[Path, Recipe, Result]) -> None:
     folder, recipe, result = done
     names = {p.name for p in (folder / "out").iterdir()}
-    written = {"adapter.safetensors", "adapter.json", "recipe.yaml"}
+    written = {"adapter.safetensors", "adapter.json", "recipe.yaml", "README.md"}
     assert names == written | {"metrics.json", "metrics.jsonl"}
     assert Recipe.load(folder / "out" / "recipe.yaml").dump() == recipe.dump()
     assert Result.read(folder / "out") == result
