@@ -280,8 +280,14 @@ class Adapter:
         """Inside `with adapter.disabled():` the model is its base, bit for bit."""
         return hosts.disabled(self.model)
 
-    def merge(self, weight: float = 1.0, undo: Literal["memory", "none"] = "memory") -> int:
-        """Fold the update into the base weights; returns the bytes kept for `unmerge`."""
+    def merge(
+        self, weight: float = 1.0, undo: Literal["memory", "entries", "none"] = "memory"
+    ) -> int:
+        """Fold the update into the base weights; returns the bytes kept for `unmerge`.
+
+        undo="memory" keeps the old weights by pointer, "entries" only what an update of few entries
+        (SHiRA, S2FT) wrote over, "none" nothing: then it cannot be undone.
+        """
         return hosts.merge(self.model, {self.name: weight}, undo)
 
     def unmerge(self) -> None:
