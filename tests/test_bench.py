@@ -103,10 +103,28 @@ def test_a_missing_bench_file_names_its_neighbours(tmp_path: Path) -> None:
         BenchSpec.load(tmp_path / "dmo.yaml")
 
 
-@pytest.mark.parametrize("name", ["demo", "comparison", "comparison-small"])
+@pytest.mark.parametrize(
+    "name", ["demo", "comparison", "comparison-small", "structures", "structures-l6"]
+)
 def test_the_examples_are_lawful(name: str) -> None:
     folder = Path(__file__).parent.parent / "examples"
     assert len(BenchSpec.load(folder / f"{name}.yaml").members) >= 3
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("rate: 1e-3, rates: [1e-3, 2e-3, 3e-3]", "rate and rates exclude each other"),
+        ("rate: 1e-3, rate_of: other", "rate and rate_of exclude each other"),
+        ("rate_power: 0.5", "rate_power needs rate_of"),
+    ],
+)
+def test_a_member_says_in_one_way_where_its_rate_comes_from(more: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        BenchSpec.parse(
+            "recipe: {model: minilm-l3, data: {task: trec}}\n"
+            f"members: [{{structure: {{kind: lora}}, {more}}}]\n"
+        )
 
 
 @given(st.floats(1e-6, 1e-2), st.floats(1.5, 1e4), st.integers(3, 12))

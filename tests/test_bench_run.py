@@ -18,6 +18,7 @@ from finespun import hosts
 from finespun.bench import Bench, BenchSpec
 from finespun.bench import workbench as workbench_module
 from finespun.bench.run import Contender
+from finespun.bench.search import Choice
 from finespun.bench.trials import Trial
 from finespun.bench.workbench import Workbench
 from finespun.cli.app import run
@@ -27,6 +28,10 @@ from finespun.structures import LSR, LoRA
 
 COLOURS, ANIMALS = ("red", "green", "blue"), ("cat", "dog", "bird")
 DEEDS = ("runs", "sleeps", "sings")
+PUBLISHED = {
+    "comparison-trec-small": "finespun bench examples/comparison.yaml",
+    "structures-trec-small": "finespun bench examples/structures.yaml",
+}
 WORDS = ("[PAD]", "[UNK]", "the", "a", *COLOURS, *ANIMALS, *DEEDS)
 
 
@@ -230,6 +235,30 @@ def test_seeds_reach_head_structure_and_order(place: Path) -> None:
     assert one.trial(1e-2, 7, 1, 0.2).held == (0.2, 7)
 
 
+def test_a_rate_is_carried_to_another_size_by_its_power(place: Path, tmp_path: Path) -> None:
+    members = (
+        "[{name: a, structure: {kind: lora, rank: 1}, rates: [1e-3, 2e-3, 4e-3]},"
+        " {name: b, structure: {kind: lora, rank: 4}, rate_of: a, rate_power: 0.5},"
+        " {name: c, structure: {kind: lora, rank: 4}, rate_of: a},"
+        " {name: d, structure: {kind: lora, rank: 4}, rate: 7e-3}]"
+    )
+    bench = Bench(spec(place, tmp_path / "out", f"members={members}"), "c")
+    contenders = bench.contenders()
+    asked: list[str] = []
+
+    def search(one: Any) -> Choice:
+        asked.append(one.name)
+        return Choice(one.rate or 2e-3, one.rates, False)
+
+    bench.search = search  # type: ignore[method-assign]
+    rates = {name: choice.rate for name, choice in bench.choices(contenders).items()}
+    assert rates == {"a": 2e-3, "d": 7e-3, "b": 1e-3, "c": 2e-3}
+    assert asked == ["a", "d"]
+    wrong = members.replace("rate_of: a}", "rate_of: aa}")
+    with pytest.raises(InputError, match=r"'c' takes the rate of 'aa'.*nearest: 'a'"):
+        Bench(spec(place, tmp_path / "out", f"members={wrong}"), "c").contenders()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -269,15 +298,17 @@ def test_the_command_prints_the_table_and_refuses_a_ranking_by_its_exit_code(
 
 
 @pytest.mark.slow
-def test_the_published_comparison_follows_from_its_trials(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("folder", "command"), PUBLISHED.items())
+def test_the_published_comparisons_follow_from_their_trials(
+    folder: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every trial that the example asks for was run, and gives the table that docs show."""
     root = Path(__file__).parent.parent
-    published = root / "docs" / "results" / "comparison-trec-small"
+    published = root / "docs" / "results" / folder
     shutil.copy(published / "results.jsonl", tmp_path)
     monkeypatch.delattr(Workbench, "run")
-    found = BenchSpec.load(root / "examples" / "comparison.yaml", [f"output={tmp_path}"])
-    Bench(found, "finespun bench examples/comparison.yaml").run()
+    _, _, file, *changes = command.split()
+    found = BenchSpec.load(root / file, [*changes, f"output={tmp_path}"])
+    Bench(found, command).run()
     assert (tmp_path / "table.csv").read_text() == (published / "table.csv").read_text()
     assert (tmp_path / "table.md").read_text() == (published / "table.md").read_text()
