@@ -125,7 +125,7 @@ CONFIGS = {
     "size": (lambda c: c["plan"]["sites"][0].__setitem__(1, -1), "has a size of -1"),
     "choice": (lambda c: c["plan"]["choices"].update(x={}), "speaks of 'x', no site"),
     "choices": (lambda c: c["plan"].update(choices=[]), "plan.choices must be an object"),
-    "no choice": (lambda c: c["plan"].update(choices={}), "its plan cannot be built: KeyError"),
+    "no choice": (lambda c: c["plan"].update(choices={}), "the plan has no site 'blocks.0.up'"),
     "bad rank": (lambda c: c["plan"]["choices"]["blocks.0.up"].update(rank=-1), "cannot be built"),
     "base": (lambda c: c["base"].pop("shapes"), "base.shapes is missing"),
     "base key": (lambda c: c["base"].update(shape=1), "base.shape is unknown; nearest: 'shapes'"),

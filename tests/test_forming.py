@@ -218,3 +218,17 @@ def test_gates_and_exact_starts_act_on_what_is_formed():
     stir(adapter.parameters())
     x = batch()
     assert relative(model(x), alone(adapter, lambda: model(x))) <= 1e-6
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_of_a_fused_optimiser_counts_as_a_change(fused):
+    """Fused kernels write without raising the version of what they write."""
+    model, adapter = stirred(LSR_CASE, net())
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1, fused=fused)
+    model(batch()).square().sum().backward()
+    with torch.no_grad():
+        before = model(batch())
+        optimizer.step()
+        after = model(batch())
+        assert relative(after, alone(adapter, lambda: model(batch()))) <= 1e-6
+    assert relative(after, before) > 1e-3

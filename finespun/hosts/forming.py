@@ -6,11 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from finespun.structures import Delta, Structure
 
 Factors = tuple[Tensor, Tensor]
 LOCK = Lock()
+_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class Former:
@@ -57,6 +67,7 @@ class Former:
         self.grown = torch.is_grad_enabled()
         if self.grown:
             self.blind.clear()
+            self.versions = []
             self.formed = self._form()
         elif not all(map(self._current, range(len(self.deltas)))):
             self._settle()
@@ -121,12 +132,14 @@ def _numbers(delta: Delta) -> list[nn.Parameter]:
 
 
 def _version(delta: Delta) -> tuple[object, ...]:
-    """Changes whenever a number of the delta is written, moved or replaced; inference tensors
-    count no writes, so that they never compare equal."""
+    """Changes whenever a number of the delta is written, moved or replaced, and after every step of
+    an optimiser, as fused ones write without being counted; inference tensors count no writes, so
+    that they never compare equal."""
     numbers = _numbers(delta)
     mode = object() if any(p.is_inference() for p in numbers) else None
     return (
         mode,
+        _steps,
         torch.is_inference_mode_enabled(),
         *((id(p), p._version, p.data_ptr(), p.device) for p in numbers if mode is None),
     )
