@@ -5,6 +5,8 @@ import importlib
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.measure import ROUNDS, WIDE, Line, machine, table
@@ -16,6 +18,7 @@ PARTS = {
     "mixed_rows": "Another adapter for each row",
     "forming": "Forming LSR's factors",
     "merging": "Merging",
+    "structures": "A training step of each structure",
 }
 HEAD = """\
 # Beside PEFT
@@ -24,9 +27,10 @@ Written by `python -m benchmarks`; `python -m benchmarks.merging` and its neighb
 
 Both sides hold the same weights and the same adapters and get the same batches. Outputs, gradients
 or merged weights are compared first and must agree to 1e-5 (relative), else nothing is timed. One
-thread; processor time, system time included; both sides in turn, {rounds} rounds after one to warm
-up; the ratio is the median of the ratios of the rounds, beside the middle half of them. "At least"
-is the gate in `benchmarks/gates.toml`. A ratio above 1 means that Finespun is faster.
+thread, and a process of its own for every part; processor time, system time included; both sides in
+turn, {rounds} rounds after one to warm up; the ratio is the median of the ratios of the rounds,
+beside the middle half of them. "At least" is the gate in `benchmarks/gates.toml`. A ratio above 1
+means that Finespun is faster.
 
 A fixed matrix product is timed in every round. Where it spreads by more than {wide:.0f} % (middle
 half over median) the part is measured anew, at most {tries} times in all, and the calmest is shown.
@@ -73,6 +77,11 @@ def calmest(measure: Callable[[], list[Line]]) -> list[Line]:
     return min(found, key=spread)
 
 
+def part(name: str) -> list[Line]:
+    """One part, in the process that this runs in."""
+    return calmest(importlib.import_module(f"benchmarks.{name}").measure)
+
+
 def load() -> str:
     """How busy the machine was in the last minute."""
     return f"{os.getloadavg()[0]:.1f}"
@@ -81,9 +90,10 @@ def load() -> str:
 def main() -> None:
     """Measure everything, say what was measured, write the page."""
     start, began, parts = load(), time.monotonic(), {}
-    for name in PARTS:
-        parts[name] = calmest(importlib.import_module(f"benchmarks.{name}").measure)
-        print(table(parts[name]), flush=True)
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+        for name in PARTS:
+            parts[name] = processes.submit(part, name).result()
+            print(table(parts[name]), flush=True)
     text = page(parts, start, load())
     PAGE.write_text(text, encoding="utf-8")
     print(f"{PAGE.name} written after {time.monotonic() - began:.0f} s")

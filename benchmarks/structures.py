@@ -152,7 +152,7 @@ def beside_lora() -> Iterator[Line]:
 
 
 def measure() -> list[Line]:
-    """Every structure once."""
+    """Every structure once: 2 layers of width 384, 256 tokens, updates on q and v."""
     return [*beside_peft(), *beside_lora()]
 
 
