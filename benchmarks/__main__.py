@@ -1,15 +1,12 @@
 """Every measurement, one after the other; writes docs/benchmarks.md."""
 
-import gc
-import importlib
 import os
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from benchmarks.measure import ROUNDS, WIDE, Line, machine, table
+from benchmarks.measure import ROUNDS, TRIES, WIDE, Line, machine, part, spread, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 PARTS = {
@@ -37,7 +34,6 @@ half over median) the part is measured anew, at most {tries} times in all, and t
 
 {machine}. Load average at the start {start}, at the end {end}.
 """
-TRIES = 3
 
 
 def page(parts: dict[str, list[Line]], start: str, end: str) -> str:
@@ -61,25 +57,6 @@ def page(parts: dict[str, list[Line]], start: str, end: str) -> str:
         busy = ": too busy, these figures mean little" if wide > WIDE else ""
         text += f"- Spread of the fixed product: {100 * wide:.0f} %{busy}.\n"
     return text
-
-
-def spread(lines: list[Line]) -> float:
-    """The widest spread of the fixed product in a part."""
-    return max(line.spread for line in lines)
-
-
-def calmest(measure: Callable[[], list[Line]]) -> list[Line]:
-    """The part's lines, measured until the fixed product is steady enough."""
-    found: list[list[Line]] = []
-    while len(found) < TRIES and (not found or spread(found[-1]) > WIDE):
-        found.append(measure())
-        gc.collect()
-    return min(found, key=spread)
-
-
-def part(name: str) -> list[Line]:
-    """One part, in the process that this runs in."""
-    return calmest(importlib.import_module(f"benchmarks.{name}").measure)
 
 
 def load() -> str:

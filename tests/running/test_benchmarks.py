@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import __main__ as pages
 from benchmarks import forming, measure, merging, models, training_step
-from benchmarks.measure import Line, Timed, gates, table
+from benchmarks.measure import Line, Timed, calmest, gates, table
 
 
 def test_ratios_are_medians_of_the_ratios_of_rounds():
@@ -91,9 +91,9 @@ def test_a_part_is_measured_until_it_is_calm():
         parts.append([dataclasses.replace(Line.of("x", found), spread=next(spreads))])
         return parts[-1]
 
-    assert pages.calmest(part) is parts[1]
+    assert calmest(part) is parts[1]
     assert len(parts) == 3
-    assert pages.calmest(part) is parts[3]
+    assert calmest(part) is parts[3]
     assert len(parts) == 4
 
 
