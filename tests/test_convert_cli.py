@@ -113,6 +113,10 @@ def test_merges_that_cannot_be_are_refused(done, tmp_path):
         merge(tmp_path / "tied", tmp_path / "m")
     with pytest.raises(InputError, match="is the adapter itself"):
         merge(done / "out", done / "out")
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="is the base itself"):
+        merge(tmp_path / "tied", tmp_path / "base", str(tmp_path / "base"))
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
     assert not (tmp_path / "m").exists()
 
 

@@ -27,6 +27,7 @@ CONFIGS = {
     "lokr-both": peft.LoKrConfig(r=1, alpha=3, decompose_both=True, decompose_factor=4),
     "miss": peft.MissConfig(r=4),
     "oft": peft.OFTConfig(oft_block_size=4),
+    "oft-three": peft.OFTConfig(oft_block_size=8, num_cayley_neumann_terms=3),
     "oft-exact": peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False),
     "randlora": peft.RandLoraConfig(r=5, randlora_alpha=9),
     "shira": peft.ShiraConfig(r=2),
@@ -127,4 +128,12 @@ def test_what_does_not_fit_is_named(tmp_path):
 def test_projections_that_were_not_saved_are_asked_for(tmp_path):
     written(peft.VeraConfig(r=8, save_projection=False), tmp_path)
     with pytest.raises(FileError, match="save_projection=True"):
+        fs.load(Net(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_method_that_is_not_read_is_named(tmp_path):
+    written(CONFIGS["hira"], tmp_path)
+    changed(tmp_path, peft_type="ADALORA")
+    with pytest.raises(FileError, match="'ADALORA', which is not read; read are LORA"):
         fs.load(Net(), tmp_path)

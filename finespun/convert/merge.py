@@ -67,6 +67,8 @@ def merge(adapter: str | Path, out: str | Path, model: str | None = None) -> Mer
         raise InputError(f"{str(out)!r} is the adapter itself; name another folder")
     check_writable(out)
     held, tokenizer, source = _loaded(Path(adapter), model)
+    if Path(source).exists() and located(source) == located(out):
+        raise InputError(f"{str(out)!r} is the base itself; name another folder")
     held.merge(undo="none")
     state = whole_state(held)
     body, notes, head = held.model, list[str](), dict[str, Tensor]()

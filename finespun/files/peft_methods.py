@@ -74,8 +74,9 @@ def _oft(config: Config, found: Mapping[str, Found]) -> dict[str, Any]:
     sizes = sorted(round((1 + (1 + 8 * count) ** 0.5) / 2) for count in counts)
     if len(sizes) > 1:
         raise FileError(f"oft_block_size is {sizes} in different layers; one for all is read")
-    series = {} if config.get("use_cayley_neumann") else {"num_cayley_neumann_terms": 0}
-    return {"oft_block_size": sizes[0], **series}
+    terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann") else 0
+    # PEFT 0.21 takes four terms where three are asked for
+    return {"oft_block_size": sizes[0], "num_cayley_neumann_terms": 4 if terms == 3 else terms}
 
 
 def _turned(found: Found, site: SiteShape, config: Config) -> Found:
@@ -180,12 +181,14 @@ KINDS = ("LORA", "TRAINABLE_TOKENS", *METHODS, *AS_LORA)
 def read_method(folder: str | Path, model: nn.Module, strict: bool = True) -> Saved | None:
     """The adapter in a folder of PEFT's, for `model`; None where its method is none of these.
 
-    Raises FileError naming the option or the tensor that is not read, TargetError for a layer that
-    the model lacks.
+    Raises FileError naming the method, option or tensor that is not read, TargetError for a layer
+    that the model lacks.
     """
     place = settled(folder)
     config = read_json(place / CONFIG) if (place / CONFIG).is_file() else {}
-    kind = str(config.get("peft_type"))
+    kind = str(config.get("peft_type", "LORA"))
+    if kind not in KINDS:
+        raise FileError(f"peft_type is {kind!r}, which is not read; read are {', '.join(KINDS)}")
     if kind not in METHODS and kind not in AS_LORA:
         return None
     held = read_tensors(place / TENSORS)
