@@ -188,7 +188,10 @@ def read_method(folder: str | Path, model: nn.Module, strict: bool = True) -> Sa
     config = read_json(place / CONFIG) if (place / CONFIG).is_file() else {}
     kind = str(config.get("peft_type", "LORA"))
     if kind not in KINDS:
-        raise FileError(f"peft_type is {kind!r}, which is not read; read are {', '.join(KINDS)}")
+        raise FileError(
+            f"{place / CONFIG}: peft_type is {kind[:60]!r}, which is not read; read are "
+            + ", ".join(KINDS)
+        )
     if kind not in METHODS and kind not in AS_LORA:
         return None
     held = read_tensors(place / TENSORS)
