@@ -198,7 +198,7 @@ TENSORS = {
     "bias of a layer": (lambda t: t.update({PREFIX + "x.bias": torch.ones(2)}), "neither lora_A"),
     "convolution": (
         lambda t: t.update({QUERY + "A.weight": torch.ones(8, 24, 1, 1)}),
-        "is a linear's, its other factor a conv's"),
+        "'s, its other factor a "),
     "shape": (lambda t: t.update({QUERY + "A.weight": torch.ones(7, 24)}), "gives it rank 8"),
     "turned": (lambda t: t.update({QUERY + "A.weight": torch.ones(24, 8)}), "gives it rank 8"),
     "NaN": (
