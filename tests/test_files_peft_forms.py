@@ -1,6 +1,7 @@
 """Everything PEFT's LoRA files hold, read and written: the two libraries compute the same."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -124,13 +125,12 @@ def test_trained_tokens_act_at_both_uses_of_a_tied_table(tmp_path, tied):
 
 
 def test_weights_of_the_base_in_the_file_must_be_the_models(tmp_path):
-    make = lambda: llama(tied=False)  # noqa: E731
-    both_ways(tmp_path, make, target_modules=["embed_tokens", "q_proj"])
+    both_ways(tmp_path, partial(llama, tied=False), target_modules=["embed_tokens", "q_proj"])
     key = f"{PREFIX}model.embed_tokens.base_layer.weight"
     held = weights(tmp_path / "theirs")
     assert key in held
     save_file({**held, key: held[key] + 1}, tmp_path / "theirs" / "adapter_model.safetensors")
-    model = make()
+    model = llama(tied=False)
     with pytest.raises(BaseMismatch, match=r"repeats the base's 'model.embed_tokens', \(50, 24\)"):
         fs.load(model, tmp_path / "theirs")
     assert "_finespun_board" not in model.__dict__

@@ -247,3 +247,9 @@ def test_numbers_that_json_lacks_are_refused_both_ways(tmp_path):
         write_json(tmp_path / "x", {"a": float("nan")})
     with pytest.raises(FileError, match="Infinity is no JSON number"):
         parse_json(b'{"a": Infinity}', "x")
+
+
+def test_tensors_may_be_read_by_whom_other_files_may(tmp_path):
+    (tmp_path / "other").touch()
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(2)})
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -29,7 +29,6 @@ from finespun.structures import STRUCTURES, Structure
 
 PAGE = Path(__file__).parent.parent / "capabilities.md"
 IN, OUT = 32, 48
-ROWS = lambda: torch.randn(4, 3, IN)  # noqa: E731
 SMALL: dict[str, dict[str, object]] = {
     "gralora": {"rank": 4}, "hira": {"rank": 4}, "lora_xs": {"rank": 4}, "miss": {"rank": 4},
     "randlora": {"rank": 4}, "s2_lora": {"rank": 4}, "shira": {"rank": 2}, "tera": {"rank": 3},
@@ -39,6 +38,10 @@ SMALL: dict[str, dict[str, object]] = {
     "loha": {"rank": 2}, "lokr": {"rank": 2}, "s2ft": {"channels": 0.1},
     "tokens": {"tokens": list(range(0, 16, 2))},
 }  # fmt: skip
+
+
+def three_positions_each() -> Tensor:
+    return torch.randn(4, 3, IN)
 
 
 def one(layer: nn.Module) -> nn.Module:
@@ -61,13 +64,13 @@ def nf4() -> nn.Module:
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]] = {
-    "linear": (lambda: nn.Linear(IN, OUT), ROWS, "layer"),
-    "Conv1D": (lambda: Conv1D(OUT, IN), ROWS, "layer"),
-    "fused slice": (lambda: nn.Linear(IN, OUT), ROWS, "layer:k"),
+    "linear": (lambda: nn.Linear(IN, OUT), three_positions_each, "layer"),
+    "Conv1D": (lambda: Conv1D(OUT, IN), three_positions_each, "layer"),
+    "fused slice": (lambda: nn.Linear(IN, OUT), three_positions_each, "layer:k"),
     "embedding": (lambda: nn.Embedding(40, IN), lambda: torch.randint(40, (4, 3)), "layer"),
     "conv": (lambda: nn.Conv2d(8, 16, 3), lambda: torch.randn(4, 8, 5, 5), "layer"),
     "4-bit": (nf4, lambda: torch.randn(4, 3, 64), "layer"),
-    "block": (Block, ROWS, "layer"),
+    "block": (Block, three_positions_each, "layer"),
 }
 
 
@@ -259,10 +262,10 @@ CHECKS: dict[str, Callable[[Structure], str]] = {
 }
 
 
-def attempt(check: Callable[[], str]) -> str:
-    """A cell: what the check says, or "!" and the refusal."""
+def attempt(check: Callable[..., str], kind: str, *more: int) -> str:
+    """A cell: what the check says of a kind, or "!" and the refusal."""
     try:
-        return check()
+        return check(form_of(kind), *more)
     except FinespunError as error:
         return f"!{error}"
 
@@ -270,7 +273,7 @@ def attempt(check: Callable[[], str]) -> str:
 def _process(rank: int, folder: str, kinds: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    found = {k: attempt(lambda: parallel(form_of(k), rank)) for k in kinds}  # noqa: B023
+    found = {kind: attempt(parallel, kind, rank) for kind in kinds}
     if rank == 0:
         torch.save(found, f"{folder}/found")
     dist.barrier()
@@ -291,10 +294,7 @@ def found(kinds: list[str]) -> dict[str, dict[str, str]]:
     """Kind -> column -> cell."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    table = {
-        kind: {name: attempt(lambda: check(form_of(kind))) for name, check in CHECKS.items()}  # noqa: B023
-        for kind in kinds
-    }
+    table = {kind: {name: attempt(check, kind) for name, check in CHECKS.items()} for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_process, (folder, kinds), nprocs=2)
         for kind, cell in torch.load(f"{folder}/found").items():

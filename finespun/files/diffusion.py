@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from finespun.errors import FileError, nearest
-from finespun.files.atomic import located
 from finespun.files.budget import bounded
 from finespun.files.diffusion_names import PARTS, Unplaced, split_kohya
 from finespun.files.fingerprint import Fingerprint
 from finespun.files.lineage import Lineage
-from finespun.files.native import blame
+from finespun.files.native import blame, named_after
 from finespun.files.peft import check_config, settle_pair
 from finespun.files.peft_keys import Pair
 from finespun.files.safe import parse_json, read_tensors
@@ -88,7 +87,7 @@ def read_diffusion(path: str | Path) -> Unplaced:
         raise FileError(
             f"{path} is pickled and not opened; have the program that wrote it save .safetensors"
         )
-    named = located(path).parent.name if path.name == WEIGHTS else path.stem
+    named = path.parent if path.name == WEIGHTS else path.with_suffix("")
     held = read_tensors(path)
     with blame(path), bounded(str(path)):
         found = _sort(held.tensors)
@@ -109,7 +108,7 @@ def read_diffusion(path: str | Path) -> Unplaced:
         ]
         told_name, base, lineage = _beside(held.metadata)
     entry = Entry(
-        name=told_name or re.sub(r"[.:/]", "-", named) or "default",
+        name=told_name or named_after(named),
         structure=structure,
         plan=Plan(tuple(shapes), choices),
         trained=(),

@@ -5,6 +5,7 @@ tensors have the keys of `hosts.tensors_of`. Every key is checked; an unknown on
 """
 
 import dataclasses
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from finespun.errors import FileError, InputError, StateError, nearest
-from finespun.files.atomic import settled, whole_folder, write_file
+from finespun.files.atomic import located, settled, whole_folder, write_file
 from finespun.files.card import CARD, model_card
 from finespun.files.fingerprint import Fingerprint, fingerprint
 from finespun.files.lineage import Lineage, lineage_of
@@ -52,6 +53,11 @@ class Saved:
         if name is None:
             return self
         return dataclasses.replace(self, entry=dataclasses.replace(self.entry, name=name))
+
+
+def named_after(place: str | Path) -> str:
+    """The name of an adapter whose file tells none: that of its folder or file."""
+    return re.sub(r"[.:/]", "-", located(place).name) or "default"
 
 
 def save(

@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from finespun.errors import FileError, nearest
-from finespun.files.atomic import located, settled
+from finespun.files.atomic import settled
 from finespun.files.fingerprint import Fingerprint
 from finespun.files.lineage import Lineage
-from finespun.files.native import Saved, blame
+from finespun.files.native import Saved, blame, named_after
 from finespun.files.patterns import check_pattern
 from finespun.files.peft_keys import Pair, Parts, sort
 from finespun.files.safe import TensorFile, read_json, read_tensors
@@ -113,7 +113,7 @@ def read_peft(folder: str | Path, strict: bool = True) -> Saved:
     tensors |= {f"trained/{m}/{k}": t for m, state in parts.whole.items() for k, t in state.items()}
     name, base, lineage = _beside(place, held, notes)
     entry = Entry(
-        name=name or re.sub(r"[.:/]", "-", located(folder).name) or "default",
+        name=name or named_after(folder),
         structure=made,
         plan=Plan(sites, choices),
         trained=tuple(parts.whole),

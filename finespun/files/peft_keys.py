@@ -109,7 +109,7 @@ def _take_whole(
     path, _, leaf = name.rpartition(".")
     if bias and leaf == "bias" and path.endswith((".original_module", ".modules_to_save")):
         return  # bias="all" writes a saved module's bias three times
-    module = _saved_module(name, saved)
+    module = saved_module(name, saved)
     if module is None and leaf == "weight" and path.rpartition(".")[2] in EMBEDDINGS:
         module = path
     if module is not None:
@@ -120,7 +120,7 @@ def _take_whole(
         raise FileError(f"{key!r} is neither lora_A nor lora_B, nor under modules_to_save")
 
 
-def _saved_module(name: str, saved: Sequence[str]) -> str | None:
+def saved_module(name: str, saved: Sequence[str]) -> str | None:
     """The module that a key belongs to: PEFT takes every one whose path ends like a name listed."""
     parts = name.split(".")
     for end in range(1, len(parts)):

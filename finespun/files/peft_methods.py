@@ -6,7 +6,6 @@ are read as the LoRA that they are: VeRA as B' = diag(b)·B, A' = diag(d)·A, Ra
 side by side. Format: PEFT 0.21.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from finespun.errors import FileError, TargetError, nearest
-from finespun.files.atomic import located, settled
-from finespun.files.native import Saved, blame
+from finespun.files.atomic import settled
+from finespun.files.native import Saved, blame, named_after
 from finespun.files.peft import CONFIG, PASSED, TENSORS
-from finespun.files.peft_keys import PREFIX
+from finespun.files.peft_keys import PREFIX, saved_module
 from finespun.files.safe import read_json, read_tensors
 from finespun.hosts import Entry, FlatState, modules, sites
 from finespun.structures import STRUCTURES, LoRA, Plan, SiteShape, Structure, structure
@@ -37,12 +36,13 @@ def _same(found: Found, site: SiteShape, config: Config) -> Found:
 
 @dataclass(frozen=True)
 class Method:
-    """How one of PEFT's methods is read: our `kind`, our name of each tensor, and what has to be
+    """How one of PEFT's methods is read: our `kind`, our name of each tensor (None: not
+    needed), and what has to be
     done to the tensors or the options. `fixed` are options with the only values that are read,
     `unused` those that say nothing."""
 
     kind: str
-    names: Mapping[str, str]
+    names: Mapping[str, str | None]
     change: Callable[[Found, SiteShape, Config], Found] = _same
     options: Callable[[Config, Mapping[str, Found]], dict[str, Any]] = lambda config, found: {}
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -118,7 +118,10 @@ METHODS: Mapping[str, Method] = {
         unused=frozenset(["boft_block_num"]),
     ),
     "C3A": Method("c3a", {"c3a_kernel": "w"}),
-    "DELORA": Method("delora", {"delora_A": "A", "delora_B": "B", "delora_lambda": "strength"}),
+    "DELORA": Method(
+        "delora",
+        {"delora_A": "A", "delora_B": "B", "delora_lambda": "strength", "delora_w_norm": None},
+    ),
     "FOURIERFT": Method(
         "fourierft", {"fourierft_spectrum": "c"}, options=lambda config, found: {"draw": "torch"}
     ),
@@ -195,7 +198,6 @@ def read_method(folder: str | Path, model: nn.Module, strict: bool = True) -> Sa
     if kind not in METHODS and kind not in AS_LORA:
         return None
     held = read_tensors(place / TENSORS)
-    name = re.sub(r"[.:/]", "-", located(folder).name) or "default"
     notes: list[str] = []
     with blame(place):
         saved = config.get("modules_to_save") or []
@@ -211,7 +213,9 @@ def read_method(folder: str | Path, model: nn.Module, strict: bool = True) -> Sa
             made, plan, tensors = _as_lora(AS_LORA[kind], model, found, shared, config)
             notes.append(f"{kind} is read as the LoRA of rank {made.rank} that it is")
     tensors |= {f"trained/{m}/{k}": t for m, state in whole.items() for k, t in state.items()}
-    entry = Entry(name, made, plan, trained=tuple(whole), flat=FlatState.pack(tensors))
+    entry = Entry(
+        named_after(folder), made, plan, trained=tuple(whole), flat=FlatState.pack(tensors)
+    )
     return Saved(entry, None, None, held.sha256, tuple(notes))
 
 
@@ -224,14 +228,12 @@ def _sort(
     shared: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        parts = name.split(".")
-        paths = (".".join(parts[:end]) for end in range(1, len(parts)))
-        module = next((path for path in paths if path.endswith(tuple(saved))), None)
+        parts, module = name.split("."), saved_module(name, saved)
         if name == key:
             if not key.startswith(SHARED):
                 raise FileError(f"{key!r} does not begin with {PREFIX!r}")
             shared[key.removeprefix(SHARED)] = tensor
-        elif saved and module is not None:
+        elif module is not None:
             whole.setdefault(module, {})[name.removeprefix(f"{module}.")] = tensor
         else:
             place = len(parts) - (2 if parts[-1] == "weight" else 1)
@@ -274,12 +276,12 @@ def _own(
     for path, state in found.items():
         own: dict[str, Tensor] = {}
         for name, tensor in state.items():
-            if name in method.names:
-                own[method.names[name]] = tensor
-            elif not (method.kind == "delora" and name == "delora_w_norm"):
+            if name not in method.names:
                 raise FileError(
                     f"'{PREFIX}{path}.{name}' is unknown; {nearest(name, method.names)}"
                 )
+            if (ours := method.names[name]) is not None:
+                own[ours] = tensor
         tensors |= {
             f"delta/{path}/{n}": t for n, t in method.change(own, hosts[path].shape, config).items()
         }

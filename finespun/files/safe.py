@@ -101,12 +101,15 @@ def write_tensors(
         alone = storage.nbytes() == plain.nbytes and storage.data_ptr() not in seen
         seen.add(storage.data_ptr())
         ready[key] = plain if alone else plain.clone()
+    path.touch()
+    mode = path.stat().st_mode  # what the system gives new files; safetensors gives less
     try:
         safetensors.torch.save_file(ready, path, metadata=dict(metadata) if metadata else None)
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         number = int(code[1]) if code else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from error
+    path.chmod(mode)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -16,13 +16,13 @@ from finespun.hosts.kinds import sites
 from finespun.hosts.layer import plain_class
 from finespun.hosts.quantised import quantised
 from finespun.hosts.targets import modules
-from finespun.structures.s2ft import S2FTDelta
+from finespun.structures.lines import LinesDelta
 
 
 @contextmanager
 def gathered(model: nn.Module, name: str = "default") -> Iterator[None]:
-    """Inside, the units that an S2FT adapter trains stand first in every layer of their blocks, so
-    that its slices are contiguous.
+    """Inside, the units that an adapter of whole lines (S2FT) trains stand first in every layer of
+    their blocks, so that its slices are contiguous.
 
     P W1 and W2 Pᵀ take the place of all W1 that write and W2 that read the hidden features, biases
     included: the model computes the same up to the order of sums. At the end, errors included,
@@ -58,7 +58,7 @@ class _Move:
 
     writers: tuple[Host, ...]
     reader: Host
-    deltas: tuple[S2FTDelta, ...]
+    deltas: tuple[LinesDelta, ...]
     order: Tensor
 
     @torch.no_grad()
@@ -80,11 +80,11 @@ def reorder(tensor: Tensor, dim: int, order: Tensor) -> None:
 
 def _moves(model: nn.Module, entry: Entry) -> Iterator[_Move]:
     known = modules(model)
-    blocks: dict[str, list[S2FTDelta]] = {}
+    blocks: dict[str, list[LinesDelta]] = {}
     found: dict[str, Family] = {}
     for site, delta in entry.deltas.items():
         own, choice = family(known, site), entry.plan.choices[site]
-        if not isinstance(delta, S2FTDelta):
+        if not isinstance(delta, LinesDelta):
             raise StateError(f"{entry.structure.kind} chooses no units: there are none to gather")
         coupling = delta.site.coupling
         if own is None or coupling is None:

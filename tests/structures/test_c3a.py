@@ -36,6 +36,10 @@ def test_outputs_are_pefts(b):
     ours, delta = adapted(C3A(block_size=b), layer)
     delta.w.data.copy_(layer.c3a_kernel["default"])
     assert outputs_agree(ours, layer) <= 1e-5
+    x, dy = torch.randn(5, 16), torch.randn(5, 24)
+    for one in (ours, layer):
+        (one(x) * dy).sum().backward()
+    torch.testing.assert_close(delta.w.grad, layer.c3a_kernel["default"].grad)
 
 
 def test_counts():
