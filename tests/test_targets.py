@@ -11,7 +11,7 @@ from torch import nn
 import finespun as fs
 from finespun import hosts
 from finespun.driver import Driver
-from finespun.errors import TargetError
+from finespun.errors import InputError, TargetError
 
 LSR = fs.LSR(rank=4, separation_rank=3)
 BERT = ({"query", "key", "value", "attention.output.dense"}, {"intermediate.dense", "output.dense"})
@@ -247,3 +247,18 @@ def test_layers_that_torch_reads_without_calling_are_refused(target, parent):
             fs.adapt(model, fs.LoRA(rank=2), [target])
         assert torch.equal(model(x), y0)
     assert hosts.find(model, "all-linear") == ["out"]
+
+
+def test_a_name_that_should_stand_in_a_list_is_told_so():
+    model = nn.ModuleDict({"a": nn.ModuleDict({"query": nn.Linear(4, 4)})})
+    with pytest.raises(TargetError, match=r"matches no whole name.*\['query'\]"):
+        fs.adapt(model, fs.LoRA(rank=2), "query")
+
+
+def test_what_is_no_model_is_told_so(tmp_path):
+    for call in (
+        lambda: fs.adapt(None, fs.LoRA()),
+        lambda: fs.load(str(tmp_path), nn.Linear(2, 2)),
+    ):
+        with pytest.raises(InputError, match=r"the model comes first, an nn\.Module, not a"):
+            call()

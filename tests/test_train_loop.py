@@ -283,6 +283,15 @@ def test_ctrl_c_finishes_the_step_saves_and_stops() -> None:
     assert issubclass(Interrupted, KeyboardInterrupt)
 
 
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """SIGINT is heard, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 def test_a_second_ctrl_c_stops_at_once() -> None:
     def press(record: Any) -> None:
         if record["event"] == "step":

@@ -84,6 +84,11 @@ def _match(model: nn.Module, known: dict[str, nn.Module], target: str, regex: bo
         found = [n + colon + part for n in known if _ends(n, base)]
     if not found and target in WORDS:
         raise TargetError(_none_for(model, known, target))
+    if not found and regex and any(_ends(n, base) for n in known):
+        raise TargetError(
+            f"the expression {target!r} matches no whole name, though names end so; put it in a "
+            f"list: [{target!r}]"
+        )
     if not found:
         raise TargetError(f"no module is called {target!r}; {_suggest(model, base, known)}")
     return found
