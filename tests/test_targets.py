@@ -257,7 +257,7 @@ def test_a_name_that_should_stand_in_a_list_is_told_so():
 
 def test_what_is_no_model_is_told_so(tmp_path):
     for call in (
-        lambda: fs.adapt(None, fs.LoRA()),
+        lambda: fs.adapt(None, fs.LoRA(), ["x"]),
         lambda: fs.load(str(tmp_path), nn.Linear(2, 2)),
     ):
         with pytest.raises(InputError, match=r"the model comes first, an nn\.Module, not a"):
