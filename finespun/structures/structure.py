@@ -5,16 +5,24 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from finespun.errors import InputError, PlanError, nearest
+from finespun.method import Method, registering
 from finespun.structures.delta import Bank, Delta, Factors
 from finespun.structures.site import Site, SiteShape
 
 Scores = Mapping[str, float | Tensor]
+
+
+class Unmeasured(dict[str, float | Tensor]):
+    """Scores that nobody measured: enough to count numbers by, not to train with."""
+
+    def get(self, name: str, default: Any = None) -> Tensor:
+        return torch.empty(0, device="meta")
 
 
 class Choices(dict[str, Mapping[str, Any]]):
@@ -59,21 +67,17 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Structure:
+class Structure(Method):
     """Hyper-parameters of one way to write ΔW; subclass it beside a Delta.
 
-    `kind` names it in recipes and files; `site_kind` is "linear", or "block" for a bypass.
-
-    `dropout` acts on the input of the update while training; `seed` fixes every random draw.
+    `site_kind` is "linear", or "block" for a bypass. `dropout` acts on the input of the update
+    while training; `seed` fixes every random draw.
     """
 
     dropout: float = 0.0
     seed: int = 0
 
-    kind: ClassVar[str] = ""
     site_kind: ClassVar[str] = "linear"
-    source: ClassVar[str] = ""
-    aliases: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
@@ -90,6 +94,11 @@ class Structure:
     def wants_gradient(self) -> bool:
         """Whether training must begin with `Delta.start_from` at every site."""
         return False
+
+    @property
+    def wants_scores(self) -> Literal["activations", "gradients"] | None:
+        """What must be measured at every site of the base and given to `plan` as scores."""
+        return None
 
     def plan(self, sites: Sequence[Site], scores: Scores | None = None) -> Plan:
         """Decide for all sites at once; `scores` (site name -> importance of the site, or of its
@@ -138,27 +147,7 @@ class Structure:
         over `tokens` rows, work that is done once per step included."""
         raise NotImplementedError(f"{type(self).__name__} must count its operations")
 
-    # --- reading and writing ---------------------------------------------------------------------
-    def options(self) -> dict[str, Any]:
-        """The hyper-parameters as JSON values; `structure(kind, **options)` restores them."""
-        return {
-            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v
-            for f in dataclasses.fields(self)
-        }
-
-    @classmethod
-    def from_options(cls, **options: Any) -> Self:
-        """Build from JSON values, PEFT's names included. Raises InputError for an unknown name."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        renamed = {cls.aliases.get(k, k): v for k, v in options.items()}
-        for name in renamed:
-            if name not in known:
-                raise InputError(f"{cls.kind} has no option {name!r}; {nearest(name, known)}")
-        values: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in renamed.items()
-        }
-        return cls(**values)
-
+    # --- random draws ----------------------------------------------------------------------------
     def generator(self, site: str, purpose: str) -> torch.Generator:
         """A CPU generator for numbers that will be saved, fixed by (seed, site, purpose)."""
         digest = hashlib.blake2b(f"{self.seed}\0{site}\0{purpose}".encode(), digest_size=8)
@@ -249,14 +238,7 @@ def must_divide(
 
 
 STRUCTURES: dict[str, type[Structure]] = {}
-
-
-def register(cls: type[Structure]) -> type[Structure]:
-    """Class decorator: make a structure known by its `kind`."""
-    if not cls.kind or cls.kind in STRUCTURES:
-        raise InputError(f"a structure needs a kind of its own, not {cls.kind!r}")
-    STRUCTURES[cls.kind] = cls
-    return cls
+register = registering(STRUCTURES, "a structure")
 
 
 def structure(kind: str, **options: Any) -> Structure:

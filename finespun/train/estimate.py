@@ -23,7 +23,7 @@ from finespun import hosts
 from finespun.recipe import Recipe
 from finespun.structures import SiteShape
 from finespun.train.lm_text import AnswerTokens
-from finespun.train.loop import train_mode
+from finespun.train.loop import steps_of, train_mode
 from finespun.train.progress import Reporter, as_json
 from finespun.train.run import Job, prepare, surroundings
 from finespun.train.text import Batches
@@ -91,7 +91,7 @@ def _estimate(job: Job) -> Estimate:
     batches = Batches(job.text.tokenizer, job.train, training.batch_size, seed=training.seed)
     lengths = job.train.lengths
     sizes = [_size(job, [lengths[i] for i in rows]) for rows in batches.order(0)]
-    steps = -(-len(batches) // training.accumulate) * training.epochs
+    steps = steps_of(len(batches), training)
     tokens = round(sum(sizes) * training.epochs / steps)
     typical = Passes(job, _typical(batches, lengths))
     plan, held = adapter.entry.plan, hosts.tensors_of(adapter.entry)

@@ -74,12 +74,12 @@ class Loop:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.batches) // self.training.accumulate)
+        return self.steps // self.training.epochs
 
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
-        return self.steps_per_epoch * self.training.epochs
+        return steps_of(len(self.batches), self.training)
 
     def run(self) -> None:
         """Train from where the state stands to the end.
@@ -191,6 +191,11 @@ class Loop:
         self.losses = [float(loss) for loss in state["losses"]]
         self.seconds, self.saved = state["seconds"], self.step
         set_random_state(state["random"])
+
+
+def steps_of(batches: int, training: Training) -> int:
+    """Optimiser steps of a run whose epochs have so many batches."""
+    return -(-batches // training.accumulate) * training.epochs
 
 
 def adamw(
