@@ -16,7 +16,7 @@ from finespun.driver import Moments
 from finespun.errors import InputError
 from finespun.hosts import Entry, link
 from finespun.structures import Bypass, Delta, LoR2C, module_group
-from finespun.structures.lor2c import silent, spectrum_score
+from finespun.structures.lor2c import spectrum_score
 
 Keep = Literal["richer", "first", "svd"]
 _NUMBER = re.compile(r"(.*?)(\d+)")
@@ -222,7 +222,7 @@ def _living(entry: Entry) -> list[str]:
     return [
         name
         for name, delta in entry.deltas.items()
-        if isinstance(delta, Bypass) and not silent(delta) and "gate" not in delta._buffers
+        if isinstance(delta, Bypass) and not delta.silent and "gate" not in delta._buffers
     ]
 
 

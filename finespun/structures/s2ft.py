@@ -17,6 +17,7 @@ from finespun.structures.site import Coupling, Site, SiteShape
 from finespun.structures.structure import Plan, Scores, Structure, must_be_one_of, register
 
 SELECT = ("random", "weight", "activation", "product", "gradient")
+SCORES = {"activation": "activations", "product": "activations", "gradient": "gradients"}
 
 
 @register
@@ -59,10 +60,8 @@ class S2FT(Structure):
         must_be_one_of("select", self.select, SELECT)
 
     @property
-    def wants_scores(self) -> Literal["activations", "gradients"] | None:
-        if self.select == "gradient":
-            return "gradients"
-        return "activations" if self.select in ("activation", "product") else None
+    def wants_scores(self) -> str | None:
+        return SCORES.get(self.select)
 
     def alone(self, shape: SiteShape) -> Coupling:
         """A layer that shares nothing: its inputs are chosen, its outputs where named so."""

@@ -5,7 +5,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -96,8 +96,9 @@ class Structure(Method):
         return False
 
     @property
-    def wants_scores(self) -> Literal["activations", "gradients"] | None:
-        """What must be measured at every site of the base and given to `plan` as scores."""
+    def wants_scores(self) -> str | None:
+        """What must be measured at every site of the base and given to `plan` as scores:
+        "activations" or "gradients"; None for nothing."""
         return None
 
     def plan(self, sites: Sequence[Site], scores: Scores | None = None) -> Plan:
