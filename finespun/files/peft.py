@@ -245,7 +245,7 @@ def _dotted(parts: Parts, config: Mapping[str, Any]) -> bool:
 
     def told(dotted: bool) -> bool:
         pairs = parts.pairs.items()
-        return all(p.A is None or len(p.A) in _meant(config, n, dotted)[0] for n, p in pairs)
+        return all(p.A is None or len(p.A) in meant(config, n, dotted)[0] for n, p in pairs)
 
     return not told(False) and told(True)
 
@@ -262,11 +262,11 @@ def settle_pair(
     if A is None or B is None:
         raise FileError(f"{path!r} lacks a factor")
     rank = A.shape[0]
-    meant, alphas = _meant(config, path, dotted)
-    if B.shape[1] != rank or rank not in meant:
+    ranks, alphas = meant(config, path, dotted)
+    if B.shape[1] != rank or rank not in ranks:
         raise FileError(
             f"{path!r}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, while the "
-            f"config gives it rank {meant[0]}"
+            f"config gives it rank {ranks[0]}"
         )
     if pair.m is not None and len(pair.m) != len(B):
         raise FileError(f"{path!r}: {len(pair.m)} magnitudes for {len(B)} outputs")
@@ -279,7 +279,9 @@ def settle_pair(
     return site, {"rank": rank, "scale": scale}
 
 
-def _meant(config: Mapping[str, Any], path: str, dotted: bool) -> tuple[list[Any], list[Any]]:
+def meant(
+    config: Mapping[str, Any], path: str, dotted: bool = False
+) -> tuple[list[Any], list[Any]]:
     """The ranks and the alphas that the config may mean at a path. Of PEFT 0.13's patterns the
     first that matches, of either kind, decides both."""
     told = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
