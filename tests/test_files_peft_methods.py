@@ -6,12 +6,14 @@ import peft
 import pytest
 import torch
 from peft import get_peft_model
+from peft_folders import gpt2, logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import finespun as fs
-from finespun.errors import FileError, TargetError
-from finespun.files.peft_methods import KINDS
+from finespun.errors import FileError, StrictError, TargetError
+from finespun.files.peft_methods import check_options
+from finespun.files.peft_table import KINDS, METHODS
 
 CONFIGS = {
     "boft": peft.BOFTConfig(boft_block_size=4),
@@ -180,6 +182,23 @@ def test_an_option_that_is_not_read_is_named(name, values, what, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_lenience_is_offered_for_what_is_unknown_only(tmp_path):
+    theirs = written(CONFIGS["hira"], tmp_path)
+    changed(tmp_path, new=5)
+    with pytest.raises(StrictError, match="new=5 is unknown") as caught:
+        fs.load(Net(), tmp_path)
+    assert caught.value.__notes__ == ["strict=False passes over it"]
+    model = Net().eval()
+    with pytest.warns(UserWarning, match="new=5 is unknown"):
+        fs.load(model, tmp_path, strict=False)
+    torch.testing.assert_close(model(X), theirs)
+    changed(tmp_path, bias="all")
+    with pytest.raises(FileError, match="bias=all is not read") as refused:
+        fs.load(Net(), tmp_path, strict=False)
+    assert not hasattr(refused.value, "__notes__")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_what_does_not_fit_is_named(tmp_path):
     written(CONFIGS["hira"], tmp_path)
     changed(tmp_path, tensors=lambda key: key.replace("up.hira_A", "up.hira_C"))
@@ -203,3 +222,57 @@ def test_a_method_that_is_not_read_is_named(tmp_path):
     changed(tmp_path, peft_type="ADALORA")
     with pytest.raises(FileError, match="'ADALORA', which is not read; read are LORA"):
         fs.load(Net(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("targets", [["c_attn", "c_fc"], r".*c_(attn|proj)", "all-linear"])
+def test_unilora_takes_its_places_in_the_order_of_the_model(targets, tmp_path):
+    config = peft.UniLoraConfig(r=2, theta_d_length=40, target_modules=targets)
+    theirs = get_peft_model(gpt2(), config).eval()
+    theirs.base_model.unilora_theta_d["default"].data.normal_()
+    theirs.save_pretrained(tmp_path)
+    model = gpt2()
+    fs.load(model, tmp_path)
+    far = (logits(theirs) - logits(gpt2())).norm()
+    assert far > 0.1
+    assert (logits(model) - logits(theirs)).norm() <= 1e-5 * far
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"layers_to_transform": [0]}, "layers_to_transform decides .* save_indices=True"),
+        ({"target_modules": ["left"]}, "target_modules names no layer .* save_indices=True"),
+        ({"target_modules": "(a*)*"}, "could take without end"),
+        ({"theta_d_length": 51}, "theta_d_length is 51, the file holds 50"),
+        ({"r": 10**9}, "bytes would be made"),
+    ],
+)
+def test_unilora_without_places_that_can_be_drawn_asks_for_them(changes, what, tmp_path):
+    written(CONFIGS["unilora-drawn"], tmp_path)
+    changed(tmp_path, **changes)
+    with pytest.raises(FileError, match=what):
+        fs.load(Net(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["vblora-chosen", "oft-shared", "oft-bound", "miss-mini"])
+def test_what_training_on_would_change_is_told(name, tmp_path):
+    written(CONFIGS[name], tmp_path)
+    with pytest.warns(UserWarning, match="train"):
+        adapter = fs.load(Net(), tmp_path, trainable=True)
+    adapter.model(X).square().sum().backward()
+    moved = [p.grad for p in adapter.parameters() if p.grad is not None]
+    assert all(g.isfinite().all() for g in moved)
+    assert any(bool(g.any()) for g in moved)
+
+
+def test_every_option_of_every_method_is_known():
+    """So that an option of PEFT 0.21 is either read or refused by name, and never passed over."""
+    for config in CONFIGS.values():
+        options = config.to_dict()
+        method = METHODS[options["peft_type"].value]
+        told = {k: v for k, v in options.items() if not k.startswith("_") and k != "bias"}
+        odd = {k: "?" for k in told if k not in (*method.fixed, "peft_type", "modules_to_save")}
+        assert not check_options(method, {**odd, "peft_type": "?"}, strict=True)

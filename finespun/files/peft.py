@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from finespun.errors import FileError, nearest
+from finespun.errors import FileError, StrictError, nearest
 from finespun.files.atomic import settled
 from finespun.files.fingerprint import Fingerprint
 from finespun.files.lineage import Lineage
-from finespun.files.native import Saved, blame, named_after
+from finespun.files.native import Saved, blame, finite_number, named_after
 from finespun.files.patterns import check_pattern
 from finespun.files.peft_keys import Pair, Parts, sort
 from finespun.files.safe import TensorFile, read_json, read_tensors
@@ -127,8 +127,8 @@ def _structure(config: Mapping[str, Any]) -> Structure:
         return structure("tokens", tokens=_indices(config.get("token_indices"), "token_indices"))
     told = LoRA(
         rank=config.get("r", 8),
-        alpha=float(config.get("lora_alpha", 8)),
-        dropout=float(config.get("lora_dropout", 0.0)),
+        alpha=finite_number(config.get("lora_alpha", 8), "lora_alpha"),
+        dropout=finite_number(config.get("lora_dropout", 0.0), "lora_dropout"),
         rslora=bool(config.get("use_rslora", False)),
     )
     if not config.get("use_dora"):
@@ -142,10 +142,7 @@ def check_config(config: Mapping[str, Any], strict: bool, notes: list[str]) -> N
     becomes a note."""
     kind = config.get("peft_type")
     if kind not in ("LORA", "TRAINABLE_TOKENS"):
-        raise FileError(
-            f"peft_type is {kind!r}; without its model only 'LORA' and 'TRAINABLE_TOKENS' are "
-            "read, more with it, by load(model, folder)"
-        )
+        raise FileError(f"peft_type is {str(kind)[:60]!r}, not 'LORA' or 'TRAINABLE_TOKENS'")
     refused = [k for k in REFUSED if config.get(k)]
     if config.get("bias", "none") not in BIASES:
         refused.append("bias")
@@ -165,7 +162,7 @@ def check_config(config: Mapping[str, Any], strict: bool, notes: list[str]) -> N
         if value and key not in known:
             told = f"{key}={str(value)[:60]} is unknown; {nearest(key, known)}"
             if strict:
-                raise FileError(f"{told}; strict=False passes over it")
+                raise StrictError(told)
             notes.append(told)
 
 
@@ -272,8 +269,7 @@ def settle_pair(
         raise FileError(f"{path!r}: {len(pair.m)} magnitudes for {len(B)} outputs")
     if len(set(alphas)) > 1:
         notes.append(f"alpha_pattern gives {path!r} {alphas}: {alphas[0]} is taken, as in PEFT")
-    if not math.isfinite(alpha := float(alphas[0])):
-        raise FileError(f"{path!r}: alpha is {alpha}")
+    alpha = finite_number(alphas[0], f"{path!r}: alpha")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     site = SiteShape(path, B.shape[0], A.shape[1], pair.kind)
     return site, {"rank": rank, "scale": scale}

@@ -50,21 +50,26 @@ def unilora(found: Found, shared: Found, site: SiteShape, config: Config) -> tup
     return A, B
 
 
-def drawn(model: nn.Module, config: Config) -> dict[str, dict[str, Tensor]]:
+def drawn(model: Any, config: Config, shared: Found) -> dict[str, dict[str, Tensor]]:
     """Where Uni-LoRA's entries come from: indices and scales of every layer that the config means.
 
     All entries of all A and B, layer by layer in the model's order, A before B, are a shuffled list
     in which each of the d numbers of θ stands ⌊D/d⌋ or ⌈D/d⌉ times, D being their count; an entry
     is its number over the root of how often that stands. NumPy's generator shuffles, from
     `proj_seed`: a NumPy with other streams would find other places.
-    Raises FileError where the config does not tell the layers.
+    Raises FileError without the model itself, where the config does not tell the layers, or is not
+    of these tensors.
     """
+    if not isinstance(model, nn.Module):
+        raise FileError(f"its places depend on the model itself: fs.load(model, folder), or {ASK}")
+    held = len(shared.get("unilora_theta_d", ()))
+    if held != config["theta_d_length"]:
+        raise FileError(f"theta_d_length is {config['theta_d_length']}, the file holds {held}")
     for key in ("layers_to_transform", "layers_pattern"):
-        if config.get(key):
+        if config.get(key) not in (None, [], ""):
             raise FileError(f"{key} decides here which layers share the numbers; {ASK}")
     known = modules(model)
-    left = [] if config.get("exclude_modules") is None else config["exclude_modules"]
-    names = [n for n in known if _means(config.get("target_modules"), n) and not _means(left, n)]
+    names = [name for name in known if _means(config.get("target_modules"), name)]
     if not names:
         raise FileError(f"target_modules names no layer of this model; {ASK}")
     hosts, rank = sites(model, names, LoRA()), int(config["r"])
@@ -88,7 +93,7 @@ def drawn(model: nn.Module, config: Config) -> dict[str, dict[str, Tensor]]:
 def _order(total: int, config: Config) -> Tensor:
     size = int(config["theta_d_length"])
     generator = np.random.default_rng(int(config["proj_seed"]))
-    places = np.arange(total // size * size) // max(total // size, 1)
+    places = (torch.arange(total // size * size) // max(total // size, 1)).numpy()
     if total % size:
         places = np.append(places, generator.choice(size, size=total % size, replace=False))
     generator.shuffle(places)

@@ -1,38 +1,45 @@
 """Reading checkpoints of PEFT's other methods: their own options and tensors, under our names.
 
-Sizes that such a file does not tell are the model's, so its layers are needed. Methods whose frozen
+Sizes that such a file does not tell are the model's, so its layers are needed: those of the model,
+or what tells of them by name. Methods whose frozen
 numbers PEFT draws in its own way are read as the LoRA that they are: VeRA as B' = diag(b)·B,
 A' = diag(d)·A, RandLoRA as its bases side by side, Uni-LoRA as its entries of θ in their places.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from finespun.errors import FileError, TargetError, nearest
+from finespun.errors import FileError, StrictError, nearest
 from finespun.files.atomic import settled
+from finespun.files.budget import bounded
 from finespun.files.native import Saved, blame, named_after
 from finespun.files.peft import CONFIG, PASSED, TENSORS
 from finespun.files.peft_as_lora import drawn
 from finespun.files.peft_keys import PREFIX, saved_module
 from finespun.files.peft_table import BANKS, KINDS, METHODS, STARTS, Config, Found, Method
 from finespun.files.safe import read_json, read_tensors
-from finespun.hosts import Entry, FlatState, modules, sites
+from finespun.hosts import Entry, FlatState, sites
 from finespun.structures import STRUCTURES, LoRA, Plan, Ranked, Site, Structure, structure
 
+Layers = Callable[[Iterable[str], Structure], Mapping[str, Site]]
 SHARED = "base_model."
 OFF: tuple[Any, ...] = (None, False, 0, 0.0, "none", "", {}, [])
 BIAS = "trained biases lie in the base's own layers"
 
 
-def read_method(folder: str | Path, model: nn.Module, strict: bool = True) -> Saved | None:
-    """The adapter in a folder of PEFT's, for `model`; None where its method is none of these.
+def read_method(
+    folder: str | Path, layers: nn.Module | Layers | None, strict: bool = True
+) -> Saved | None:
+    """The adapter in a folder of PEFT's, for a model or its `layers`; None where its method is none
+    of these.
 
-    Raises FileError naming the method, option or tensor that is not read, TargetError for a layer
-    that the model lacks.
+    Raises FileError naming the method, option or tensor that is not read, or where `layers` is None
+    and needed, TargetError for a layer that the model lacks.
     """
     place = settled(folder)
     config = read_json(place / CONFIG) if (place / CONFIG).is_file() else {}
@@ -44,25 +51,29 @@ def read_method(folder: str | Path, model: nn.Module, strict: bool = True) -> Sa
         )
     if kind not in METHODS:
         return None
+    if layers is None:
+        raise FileError(
+            f"{place}: {kind} is read with its model only, whose layers tell the sizes: name the "
+            "base (model=..., on the command line --model), or load it by fs.load(model, folder)"
+        )
+    at: Layers = partial(sites, layers) if isinstance(layers, nn.Module) else layers
     held, method = read_tensors(place / TENSORS), METHODS[kind]
-    with blame(place):
+    with blame(place), bounded(str(place)):
         notes = check_options(method, config, strict)
         saved = config.get("modules_to_save") or []
         found, shared, whole = sort(held.tensors, [str(n) for n in saved])
         if kind == "UNILORA" and not found:
-            found = drawn(model, config)
+            found = drawn(layers, config, shared)
             notes.append(f"its places in {len(found)} layers are drawn again from proj_seed")
         if not found:
             raise FileError(f"{TENSORS} holds no layer's tensors")
-    known = modules(model)
-    for path in found.keys() - known.keys():
-        raise TargetError(f"no module is called {path!r}; {nearest(path, known)}")
-    with blame(place):
+    hosts = at(found, STRUCTURES[method.kind]())
+    with blame(place), bounded(str(place)):
         if method.factors is None:
             made = _structure(method, config, found)
-            plan, tensors = _own(method, made, model, found, shared, config)
+            plan, tensors = _own(method, made, hosts, found, shared, config)
         else:
-            made, plan, tensors = _as_lora(method, model, found, shared, config)
+            made, plan, tensors = _as_lora(method, hosts, found, shared, config)
             notes.append(f"{kind} is read as the LoRA of rank {made.rank} that it is")
     tensors |= {f"trained/{m}/{k}": t for m, state in whole.items() for k, t in state.items()}
     entry = Entry(
@@ -128,11 +139,9 @@ def check_options(method: Method, config: Config, strict: bool) -> list[str]:
         if (text := method.notes.get(told)) is not None:
             notes.append(f"{told}: {text}")
         if value not in OFF and key not in passed and "dropout" not in key:
-            if strict:
-                raise FileError(
-                    f"{told} is unknown; {nearest(key, passed)}; strict=False passes over it"
-                )
             notes.append(f"{told} is unknown; {nearest(key, passed)}")
+            if strict:
+                raise StrictError(notes[-1])
     return notes
 
 
@@ -147,12 +156,12 @@ def _structure(method: Method, config: Config, found: Mapping[str, Found]) -> St
 def _own(
     method: Method,
     made: Structure,
-    model: nn.Module,
+    hosts: Mapping[str, Site],
     found: Mapping[str, Found],
     shared: Found,
     config: Config,
 ) -> tuple[Plan, dict[str, Tensor]]:
-    hosts, tensors, choices = sites(model, found, made), dict[str, Tensor](), {}
+    tensors, choices = dict[str, Tensor](), {}
     for path, state in found.items():
         shape, own = hosts[path].shape, _renamed(method, path, state)
         try:
@@ -186,12 +195,12 @@ def _renamed(method: Method, path: str, state: Found) -> Found:
 
 def _as_lora(
     method: Method,
-    model: nn.Module,
+    hosts: Mapping[str, Site],
     found: Mapping[str, Found],
     shared: Found,
     config: Config,
 ) -> tuple[LoRA, Plan, dict[str, Tensor]]:
-    hosts, tensors, choices = sites(model, found, LoRA()), dict[str, Tensor](), {}
+    tensors, choices = dict[str, Tensor](), {}
     if not shared or method.factors is None:
         raise FileError(method.needs)
     for path, state in found.items():

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from finespun.errors import FileError
+from finespun.files.diffusion import through
+from finespun.files.native import finite_number
 from finespun.files.peft import meant
 from finespun.files.peft_as_lora import randlora, unilora, vera
 from finespun.structures import SiteShape
@@ -135,15 +137,13 @@ def _vblora(found: Found, site: SiteShape, config: Config) -> Found:
 
 
 def _without_cores(*sides: tuple[str, str, str]) -> Callable[[Found, SiteShape, Config], Found]:
-    """Factors that meet in a core T (r, r, k, l) as two: A[i, (j, k, l)] = Σ_m T[i, m, k, l]
-    A[m, j], and Bᵀ. A sides are (T, A, B)."""
+    """Factors A and Bᵀ that meet in a core T, as two; `sides` are (T, A, B)."""
 
     def change(found: Found, site: SiteShape, config: Config) -> Found:
         made = {n: t.flatten(1) for n, t in found.items()}
         for core, a, b in sides:
             if made.pop(core, None) is not None:
-                made[a] = torch.einsum("imkl,mj->ijkl", found[core], found[a]).flatten(1)
-                made[b] = found[b].T.contiguous()
+                made[a], made[b] = through(found[core], found[a])[0], found[b].T.contiguous()
         return made
 
     return change
@@ -154,7 +154,7 @@ def _alpha(rank: int, site: SiteShape, config: Config) -> Options:
     ranks, alphas = meant({**config, "lora_alpha": config["alpha"]}, site.name)
     if rank not in ranks:
         raise FileError(f"{site.name!r} is of rank {rank}, the config gives it {ranks[0]}")
-    return {"rank": rank, "alpha": float(alphas[0])}
+    return {"rank": rank, "alpha": finite_number(alphas[0], f"{site.name!r}: alpha")}
 
 
 def _loha(found: Found, site: SiteShape, config: Config) -> Options:
@@ -168,22 +168,19 @@ def _lokr(found: Found, site: SiteShape, config: Config) -> Options:
     return _alpha(ranks[0] if low is None else len(low), site, config)
 
 
-def _lokr_sides(found: Found, site: SiteShape, config: Config) -> Options:
-    """(u_out, u_in) and (v_out, v_in). PEFT divides a convolution's channels, not its columns, and
-    then also writes a Q in full that is not low by our count: as of a rank that is not."""
-    sides = {}
-    for name, side in (("P", "u"), ("Q", "v")):
+def _lokr_forms(found: Found, site: SiteShape, config: Config) -> Options:
+    """(u_out, u_in), (v_out, v_in), and the ranks of P and Q, 0 for one in full. Of a convolution
+    PEFT divides the channels, not the columns."""
+    sides, ranks = [], []
+    for name in "PQ":
         whole = found.get(name)
-        rows = found[f"{name}_b"] if whole is None else whole
-        columns = found[f"{name}_a"] if whole is None else whole
-        sides[side] = [len(rows), columns[0].numel()]
-    if [u * v for u, v in zip(*sides.values(), strict=True)] != [
-        site.out_features,
-        site.in_features,
-    ]:
-        raise FileError(f"{site.name!r}: {sides['u']} times {sides['v']} is not its size")
-    rank = _lokr(found, site, config)["rank"]
-    return {**sides, "rank": max(rank, -(-max(sides["v"]) // 2)) if "Q" in found else rank}
+        left, right = (found[f"{name}_b"], found[f"{name}_a"]) if whole is None else (whole, whole)
+        sides.append([len(left), right.shape[1]])
+        ranks.append(len(right) if whole is None else 0)
+    (u_out, u_in), (v_out, v_in) = sides
+    if (u_out * v_out, u_in * v_in) != (site.out_features, site.in_features):
+        raise FileError(f"{site.name!r}: {sides[0]} times {sides[1]} is not its size")
+    return {"u": sides[0], "v": sides[1], "ranks": ranks}
 
 
 SAVE_PROJECTION = "the frozen projections are missing; save it with save_projection=True"
@@ -256,7 +253,7 @@ METHODS: Mapping[str, Method] = {
         },
         _without_cores(("T", "Q_a", "Q_b")),
         site=_lokr,
-        choice=_lokr_sides,
+        choice=_lokr_forms,
         unused=LYCORIS,
         notes=CORES,
     ),

@@ -1,7 +1,7 @@
 """LoKr: a small matrix Kronecker a low-rank one (arXiv 2309.14859)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,34 +54,35 @@ class LoKr(Ranked):
 
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "LoKrDelta":
         choice = plan.choices[site.shape.name]
-        rank = choice["rank"]
-        low = is_low(rank, choice["v"])
-        cls = LoKrFactors if low else LoKrDelta
-        both = self.decompose_both and is_low(rank, choice["u"])
-        delta = cls(site, choice, rank if both else 0, rank if low else 0)
+        P_rank, Q_rank = choice.get("ranks") or self.ranks(choice)
+        delta = (LoKrFactors if Q_rank else LoKrDelta)(site, choice, P_rank, Q_rank)
         for name, numbers in delta.named_parameters():
             if name not in ("P", "P_b"):
                 numbers.data.copy_(self.kaiming(site.shape.name, name, numbers.shape))
         return delta
 
+    def ranks(self, choice: Mapping[str, Any]) -> tuple[int, int]:
+        """Those of P and Q, 0 for one that is whole; files of others may tell their own."""
+        both = self.decompose_both and self.low(choice["u"])
+        return choice["rank"] * both, choice["rank"] * self.low(choice["v"])
+
+    def low(self, sides: list[int]) -> bool:
+        """Whether a matrix of these sides is written with rank r."""
+        return 2 * self.rank < max(sides)
+
     def numbers(self, shape: SiteShape) -> int:
         u, v = self.split(shape)
-        P = self.rank * sum(u) if self.decompose_both and is_low(self.rank, u) else math.prod(u)
-        return P + (self.rank * sum(v) if is_low(self.rank, v) else math.prod(v))
+        P = self.rank * sum(u) if self.decompose_both and self.low(u) else math.prod(u)
+        return P + (self.rank * sum(v) if self.low(v) else math.prod(v))
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
         """Q_a, P, Q_b one after the other; forming P once where it has factors."""
         u, v = self.split(shape)
         per_row = min(kron_macs(1, u[0], v[0], u[1], v[1], o) for o in ("first", "second"))
-        if is_low(self.rank, v):
+        if self.low(v):
             per_row = self.rank * (math.prod(u) + shape.in_features + shape.out_features)
-        forming = math.prod(u) * self.rank if self.decompose_both and is_low(self.rank, u) else 0
+        forming = math.prod(u) * self.rank if self.decompose_both and self.low(u) else 0
         return 2 * (tokens * per_row + forming)
-
-
-def is_low(rank: int, sides: Sequence[int]) -> bool:
-    """Whether a matrix of these sides is written with this rank."""
-    return 2 * rank < max(sides)
 
 
 class LoKrDelta(Delta):
