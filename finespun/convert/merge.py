@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from finespun import files
 from finespun.adapter import Adapter, load
-from finespun.convert.stored import source_name
+from finespun.convert.stored import StoredWeights, source_name
 from finespun.errors import FileError, InputError, nearest
 from finespun.files import Saved, check_writable, whole_folder
 from finespun.files.atomic import located
@@ -119,7 +119,8 @@ def _loaded(folder: Path, model: str | None) -> tuple[Adapter, Any, str]:
             raise InputError(f"{error}; or name the base with --model (model=...)") from error
         trained = Trained.open(folder)
         return trained.adapter, trained.text.tokenizer, find_model(trained.recipe.model)
-    saved, source = files.read_adapter(folder), find_model(model)
+    source = find_model(model)
+    saved = files.read_adapter(folder, layers=lambda *asked: StoredWeights(source).sites(*asked))
     with quiet():
         net = base_of(source, saved, folder)
         has_words = any((Path(source) / f).is_file() for f in ("tokenizer.json", "vocab.txt"))
