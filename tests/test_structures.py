@@ -78,6 +78,13 @@ def test_what_is_written_agrees_with_itself(case):
         assert A.shape[1] == WIDTH
 
 
+@every(lambda case: not case.block)
+def test_it_is_said_whether_the_update_depends_on_the_base(case):
+    delta, w0 = moved(case), draw(INNER, WIDTH, seed=5) / 5
+    same = torch.equal(delta.dense(w0), delta.dense(1 - 2 * w0))
+    assert same == ("low_rank" in delta.written or not delta.reads_base)
+
+
 @every()
 def test_as_low_rank_is_the_update(case):
     delta = moved(case)

@@ -57,6 +57,8 @@ class LoHa(Ranked):
 class LoHaDelta(Delta):
     """A1, A2 (r, in) and B1, B2 (out, r)."""
 
+    reads_base = False
+
     A1: nn.Parameter
     A2: nn.Parameter
     B1: nn.Parameter
