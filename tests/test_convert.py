@@ -305,7 +305,7 @@ def test_what_cannot_be_converted_is_told(tmp_path):
     with pytest.raises(InputError, match=r"max_error=1\.5"):
         convert(tmp_path / "a", tmp_path / "b", "lora", max_error=1.5)
     convert(tmp_path / "a", tmp_path / "p", "lora", format="peft")
-    with pytest.raises(InputError, match="in another format"):
+    with pytest.raises(InputError, match="in PEFT's format, which stays"):
         convert(tmp_path / "a", tmp_path / "p", "lora")
     fresh(bert(), fs.LoRA(), (), train=("classifier",)).save(tmp_path / "head")
     with pytest.raises(InputError, match="nothing to convert"):

@@ -8,13 +8,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from finespun import files
 from finespun.convert import diffusion
+from finespun.convert.keep import refuse_to_lose
 from finespun.convert.stored import (
     StoredDeltas,
     StoredWeights,
@@ -34,12 +35,7 @@ from finespun.structures.lora import lora_of
 from finespun.structures.lsr import LSRDelta
 
 Format = Literal["native", "peft", "diffusers", "kohya"]
-NAMES = {
-    "native": "adapter.json",
-    "peft": "adapter_config.json",
-    "diffusers": "pytorch_lora_weights.safetensors",
-}
-FORMATS = (*NAMES, "kohya")
+FORMATS = get_args(Format)
 OFFERED = ("lora", "lsr")
 SHOWN = 5
 
@@ -86,6 +82,7 @@ def convert(
     model: str | Path | None = None,
     format: Format = "native",
     part: str | None = None,
+    overwrite: bool = True,
 ) -> Converted:
     """Write the adapter in `src` (any that `load` reads) to `dst` as a LoRA or an LSR.
 
@@ -96,21 +93,21 @@ def convert(
     folded in; the source is recorded as the parent. `format` "peft", "diffusers" or "kohya" writes
     a LoRA in that format, of one rank, instead of ours; for the last `dst` is a file. `part` says
     which part of a pipeline ("unet", ...) to take from a file, or to write, where nothing else
-    tells.
+    tells. An older adapter of that format in `dst` is replaced, as by torch.save;
+    `overwrite=False` keeps it, and a run, a model or another format's adapter always stays.
 
     No model is loaded and one ΔW is held at a time; where ΔW depends on the base weight (DoRA,
     HiRA, ...), `model` names its folder and single tensors are read from it; kohya's names are
     compared with those in it, and convolutions have their kernels' sizes from there. Raises
-    InputError where an error exceeds `max_error`, FileError for files that are damaged or cannot
-    be written; `dst` is untouched then.
+    InputError where an error exceeds `max_error` or older work stays in the way, FileError for
+    files that are damaged or cannot be written; `dst` is untouched then.
     """
     target = _target(structure, energy, format)
     if refine < 0 or (max_error is not None and not 0 <= max_error < 1):
         raise InputError(f"refine={refine} must be at least 0, max_error={max_error} in [0, 1)")
     if located(src) == located(dst):
         raise InputError(f"{str(dst)!r} is the adapter itself; name another folder")
-    if any((located(dst) / name).exists() for f, name in NAMES.items() if f != format):
-        raise InputError(f"{str(dst)!r} holds an adapter in another format; name another folder")
+    refuse_to_lose(dst, format, overwrite)
     saved = files.read_adapter(src)
     if not saved.entry.plan.sites:
         raise InputError(f"{str(src)!r} changes no weight: there is nothing to convert")
