@@ -87,6 +87,8 @@ def wanted(to: str, options: list[str]) -> Any:
 
     values: dict[str, Any] = {}
     for option in options:
+        if "=" not in option:
+            raise InputError(f"--set {option} gives no value; write --set {option}=8, say")
         apply_override(values, option)
     if not values:
         return to

@@ -15,9 +15,7 @@ EXAMPLE = "finespun export out/trec-lsr-small out/as-lora"
 
 
 def command(
-    adapter: Annotated[
-        str, typer.Argument(help="The output folder of a run, or any adapter.")
-    ],
+    adapter: Annotated[str, typer.Argument(help="The output folder of a run, or any adapter.")],
     out: Annotated[str, typer.Argument(help="The folder to write; for kohya's format a file.")],
     rank: Annotated[
         int | None, typer.Option(min=1, help="LoRA's rank; without it, exact where possible.")
@@ -62,7 +60,9 @@ def command(
     if format != "peft":
         if per_module_rank:
             raise InputError("per_module_rank is for PEFT's format")
-        made = without_model(adapter, out, rank, max_error, model, format, part, overwrite)
+        made = without_model(
+            adapter, out, rank, max_error, model, format, part, overwrite, allow_full
+        )
         typer.echo(converted(made) if as_json else str(made))
         return
     if part is not None:
@@ -98,6 +98,7 @@ def without_model(
     format: str,
     part: str | None,
     overwrite: bool,
+    allow_full: bool,
 ) -> Any:
     """The conversion from files to a file; no model is loaded."""
     from finespun.cli.convert import base_folder
@@ -107,5 +108,13 @@ def without_model(
     target = "lora" if rank is None else LoRA(rank=rank)
     base = None if model is None else base_folder(model)
     return convert(
-        adapter, out, target, 0, max_error, None, base, cast(Any, format), part, overwrite
+        adapter,
+        out,
+        target,
+        max_error=max_error,
+        model=base,
+        format=cast(Any, format),
+        part=part,
+        overwrite=overwrite,
+        allow_full=allow_full,
     )

@@ -83,18 +83,20 @@ def convert(
     format: Format = "native",
     part: str | None = None,
     overwrite: bool = True,
+    allow_full: bool = True,
 ) -> Converted:
     """Write the adapter in `src` (any that `load` reads) to `dst` as a LoRA or an LSR.
 
     To a LoRA: the best approximation of its rank, ΔW' = Σ_{i≤r} σ_i u_i v_iᵀ; `energy` takes at
     each site the smallest rank that keeps this share of ‖ΔW‖². The word "lora" takes every factor
     there is: exact. To an LSR: the balanced factors of ΔW, each replaced by its nearest Kronecker
-    sum, then `refine` steps of L-BFGS on ‖ΔW' − ΔW‖. Trained modules (a head) go along; strength is
-    folded in; the source is recorded as the parent. `format` "peft", "diffusers" or "kohya" writes
-    a LoRA in that format, of one rank, instead of ours; for the last `dst` is a file. `part` says
-    which part of a pipeline ("unet", ...) to take from a file, or to write, where nothing else
-    tells. An older adapter of that format in `dst` is replaced, as by torch.save;
-    `overwrite=False` keeps it, and a run, a model or another format's adapter always stays.
+    sum, then `refine` steps of L-BFGS on ‖ΔW' − ΔW‖. Trained modules (a head) go along, unless
+    `allow_full` is False; strength is folded in; the source is recorded as the parent. `format`
+    "peft", "diffusers" or "kohya" writes a LoRA in that format, of one rank, instead of ours; for
+    the last `dst` is a file. `part` says which part of a pipeline ("unet", ...) to take from a
+    file, or to write, where nothing else tells. An older adapter of that format in `dst` is
+    replaced, as by torch.save; `overwrite=False` keeps it, and a run, a model or another format's
+    adapter always stays.
 
     No model is loaded and one ΔW is held at a time; where ΔW depends on the base weight (DoRA,
     HiRA, ...), `model` names its folder and single tensors are read from it; kohya's names are
@@ -120,7 +122,7 @@ def convert(
         _as_lora(saved, base, target, energy, fitted)
     _refuse_above(max_error, fitted, target)
     made = target or LoRA(rank=max(fitted.ranks.values()), alpha=max(fitted.ranks.values()))
-    entry = _entry(saved, made, fitted)
+    entry = _entry(saved, made, fitted, allow_full)
     line = _lineage(saved, made, fitted, refine)
     path = Path(dst)
     if format == "native":
@@ -186,8 +188,9 @@ def _as_lora(
             known = delta.factors() is not None
         if wanted is None and energy is None and not known:
             raise InputError(
-                f"the update of {name!r} ({saved.entry.structure.kind}) has no factors to "
-                "take over: give a rank or a share of the energy, such as rank=16 or energy=0.95"
+                f"the update of {name!r} ({saved.entry.structure.kind}) has no factors to take "
+                "over: give a rank or a share of the energy, such as rank=16 or energy=0.95 (on "
+                "the command line --set rank=16 or --energy 0.95)"
             )
         exact = update_of(delta, saved.entry.scale)
         limit = exact.rank if wanted is None else min(wanted, exact.rank)
@@ -253,15 +256,16 @@ def _refuse_above(max_error: float | None, fitted: _Fitted, target: Structure | 
     )
 
 
-def _entry(saved: Saved, made: Structure, fitted: _Fitted) -> Entry:
+def _entry(saved: Saved, made: Structure, fitted: _Fitted, allow_full: bool) -> Entry:
     old = saved.entry
+    trained = old.trained if allow_full else ()
     tied = {k: v for k, v in old.plan.shared.items() if k == TIE}
-    whole = {k: v for k, v in tensors_of(old).items() if k.startswith("trained/")}
+    owners = tuple(f"trained/{name}/" for name in trained)
+    whole = {k: v for k, v in tensors_of(old).items() if k.startswith(owners)}
     made = dataclasses.replace(made, dropout=old.structure.dropout)
     plan = Plan(old.plan.sites, fitted.choices, tied)
-    return Entry(
-        old.name, made, plan, old.trained, flat=FlatState.pack({**fitted.tensors, **whole})
-    )
+    flat = FlatState.pack({**fitted.tensors, **whole})
+    return Entry(old.name, made, plan, trained, flat=flat)
 
 
 def _lineage(saved: Saved, made: Structure, fitted: _Fitted, refine: int) -> Lineage:

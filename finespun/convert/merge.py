@@ -13,8 +13,8 @@ from finespun import files
 from finespun.adapter import Adapter, load
 from finespun.convert.keep import refuse_to_lose
 from finespun.convert.stored import INDEX, source_name
-from finespun.errors import FileError, InputError, nearest
-from finespun.files import Saved, check_writable, whole_folder
+from finespun.errors import FileError, InputError
+from finespun.files import Saved, whole_folder
 from finespun.files.atomic import located
 from finespun.hosts import tensors_of
 from finespun.hosts.targets import OWN
@@ -75,7 +75,6 @@ def merge(
     if located(source) == located(out):
         raise InputError(f"{str(out)!r} is the base itself; name another folder")
     refuse_to_lose(out, "model", overwrite)
-    check_writable(out)
     held, tokenizer = on_base(Path(adapter), model)
     held.merge(undo="none")
     state = whole_state(held)
@@ -169,10 +168,16 @@ def base_of(source: str, saved: Saved, folder: Path) -> nn.Module:
         architecture = TASKS.get(told or "", "") or (config.architectures or [""])[0]
     cls = getattr(transformers, architecture, None)
     if cls is None:
-        known = [n for n in dir(transformers) if n.startswith("AutoModel")]
-        raise InputError(f"transformers has no class {architecture!r}; {nearest('', known)}")
+        raise InputError(
+            f"the adapter was made for a {architecture!r}, which is no class of transformers: load "
+            "it on its model in Python, and merge or export it there"
+        )
     more = {"num_labels": labels} if labels and "Classification" in architecture else {}
-    net: nn.Module = cls.from_pretrained(source, dtype="auto", use_safetensors=True, **more)
+    try:
+        net: nn.Module = cls.from_pretrained(source, dtype="auto", use_safetensors=True, **more)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise FileError(f"model {source!r} cannot be loaded as {architecture}: {reason}") from error
     return net.eval()
 
 
