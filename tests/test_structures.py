@@ -1,6 +1,9 @@
 """The shared suite, part one: what every structure owes without a model."""
 
+import copy
 import dataclasses
+import inspect
+import pickle
 
 import pytest
 import torch
@@ -270,6 +273,19 @@ def test_a_kind_is_registered_once():
     with pytest.raises(InputError, match=r"'lra'.*'lora'"):
         structure("lra")
     assert structure("lora", r=3, lora_alpha=6.0) == fs.LoRA(rank=3, alpha=6.0)
+
+
+def test_an_option_that_does_not_exist_names_the_nearest():
+    with pytest.raises(InputError, match="lora has no option 'rnak'; nearest: 'rank'"):
+        fs.LoRA(rnak=2)
+    with pytest.raises(InputError, match="lora has no option 'r'; it is called 'rank' here"):
+        fs.LoRA(r=2)
+    with pytest.raises(InputError, match="nearest: 'separation_rank'"):
+        dataclasses.replace(fs.LSR(), seperation_rank=2)
+    with pytest.raises(InputError, match=r"LoRA takes its options by name: .*rank=\.\.\."):
+        fs.LoRA(4)
+    assert list(inspect.signature(fs.LoRA).parameters)[:3] == ["dropout", "seed", "rank"]
+    assert pickle.loads(pickle.dumps(fs.LoRA(rank=3))) == copy.deepcopy(fs.LoRA(rank=3))
 
 
 @every()

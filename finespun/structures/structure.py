@@ -1,6 +1,7 @@
 """A structure is a choice of how ΔW is written: hyper-parameters, a plan, and a Delta per site."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -149,15 +150,22 @@ class Structure:
     @classmethod
     def from_options(cls, **options: Any) -> Self:
         """Build from JSON values, PEFT's names included. Raises InputError for an unknown name."""
-        known = {f.name for f in dataclasses.fields(cls)}
         renamed = {cls.aliases.get(k, k): v for k, v in options.items()}
-        for name in renamed:
-            if name not in known:
-                raise InputError(f"{cls.kind} has no option {name!r}; {nearest(name, known)}")
+        cls.check_options(renamed)
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in renamed.items()
         }
         return cls(**values)
+
+    @classmethod
+    def check_options(cls, names: Iterable[str]) -> None:
+        """Raise InputError for the name of an option that this structure does not have."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in names:
+            if name not in known:
+                other = cls.aliases.get(name)
+                hint = f"it is called {other!r} here" if other else nearest(name, known)
+                raise InputError(f"{cls.kind} has no option {name!r}; {hint}")
 
     def generator(self, site: str, purpose: str) -> torch.Generator:
         """A CPU generator for numbers that will be saved, fixed by (seed, site, purpose)."""
@@ -252,10 +260,22 @@ STRUCTURES: dict[str, type[Structure]] = {}
 
 
 def register(cls: type[Structure]) -> type[Structure]:
-    """Class decorator: make a structure known by its `kind`."""
+    """Class decorator: make a structure known by its `kind`, and its `__init__` name the nearest
+    option where it is given one that does not exist."""
     if not cls.kind or cls.kind in STRUCTURES:
         raise InputError(f"a structure needs a kind of its own, not {cls.kind!r}")
-    STRUCTURES[cls.kind] = cls
+    STRUCTURES[cls.kind], plain = cls, cls.__init__
+
+    @functools.wraps(plain)
+    def init(self: Structure, *values: Any, **options: Any) -> None:
+        fields = dataclasses.fields(cls)
+        if values and all(f.kw_only for f in fields):
+            names = ", ".join(f"{f.name}=..." for f in fields)
+            raise InputError(f"{cls.__name__} takes its options by name: {names}")
+        cls.check_options(options)
+        plain(self, *values, **options)
+
+    cls.__init__ = init  # type: ignore[method-assign]
     return cls
 
 
