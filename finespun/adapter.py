@@ -168,12 +168,7 @@ class Adapter:
     def train(self) -> "Adapter":
         """Freeze every other number of the model and let this adapter's be trained."""
         hosts.materialise(self.model, self.entry)
-        frozen = self.model.__dict__.setdefault("_finespun_frozen", {}).setdefault(self.name, [])
-        mine = {id(p) for p in self.parameters()}
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and id(parameter) not in mine:
-                parameter.requires_grad_(False)
-                frozen.append(parameter)
+        hosts.freeze_others(self.model, self.name, self.parameters())
         for parameter in self.parameters():
             parameter.requires_grad_(True)
         return self
@@ -220,9 +215,10 @@ class Adapter:
 
     # --- files ------------------------------------------------------------------------------------
     def save(self, folder: str | Path, lineage: files.Lineage | None = None) -> None:
-        """Write adapter.safetensors and adapter.json, whole or not at all; other files in the
-        folder stay. `lineage` says who made the adapter; without it, that of the file it came from.
-        Raises FileError where the folder cannot be written, StateError for NaN."""
+        """Write adapter.safetensors and adapter.json, whole or not at all: an adapter that is there
+        is replaced, as by torch.save; other files in the folder stay. `lineage` says who made the
+        adapter; without it, that of the file it came from. Raises FileError where the folder cannot
+        be written, StateError for NaN."""
         files.save(self.model, self.name, folder, lineage or self.lineage)
 
     def export(
@@ -237,7 +233,7 @@ class Adapter:
         part: str | None = None,
     ) -> files.Exported:
         """Write PEFT's LoRA files, which PEFT, vLLM, llama.cpp and others load unchanged, or with
-        `format` "diffusers" or "kohya" one file that these load.
+        `format` "diffusers" or "kohya" one file that these load; an older one is replaced.
 
         Exact where the structure has factors and `rank` is not below theirs, else the best
         approximation, with a warning that says how far off it is; InputError beyond `max_error`.
@@ -246,8 +242,19 @@ class Adapter:
         is, embeddings, convolutions, biases, trained tokens. `part` names the part of a pipeline
         ("unet", ...) where the model's class does not tell. Printing the result tells all.
         """
-        more = self.lineage, per_module_rank, portable, format, part
-        done = files.export(self.model, self.name, folder, rank, max_error, allow_full, *more)
+        done = files.export(
+            self.model,
+            self.name,
+            folder,
+            rank,
+            max_error,
+            allow_full,
+            lineage=self.lineage,
+            per_module_rank=per_module_rank,
+            portable=portable,
+            format=format,
+            part=part,
+        )
         if done.error or done.dropped:
             warnings.warn(str(done), stacklevel=2)
         return done
@@ -298,24 +305,17 @@ class Adapter:
         return hosts.merge(self.model, {self.name: weight}, undo)
 
     def unmerge(self) -> None:
-        """Put the original weights back by pointer."""
+        """Put the original weights, or entries, back. Raises StateError for entries that somebody
+        edited meanwhile."""
         hosts.unmerge(self.model)
 
     def detach(self) -> None:
         """Take the adapter out; after the last one the model is what it was."""
         hosts.remove(self.model, self.name)
-        records = self.model.__dict__.get("_finespun_frozen", {})
-        mine: list[nn.Parameter] = records.pop(self.name, [])
         board = self.model.__dict__.get("_finespun_board")
-        others = [] if board is None else [Adapter(self.model, n) for n in board.entries]
-        theirs = {id(p): o for o in others if o.entry.live for p in o.parameters()}
-        for parameter in mine:
-            if board is None or id(parameter) in theirs:
-                parameter.requires_grad_(True)
-            else:
-                records.setdefault(others[0].name, []).append(parameter)
-        if board is None:
-            self.model.__dict__.pop("_finespun_frozen", None)
+        others = {} if board is None else {n: Adapter(self.model, n) for n in board.entries}
+        held = {n: o.parameters() if o.entry.live else [] for n, o in others.items()}
+        hosts.give_back(self.model, self.name, held)
 
     def updates(self, rank: int | None = None, energy: float | None = None) -> dict[str, LowRank]:
         """Each site's ΔW as a LowRank, strength included; exact where the structure has factors."""

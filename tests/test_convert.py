@@ -14,6 +14,7 @@ from torch import nn
 
 import finespun as fs
 from finespun import files
+from finespun.convert.facts import compare
 from finespun.convert.stored import StoredDeltas, StoredWeights, numbers_of
 from finespun.errors import FileError, InputError
 from finespun.linalg import LowRank, predicted_error
@@ -62,6 +63,32 @@ def test_whatever_has_factors_becomes_an_exact_lora(tmp_path, kind):
     fs.load(other, tmp_path / "b")
     assert relative(logits(other), wanted) < 1e-5
     assert str(done).endswith("exact to rounding")
+
+
+DENSE = {
+    "shira": {"rank": 2},
+    "loha": {"rank": 5},
+    "lokr": {"rank": 24, "factor": 4},
+    "krona": {},
+    "mora": {"rank": 2},
+    "c3a": {"block_size": 4},
+    "fourierft": {"frequencies": 40},
+}
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_updates_without_factors_are_read_without_their_base_where_it_does_not_matter(
+    tmp_path, kind
+):
+    adapter = fresh(bert(), fs.structure(kind, **DENSE[kind]), TARGETS)
+    wanted = {n: u.dense().double() for n, u in adapter.updates().items()}
+    adapter.save(tmp_path / "a")
+    done = fs.convert(tmp_path / "a", tmp_path / "b", fs.LoRA(rank=3))
+    for name, values in {n: torch.linalg.svdvals(W) for n, W in wanted.items()}.items():
+        lost = float(values[3:].norm() / values.norm())
+        assert done.errors[name] == pytest.approx(lost, abs=1e-6)
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert found.cosine == pytest.approx((1 - found.distance**2) ** 0.5, abs=1e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6, 9])
@@ -278,7 +305,7 @@ def test_what_cannot_be_converted_is_told(tmp_path):
     with pytest.raises(InputError, match=r"max_error=1\.5"):
         convert(tmp_path / "a", tmp_path / "b", "lora", max_error=1.5)
     convert(tmp_path / "a", tmp_path / "p", "lora", format="peft")
-    with pytest.raises(InputError, match="in another format"):
+    with pytest.raises(InputError, match="in PEFT's format, which stays"):
         convert(tmp_path / "a", tmp_path / "p", "lora")
     fresh(bert(), fs.LoRA(), (), train=("classifier",)).save(tmp_path / "head")
     with pytest.raises(InputError, match="nothing to convert"):

@@ -178,7 +178,7 @@ def test_commands_print_tables_and_json(done, tmp_path, capsys):
     shown = printed(["convert", src, dst, "--to", "lora", "--set", "rank=1"], capsys)
     assert "predicted  true error" in shown
     assert "4 layers" in shown
-    again = ["convert", src, dst, "--to", "lora", "--set", "rank=1", "--json"]
+    again = ["convert", src, dst, "--to", "lora", "--set", "rank=1", "--json", "--overwrite"]
     told = json.loads(printed(again, capsys))
     assert told["error"] == max(told["errors"].values()) > 0
     assert told["structure"]["rank"] == 1

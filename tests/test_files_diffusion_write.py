@@ -198,7 +198,7 @@ def test_native_files_become_diffusers_and_kohyas_without_a_model(tmp_path):
         assert relative(out(by_diffusers(tmp_path / "k.safetensors", unet())), out(model)) < 1e-6
     with pytest.raises(InputError, match="is the adapter itself"):
         convert(tmp_path / "x" / WEIGHTS, tmp_path / "x", "lora", format="diffusers")
-    with pytest.raises(InputError, match="in another format"):
+    with pytest.raises(InputError, match="holds an adapter, which stays as it is"):
         convert(tmp_path / "x", tmp_path / "own", "lora", format="diffusers")
 
 

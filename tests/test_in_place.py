@@ -1,5 +1,6 @@
 """Sparse updates inside the base weights: switched on and off, and trained there."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -59,7 +60,7 @@ def test_a_hundred_switches_leave_no_trace(dtype):
         adapter.unmerge()
     assert same(bytes_of(model), before)
     assert {s: model.get_parameter(f"{s}.weight").data_ptr() for s in SITES} == where
-    assert kept == adapter.num_parameters * (8 + dtype.itemsize)
+    assert kept == adapter.num_parameters * (8 + 2 * dtype.itemsize)
 
 
 def test_adding_and_taking_off_a_lora_in_half_precision_leaves_one():
@@ -148,6 +149,51 @@ def test_half_a_switch_is_taken_back(monkeypatch):
         adapter.merge(undo="entries")
     assert same(bytes_of(model), before)
     assert not hosts.board_of(model).merged
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_edit_of_what_is_merged_is_noticed(dtype):
+    """Were the old entries put back, half of the edit would be lost without a word."""
+    model, adapter = adapted(dtype=dtype)
+    adapter.merge(undo="entries")
+    last = model.get_parameter(f"{SITES[-1]}.weight")
+    merged = bytes_of(model)
+    last.data.add_(1)
+    edited = bytes_of(model)
+    assert not same(edited, merged)
+    with pytest.raises(StateError, match=r"'blocks\.1\.down' was edited while default is merged"):
+        adapter.unmerge()
+    with pytest.raises(StateError, match="Undo the edit"), adapter.disabled():
+        pass
+    assert same(bytes_of(model), edited)
+    assert hosts.board_of(model).merged == {"default": 1.0}
+    last.data.copy_(merged[f"{SITES[-1]}.weight"])
+    adapter.unmerge()
+    assert same(weights(model), weights(net(dtype)))
+
+
+def test_an_edit_beside_the_entries_stays():
+    model, adapter = adapted()
+    adapter.merge(undo="entries")
+    site, wanted = SITES[0], weights(net())
+    index = adapter.deltas[site].index
+    beside = min(set(range(wanted[site].numel())) - set(index.tolist()))
+    for W in (model.get_parameter(f"{site}.weight").data, wanted[site]):
+        W.view(-1)[beside] = 3.0
+    adapter.unmerge()
+    assert same(weights(model), wanted)
+
+
+def test_copies_other_precisions_and_what_is_no_number_are_no_edit():
+    model, adapter = adapted()
+    with torch.no_grad():
+        adapter.deltas[SITES[0]].v[0] = float("nan")
+    adapter.merge(undo="entries")
+    twin = copy.deepcopy(model)
+    fs.Adapter(twin, "default").unmerge()
+    assert same(weights(twin), weights(net()))
+    hosts.unmerge(model.to(torch.bfloat16))
+    assert same(weights(model), weights(net().to(torch.bfloat16)))
 
 
 def test_only_few_entries_can_be_switched():

@@ -1,6 +1,9 @@
 """The shared suite, part one: what every structure owes without a model."""
 
+import copy
 import dataclasses
+import inspect
+import pickle
 
 import pytest
 import torch
@@ -76,6 +79,13 @@ def test_what_is_written_agrees_with_itself(case):
         assert relative(free.delta(w0), free.scale * (B @ A)) <= case.tolerance
         assert A.shape[0] == B.shape[1]
         assert A.shape[1] == WIDTH
+
+
+@every(lambda case: not case.block)
+def test_it_is_said_whether_the_update_depends_on_the_base(case):
+    delta, w0 = moved(case), draw(INNER, WIDTH, seed=5) / 5
+    same = torch.equal(delta.dense(w0), delta.dense(1 - 2 * w0))
+    assert same == ("low_rank" in delta.written or not delta.reads_base)
 
 
 @every()
@@ -263,6 +273,19 @@ def test_a_kind_is_registered_once():
     with pytest.raises(InputError, match=r"'lra'.*'lora'"):
         structure("lra")
     assert structure("lora", r=3, lora_alpha=6.0) == fs.LoRA(rank=3, alpha=6.0)
+
+
+def test_an_option_that_does_not_exist_names_the_nearest():
+    with pytest.raises(InputError, match="lora has no option 'rnak'; nearest: 'rank'"):
+        fs.LoRA(rnak=2)
+    with pytest.raises(InputError, match="lora has no option 'r'; it is called 'rank' here"):
+        fs.LoRA(r=2)
+    with pytest.raises(InputError, match="nearest: 'separation_rank'"):
+        dataclasses.replace(fs.LSR(), seperation_rank=2)
+    with pytest.raises(InputError, match=r"LoRA takes its options by name: .*rank=\.\.\."):
+        fs.LoRA(4)
+    assert list(inspect.signature(fs.LoRA).parameters)[:3] == ["dropout", "seed", "rank"]
+    assert pickle.loads(pickle.dumps(fs.LoRA(rank=3))) == copy.deepcopy(fs.LoRA(rank=3))
 
 
 @every()

@@ -101,8 +101,19 @@ def test_words_and_infinities_are_no_numbers(tmp_path: Path) -> None:
 
 def test_missing_and_unknown_files(tmp_path: Path) -> None:
     write(tmp_path, "text,label\n", "reviews.csv")
-    with pytest.raises(FileError, match=r"nearest: 'reviews\.csv'"):
+    (tmp_path / "review").mkdir()
+    with pytest.raises(FileError, match=r"no file '.*'; tables in '.*', nearest: 'reviews\.csv'$"):
         read_examples(tmp_path / "review.csv")
+    with pytest.raises(FileError, match=r"no file '.*'; tables in '.*', known: 'reviews\.csv'$"):
+        read_examples(tmp_path / "x")
+    with pytest.raises(FileError, match=r"is a folder; tables in it, known: 'reviews\.csv'$"):
+        read_examples(tmp_path)
+    with pytest.raises(
+        FileError, match=r"is a folder; no table lies in it: .* end in \.csv, \.tsv"
+    ):
+        read_examples(tmp_path / "review")
+    with pytest.raises(FileError, match=r"there is no folder '.*nothing' either$"):
+        read_examples(tmp_path / "nothing" / "x.csv")
     with pytest.raises(FileError, match=r"endings: \.csv, \.tsv"):
         read_examples(write(tmp_path, "x", "data.xlsx"))
     with pytest.raises(FileError, match="cannot be read as parquet"):

@@ -38,6 +38,9 @@ def command(
     part: Annotated[
         str | None, typer.Option(help="The part of a pipeline to take or write: unet, ...")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the adapter that is there.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make an adapter into a smaller LoRA or an LSR; the loss of every layer is printed.
@@ -56,6 +59,7 @@ def command(
         None if model is None else base_folder(model),
         cast(Any, format),
         part,
+        overwrite,
     )
     if as_json:
         typer.echo(as_one_object(made))
@@ -83,6 +87,8 @@ def wanted(to: str, options: list[str]) -> Any:
 
     values: dict[str, Any] = {}
     for option in options:
+        if "=" not in option:
+            raise InputError(f"--set {option} gives no value; write --set {option}=8, say")
         apply_override(values, option)
     if not values:
         return to

@@ -15,12 +15,15 @@ def command(
     model: Annotated[
         str | None, typer.Option(help="The base; without it, the one that the recipe names.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the model that is there.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write the adapted model as a transformers folder: weights, config, tokenizer, head."""
     from finespun.convert.merge import merge
 
-    done = merge(adapter, out, model)
+    done = merge(adapter, out, model, overwrite)
     if as_json:
         content = {**dataclasses.asdict(done), "folder": str(done.folder)}
         typer.echo(json.dumps(content, ensure_ascii=False))

@@ -8,13 +8,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from finespun import files
 from finespun.convert import diffusion
+from finespun.convert.keep import refuse_to_lose
 from finespun.convert.stored import (
     StoredDeltas,
     StoredWeights,
@@ -34,12 +35,7 @@ from finespun.structures.lora import lora_of
 from finespun.structures.lsr import LSRDelta
 
 Format = Literal["native", "peft", "diffusers", "kohya"]
-NAMES = {
-    "native": "adapter.json",
-    "peft": "adapter_config.json",
-    "diffusers": "pytorch_lora_weights.safetensors",
-}
-FORMATS = (*NAMES, "kohya")
+FORMATS = get_args(Format)
 OFFERED = ("lora", "lsr")
 SHOWN = 5
 
@@ -86,32 +82,35 @@ def convert(
     model: str | Path | None = None,
     format: Format = "native",
     part: str | None = None,
+    overwrite: bool = True,
+    allow_full: bool = True,
 ) -> Converted:
     """Write the adapter in `src` (any that `load` reads) to `dst` as a LoRA or an LSR.
 
     To a LoRA: the best approximation of its rank, ΔW' = Σ_{i≤r} σ_i u_i v_iᵀ; `energy` takes at
     each site the smallest rank that keeps this share of ‖ΔW‖². The word "lora" takes every factor
     there is: exact. To an LSR: the balanced factors of ΔW, each replaced by its nearest Kronecker
-    sum, then `refine` steps of L-BFGS on ‖ΔW' − ΔW‖. Trained modules (a head) go along; strength is
-    folded in; the source is recorded as the parent. `format` "peft", "diffusers" or "kohya" writes
-    a LoRA in that format, of one rank, instead of ours; for the last `dst` is a file. `part` says
-    which part of a pipeline ("unet", ...) to take from a file, or to write, where nothing else
-    tells.
+    sum, then `refine` steps of L-BFGS on ‖ΔW' − ΔW‖. Trained modules (a head) go along, unless
+    `allow_full` is False; strength is folded in; the source is recorded as the parent. `format`
+    "peft", "diffusers" or "kohya" writes a LoRA in that format, of one rank, instead of ours; for
+    the last `dst` is a file. `part` says which part of a pipeline ("unet", ...) to take from a
+    file, or to write, where nothing else tells. An older adapter of that format in `dst` is
+    replaced, as by torch.save; `overwrite=False` keeps it, and a run, a model or another format's
+    adapter always stays.
 
     No model is loaded and one ΔW is held at a time; where ΔW depends on the base weight (DoRA,
     HiRA, ...), `model` names its folder and single tensors are read from it, as are the sizes that
     files of PEFT's methods other than LoRA do not tell; kohya's names are
     compared with those in it, and convolutions have their kernels' sizes from there. Raises
-    InputError where an error exceeds `max_error`, FileError for files that are damaged or cannot
-    be written; `dst` is untouched then.
+    InputError where an error exceeds `max_error` or older work stays in the way, FileError for
+    files that are damaged or cannot be written; `dst` is untouched then.
     """
     target = _target(structure, energy, format)
     if refine < 0 or (max_error is not None and not 0 <= max_error < 1):
         raise InputError(f"refine={refine} must be at least 0, max_error={max_error} in [0, 1)")
     if located(src) == located(dst):
         raise InputError(f"{str(dst)!r} is the adapter itself; name another folder")
-    if any((located(dst) / name).exists() for f, name in NAMES.items() if f != format):
-        raise InputError(f"{str(dst)!r} holds an adapter in another format; name another folder")
+    refuse_to_lose(dst, format, overwrite)
     base = None if model is None else StoredWeights(model)
     saved = files.read_adapter(src, layers=None if base is None else base.sites)
     if not saved.entry.plan.sites:
@@ -124,7 +123,7 @@ def convert(
         _as_lora(saved, base, target, energy, fitted)
     _refuse_above(max_error, fitted, target)
     made = target or LoRA(rank=max(fitted.ranks.values()), alpha=max(fitted.ranks.values()))
-    entry = _entry(saved, made, fitted)
+    entry = _entry(saved, made, fitted, allow_full)
     line = _lineage(saved, made, fitted, refine)
     path = Path(dst)
     if format == "native":
@@ -190,8 +189,9 @@ def _as_lora(
             known = delta.factors() is not None
         if wanted is None and energy is None and not known:
             raise InputError(
-                f"the update of {name!r} ({saved.entry.structure.kind}) has no factors to "
-                "take over: give a rank or a share of the energy, such as rank=16 or energy=0.95"
+                f"the update of {name!r} ({saved.entry.structure.kind}) has no factors to take "
+                "over: give a rank or a share of the energy, such as rank=16 or energy=0.95 (on "
+                "the command line --set rank=16 or --energy 0.95)"
             )
         exact = update_of(delta, saved.entry.scale)
         limit = exact.rank if wanted is None else min(wanted, exact.rank)
@@ -257,15 +257,16 @@ def _refuse_above(max_error: float | None, fitted: _Fitted, target: Structure | 
     )
 
 
-def _entry(saved: Saved, made: Structure, fitted: _Fitted) -> Entry:
+def _entry(saved: Saved, made: Structure, fitted: _Fitted, allow_full: bool) -> Entry:
     old = saved.entry
+    trained = old.trained if allow_full else ()
     tied = {k: v for k, v in old.plan.shared.items() if k == TIE}
-    whole = {k: v for k, v in tensors_of(old).items() if k.startswith("trained/")}
+    owners = tuple(f"trained/{name}/" for name in trained)
+    whole = {k: v for k, v in tensors_of(old).items() if k.startswith(owners)}
     made = dataclasses.replace(made, dropout=old.structure.dropout)
     plan = Plan(old.plan.sites, fitted.choices, tied)
-    return Entry(
-        old.name, made, plan, old.trained, flat=FlatState.pack({**fitted.tensors, **whole})
-    )
+    flat = FlatState.pack({**fitted.tensors, **whole})
+    return Entry(old.name, made, plan, trained, flat=flat)
 
 
 def _lineage(saved: Saved, made: Structure, fitted: _Fitted, refine: int) -> Lineage:

@@ -60,7 +60,10 @@ def write(
         raise InputError(f"{str(path)!r} is the adapter itself; name another file")
     if entry.trained or TIE in entry.plan.shared:
         what = f"the trained {entry.trained[0]!r}" if entry.trained else "a tied weight"
-        raise InputError(f"{what} has no place in {format}'s format")
+        raise InputError(
+            f"{what} has no place in the format of {format}"
+            + ("; --no-allow-full (allow_full=False) leaves it out" if entry.trained else "")
+        )
     layers = {} if base is None else base.layers()
     again = dataclasses.replace(saved, entry=entry)
     updates = []

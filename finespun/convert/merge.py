@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from finespun import files
 from finespun.adapter import Adapter, load
-from finespun.convert.stored import StoredWeights, source_name
-from finespun.errors import FileError, InputError, nearest
-from finespun.files import Saved, check_writable, whole_folder
+from finespun.convert.keep import refuse_to_lose
+from finespun.convert.stored import INDEX, StoredWeights, source_name
+from finespun.errors import FileError, InputError
+from finespun.files import Saved, whole_folder
 from finespun.files.atomic import located
 from finespun.hosts import tensors_of
 from finespun.hosts.targets import OWN
@@ -27,6 +28,7 @@ from finespun.train.zoo import (
 )
 
 HEAD_FILE = "classifier.safetensors"
+WEIGHT_FILES = ("model*.safetensors", INDEX, HEAD_FILE, POOLING_FILE)
 TASKS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -54,21 +56,26 @@ class Merged:
         return "\n  ".join((head, *self.notes))
 
 
-def merge(adapter: str | Path, out: str | Path, model: str | None = None) -> Merged:
+def merge(
+    adapter: str | Path, out: str | Path, model: str | None = None, overwrite: bool = True
+) -> Merged:
     """Fold W = W0 + ΔW at every site of the adapter in a folder and write the whole model to `out`:
     weights in safetensors, config, tokenizer, trained modules in the place of the base's own.
 
     The base is the one that the folder's recipe names, or `model`: a folder, a zoo or hub name.
     transformers alone loads the result. Of a sentence encoder with mean pooling the encoder is
-    written, and its head beside it. Raises InputError where nothing says what the base is,
-    StateError where an update cannot be merged (a bypass, a tied weight), FileError for files.
+    written, and its head beside it. An older model in `out` is replaced unless `overwrite` is
+    False; adapters and runs always stay. Raises InputError where nothing says what the base is or
+    older work stays in the way, StateError where an update cannot be merged (a bypass, a tied
+    weight), FileError for files.
     """
     if located(adapter) == located(out):
         raise InputError(f"{str(out)!r} is the adapter itself; name another folder")
-    check_writable(out)
-    held, tokenizer, source = _loaded(Path(adapter), model)
-    if Path(source).exists() and located(source) == located(out):
+    source = base_folder(Path(adapter), model)
+    if located(source) == located(out):
         raise InputError(f"{str(out)!r} is the base itself; name another folder")
+    refuse_to_lose(out, "model", overwrite)
+    held, tokenizer = on_base(Path(adapter), model)
     held.merge(undo="none")
     state = whole_state(held)
     body, notes, head = held.model, list[str](), dict[str, Tensor]()
@@ -88,10 +95,19 @@ def merge(adapter: str | Path, out: str | Path, model: str | None = None) -> Mer
             save_file(head, work / HEAD_FILE)
             (work / POOLING_FILE).parent.mkdir()
             (work / POOLING_FILE).write_bytes((Path(source) / POOLING_FILE).read_bytes())
+        new = {path.relative_to(work) for path in work.rglob("*")}
+    _drop_older(located(out), new)
     names = {k: v for k, v in state.items() if k != "lm_head.weight"} if _tied(body) else state
     numbers = sum(tensor.numel() for tensor in names.values())
     kind, sites = type(body).__name__, len(held.entry.plan.sites)
     return Merged(Path(out), kind, sites, numbers, tuple(notes))
+
+
+def _drop_older(folder: Path, new: set[Path]) -> None:
+    """Delete what an older model left there that would be read as part of the new one."""
+    for path in [p for pattern in WEIGHT_FILES for p in folder.glob(pattern)]:
+        if path.relative_to(folder) not in new:
+            path.unlink()
 
 
 def whole_state(adapter: Adapter) -> dict[str, Tensor]:
@@ -110,15 +126,25 @@ def _tied(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
 
 
-def _loaded(folder: Path, model: str | None) -> tuple[Adapter, Any, str]:
-    """The adapter on its base, the tokenizer where there is one, and the base's folder."""
+def base_folder(adapter: Path, model: str | None) -> str:
+    """The folder of the adapter's base: `model`, a folder, a zoo or hub name, else the one that the
+    adapter's recipe names. Raises InputError where nothing says it."""
+    if model is not None:
+        return find_model(model)
+    try:
+        recipe, _ = origin(adapter)
+    except FileError as error:
+        files.read_adapter(adapter)  # what is no adapter at all is told as that
+        raise InputError(f"{error}; or name the base with --model (model=...)") from error
+    return find_model(recipe.model)
+
+
+def on_base(folder: Path, model: str | None = None) -> tuple[Adapter, Any]:
+    """The adapter on its base, `model` or the one that its recipe names, and the tokenizer where
+    there is one. Errors are those of `base_folder` and `load`."""
     if model is None:
-        try:
-            origin(folder)
-        except FileError as error:
-            raise InputError(f"{error}; or name the base with --model (model=...)") from error
         trained = Trained.open(folder)
-        return trained.adapter, trained.text.tokenizer, find_model(trained.recipe.model)
+        return trained.adapter, trained.text.tokenizer
     source = find_model(model)
     saved = files.read_adapter(folder, layers=lambda *asked: StoredWeights(source).sites(*asked))
     with quiet():
@@ -126,7 +152,7 @@ def _loaded(folder: Path, model: str | None) -> tuple[Adapter, Any, str]:
         has_words = any((Path(source) / f).is_file() for f in ("tokenizer.json", "vocab.txt"))
         has_words |= (Path(source) / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(source) if has_words else None
-    return load(net, folder), tokenizer, source
+    return load(net, folder), tokenizer
 
 
 def base_of(source: str, saved: Saved, folder: Path) -> nn.Module:
@@ -143,10 +169,16 @@ def base_of(source: str, saved: Saved, folder: Path) -> nn.Module:
         architecture = TASKS.get(told or "", "") or (config.architectures or [""])[0]
     cls = getattr(transformers, architecture, None)
     if cls is None:
-        known = [n for n in dir(transformers) if n.startswith("AutoModel")]
-        raise InputError(f"transformers has no class {architecture!r}; {nearest('', known)}")
+        raise InputError(
+            f"the adapter was made for a {architecture!r}, which is no class of transformers: load "
+            "it on its model in Python, and merge or export it there"
+        )
     more = {"num_labels": labels} if labels and "Classification" in architecture else {}
-    net: nn.Module = cls.from_pretrained(source, dtype="auto", use_safetensors=True, **more)
+    try:
+        net: nn.Module = cls.from_pretrained(source, dtype="auto", use_safetensors=True, **more)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise FileError(f"model {source!r} cannot be loaded as {architecture}: {reason}") from error
     return net.eval()
 
 

@@ -33,9 +33,10 @@ def estimate_gradients(
     differently, by their labelled tokens, say: G = Σ w·∇L_b / Σ w. The model is its base meanwhile,
     in the mode (training or not) that it is in; nothing of it changes, frozen weights included. A
     weight's gradient is added to its sum on `device`, in float32 at least, and let go before the
-    next one is formed. A layer that two modules share counts by its own use only; one that never
-    ran has G = 0. Raises TargetError for unknown sites, InputError without batches or for a loss
-    that is no number or does not depend on the weights, TrainingError where it is not finite.
+    next one is formed. Of a weight that two modules share, G is that of the named module's use
+    alone, also where an adapter acts at both (tie="both"); a layer that never ran has G = 0. Raises
+    TargetError for unknown sites, InputError without batches or for a loss that is no number or
+    does not depend on the weights, TrainingError where it is not finite.
     Source: arXiv 2407.05000 (LoRA-GA).
     """
     hosts = sites_of(model, sites, Structure())

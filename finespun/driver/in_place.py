@@ -34,6 +34,8 @@ def in_place(model: nn.Module, name: str) -> Iterator[None]:
             what = "has an overlay" if host.featured else f"is a {host.kind}"
             raise StateError(f"{host.name!r} {what}: it cannot be trained in place")
     merge(model, {name: 1.0}, undo="entries")
+    for host in hosts:
+        host.let_edit()
     inside: list[_Inside] = []
     try:
         inside.extend(_Inside(host, name) for host in hosts)

@@ -13,6 +13,7 @@ from finespun.hosts.attach import (
 from finespun.hosts.block import link
 from finespun.hosts.board import Board, Entry, board_of
 from finespun.hosts.flat import FlatState
+from finespun.hosts.freezing import freeze_others, give_back
 from finespun.hosts.gathering import gathered
 from finespun.hosts.host import Host
 from finespun.hosts.kinds import sites
@@ -37,7 +38,9 @@ __all__ = [
     "evict",
     "find",
     "find_head",
+    "freeze_others",
     "gathered",
+    "give_back",
     "hosts_of",
     "link",
     "load_tensors",

@@ -26,10 +26,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Patch:
-    """Values (K,) at the entries `index` (K,), counted row by row, of a weight (out, in)."""
+    """Values (K,) at the entries `index` (K,), counted row by row, of a weight (out, in); `written`
+    took their place, in the dtype of the weight, and stands there unless somebody edits it."""
 
     index: Tensor
     values: Tensor
+    written: Tensor | None = None
 
 
 Kept = tuple[Tensor, Tensor | None] | Patch

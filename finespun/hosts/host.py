@@ -7,6 +7,7 @@ delta has factors, else `through`, else the dense form; with a hook on the delta
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -104,9 +105,17 @@ class Host:
         stood there, to be put back in turn."""
         stored = self.stored()
         if isinstance(kept, Patch):
-            return Patch(kept.index, exchange_entries(self.read(stored), kept.index, kept.values))
+            W = self.read(stored)
+            before = exchange_entries(W, kept.index, kept.values)
+            return Patch(kept.index, before, kept.values.to(W.dtype))
         self.restore(kept)
         return stored
+
+    def let_edit(self) -> None:
+        """From now on the entries that a merge wrote may be changed."""
+        kept = self._kept()
+        if isinstance(kept, Patch) and self.board.kept is not None:
+            self.board.kept[self.name] = dataclasses.replace(kept, written=None)
 
     def _kept(self) -> Kept | None:
         """What a merge kept of this layer."""

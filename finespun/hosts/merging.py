@@ -73,7 +73,11 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
 
 @alone
 def unmerge(model: nn.Module) -> None:
-    """Put back the very tensors, or single entries, that stood before the merge."""
+    """Put back the very tensors, or single entries, that stood before the merge.
+
+    Raises StateError, and changes nothing, where somebody has edited entries that the merge wrote;
+    an edit of other entries stays.
+    """
     board = board_of(model)
     if not board.merged:
         raise StateError("nothing is merged")
@@ -81,7 +85,7 @@ def unmerge(model: nn.Module) -> None:
         raise StateError(
             "merged with undo='none': the base weights were not kept; reload the model"
         )
-    _restore(hosts_of(model), board.kept)
+    _take_out(hosts_of(model), board.kept)
     board.merged, board.kept = {}, None
 
 
@@ -100,7 +104,7 @@ def _base_alone(model: nn.Module, board: Board) -> Iterator[None]:
     if board.merged:
         if board.kept is None:
             raise StateError("merged with undo='none': the base cannot be shown; reload the model")
-        merged = _restore(hosts, board.kept)
+        merged = _take_out(hosts, board.kept)
     board.active, board.rows, board.merged, board.kept = (), None, {}, None
     try:
         yield
@@ -115,7 +119,29 @@ def _restore(hosts: dict[str, Host], kept: dict[str, Kept]) -> dict[str, Kept]:
 
 
 def _tensors(kept: Kept) -> tuple[Tensor | None, ...]:
-    return (kept.index, kept.values) if isinstance(kept, Patch) else kept
+    return (kept.index, kept.values, kept.written) if isinstance(kept, Patch) else kept
+
+
+def _take_out(hosts: dict[str, Host], kept: dict[str, Kept]) -> dict[str, Kept]:
+    """Restore the weights, unless entries that the merge wrote are others now."""
+    found = _restore(hosts, kept)
+    for name, held in kept.items():
+        now, wanted = found[name], held.written if isinstance(held, Patch) else None
+        if wanted is None or not isinstance(now, Patch) or _alike(now.values, wanted):
+            continue
+        _restore(hosts, found)
+        raise StateError(
+            f"the weight of {name!r} was edited while {', '.join(hosts[name].board.merged)} is "
+            "merged into it: taking the update out would lose half of that edit. Undo the edit, or "
+            "reload the model"
+        )
+    return found
+
+
+def _alike(now: Tensor, wanted: Tensor) -> bool:
+    """Equal in the present precision; what is no number is equal to itself."""
+    wanted = wanted.to(now)
+    return torch.equal(now, wanted) or torch.allclose(now, wanted, 0, 0, equal_nan=True)
 
 
 def _check(model: nn.Module, hosts: dict[str, Host], weights: dict[str, float]) -> None:

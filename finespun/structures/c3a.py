@@ -61,6 +61,8 @@ class C3A(Structure):
 class C3ADelta(Delta):
     """w (out/b, in/b, b)."""
 
+    reads_base = False
+
     def __init__(self, site: Site, b: int) -> None:
         super().__init__(site)
         rows, columns = site.shape.out_features // b, site.shape.in_features // b

@@ -69,11 +69,13 @@ class Delta(_Precise):
     """ΔW of one site: `forward(x) = ΔW x` for x (..., in_features) is the definition.
 
     `scale` multiplies B A of `low_rank` (alpha / r in LoRA). Trained numbers are float32 unless
-    built otherwise and keep their precision through `model.to(torch.bfloat16)`.
+    built otherwise and keep their precision through `model.to(torch.bfloat16)`. `reads_base` is
+    False where `delta(w0)` takes the shape of W0 alone: then ΔW is known without the base.
     """
 
     mergeable: ClassVar[bool] = True
     per_sample: ClassVar[bool] = True
+    reads_base: ClassVar[bool] = True
     written: ClassVar[frozenset[str]] = frozenset()
     scale: float = 1.0
 
@@ -237,9 +239,16 @@ class Delta(_Precise):
         approximation of rank `rank`, or that keeps the share `energy` of the squared norm."""
         pair = self.factors()
         if pair is None:
-            return LowRank.from_dense(self.dense(self.base_weight()).detach(), rank, energy)
+            w0 = self.base_weight() if self.reads_base else self._blank()
+            return LowRank.from_dense(self.dense(w0).detach(), rank, energy)
         exact = LowRank(pair[0].detach(), pair[1].detach() * self.scale)
         return exact if rank is None and energy is None else exact.squeeze(rank, energy)
+
+    def _blank(self) -> Tensor:
+        """What has the shape of W0 and no memory."""
+        shape = self.site.shape
+        zero = torch.zeros((), device=self.site.device)
+        return zero.expand(shape.out_features, shape.in_features)
 
     def numbers(self) -> Iterable[nn.Parameter]:
         """The trained numbers of this site (the exact start's frozen copy is not among them)."""

@@ -15,6 +15,8 @@ from finespun.structures.site import Site
 class EntriesDelta(Delta):
     """v (K,), the values at the trained entries `index` (K,): rising, counted row by row, int64."""
 
+    reads_base = False
+
     def __init__(self, site: Site, index: Tensor, scale: float) -> None:
         super().__init__(site)
         self.scale = scale

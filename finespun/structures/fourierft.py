@@ -80,6 +80,8 @@ class FourierFT(Structure):
 class FourierFTDelta(Delta):
     """c (n,); `train` says which entries of F they are."""
 
+    reads_base = False
+
     def __init__(self, site: Site, places: Tensor, scaling: float) -> None:
         super().__init__(site)
         self.scaling = scaling

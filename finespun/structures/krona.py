@@ -75,6 +75,8 @@ class KronA(Structure):
 class KronADelta(Delta):
     """P (p_out, p_in) and Q (out/p_out, in/p_in)."""
 
+    reads_base = False
+
     def __init__(self, site: Site, p_out: int, p_in: int, scale: float) -> None:
         super().__init__(site)
         rows, columns = site.shape.out_features // p_out, site.shape.in_features // p_in

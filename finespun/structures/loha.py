@@ -58,6 +58,8 @@ def factored(rank: int, shape: SiteShape) -> bool:
 class LoHaDelta(Delta):
     """A1, A2 (r, in) and B1, B2 (out, r)."""
 
+    reads_base = False
+
     A1: nn.Parameter
     A2: nn.Parameter
     B1: nn.Parameter

@@ -88,6 +88,8 @@ class LoKr(Ranked):
 class LoKrDelta(Delta):
     """P (u_out, u_in), or P_b (u_out, r) and P_a (r, u_in); Q (v_out, v_in), or Q_b and Q_a."""
 
+    reads_base = False
+
     def __init__(self, site: Site, choice: Mapping[str, Any], P_rank: int, Q_rank: int) -> None:
         super().__init__(site)
         self.scale = choice["scale"]

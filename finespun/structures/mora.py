@@ -109,6 +109,8 @@ class SummedMoRA(MoRADelta):
 class RotatedMoRA(MoRADelta):
     """Blocks of inputs are turned and multiplied one by one."""
 
+    reads_base = False
+
     def turned(self, x: Tensor) -> Tensor:
         """The blocks of x (..., in), block t turned: (..., n, r̂)."""
         half, blocks = len(self.M) // 2, self.blocks(x)

@@ -83,9 +83,7 @@ def read_table(path: str | Path) -> pl.DataFrame:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        folder = file.parent
-        near = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-        raise FileError(f"no file {str(path)!r}; in {str(folder)!r} {nearest(file.name, near)}")
+        raise FileError(_no_table(file))
     ending = file.suffix.lower()
     if ending not in ENDINGS:
         raise FileError(
@@ -109,6 +107,19 @@ def read_table(path: str | Path) -> pl.DataFrame:
     if table.is_empty():
         raise FileError(f"{str(path)!r} has no rows")
     return table
+
+
+def _no_table(file: Path) -> str:
+    """What is wrong with the name of a file that is none, and which tables are near it."""
+    folder = file if file.is_dir() else file.parent
+    what = f"{str(file)!r} is a folder" if file.is_dir() else f"no file {str(file)!r}"
+    if not folder.is_dir():
+        return f"{what}; there is no folder {str(folder)!r} either"
+    tables = [p.name for p in folder.iterdir() if p.suffix.lower() in ENDINGS]
+    place = "it" if folder is file else repr(str(folder))
+    if not tables:
+        return f"{what}; no table lies in {place}: names of tables end in {', '.join(ENDINGS)}"
+    return f"{what}; tables in {place}, {nearest(file.name, tables)}"
 
 
 def read_examples(
