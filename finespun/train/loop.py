@@ -93,7 +93,7 @@ class Loop:
             while self.batches.position.epoch < self.training.epochs:
                 stream = self.batches.epoch()
                 while group := list(islice(stream, self.training.accumulate)):
-                    self._step(group)
+                    self.take(group)
                     if self.step % every == 0 or interrupted.is_set():
                         self.checkpoint()
                     if interrupted.is_set():
@@ -102,7 +102,7 @@ class Loop:
         self.driver.close()
         self.reporter.tell({"event": "end", "step": self.step, "seconds": self.seconds})
 
-    def _step(self, group: list[Batch]) -> None:
+    def take(self, group: list[Batch]) -> None:
         """One optimiser step over all rows of `group`."""
         started = time.perf_counter()
         rate = self.rate * rate_factor(self.step, self.steps, self.training)
