@@ -12,6 +12,7 @@ import pytest
 from tiny_run import write_recipe
 
 from finespun.cli.app import COMMANDS, run
+from finespun.cli.missing import EXTRAS
 
 
 def test_help_loads_no_heavy_package() -> None:
@@ -35,6 +36,50 @@ def test_packages_that_talk_while_they_load_are_kept_quiet() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "a real one\n"
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "extra"),
+    [
+        ("click", ["env"], "cli"),
+        ("rich", ["bench", "bench.yaml"], "cli"),
+        ("yaml", ["explain", "lsr"], "cli"),
+        ("polars", ["train", "recipe.yaml"], "train"),
+        ("scipy", ["bench", "bench.yaml"], "bench"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_told_with_its_extra(
+    missing: str, arguments: list[str], extra: str
+) -> None:
+    done = without([missing], arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    advice = f"try: pip install 'finespun[{extra}]'"
+    assert done.stderr == f"error: {missing} is not installed; {advice}\n"
+
+
+def test_another_package_that_is_missing_is_a_mistake_of_ours() -> None:
+    done = without(["finespun.errors"], ["env"])
+    assert "Traceback" in done.stderr
+
+
+def test_a_run_and_its_page_need_no_package_of_the_bench(tmp_path: Path) -> None:
+    of_bench = [name for name, extra in EXTRAS.items() if extra == "bench"]
+    recipe, out = str(write_recipe(tmp_path, epochs=1)), str(tmp_path / "out")
+    done = without(of_bench, ["train", recipe, "--quiet"], ["report", out], ["schema", "recipe"])
+    assert done.returncode == 0, done.stderr
+
+
+def without(packages: list[str], *commands: list[str]) -> subprocess.CompletedProcess[str]:
+    """Commands, up to the first that fails, where these packages cannot be imported."""
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({packages!r}))\n"
+        "from finespun.cli import main\n"
+        f"for arguments in {commands!r}:\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit as ended:\n"
+        "        if ended.code: raise"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
 def test_a_closed_pipe_is_no_error() -> None:
