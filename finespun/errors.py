@@ -5,7 +5,8 @@ FinespunError
 │   ├── TargetError     no such layer, or a layer that cannot be adapted
 │   └── PlanError       a plan or structure that does not fit this model
 ├── FileError           a file that is missing, damaged or ill-shaped     (exit code 3)
-│   └── BaseMismatch    an adapter made for another base model
+│   ├── BaseMismatch    an adapter made for another base model
+│   └── StrictError     what is unknown in a file, and may be passed over
 ├── StateError          a call that the present state forbids (merged, not active, ...)
 └── TrainingError       training that cannot go on (NaN loss, nothing moved)   (exit code 4)
 """
@@ -42,6 +43,10 @@ class FileError(FinespunError):
 
 class BaseMismatch(FileError):
     """An adapter that was made for another base model."""
+
+
+class StrictError(FileError):
+    """Something in a file that is unknown, or was changed since, and may be passed over."""
 
 
 class StateError(FinespunError, RuntimeError):

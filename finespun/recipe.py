@@ -4,10 +4,9 @@ Every key can be overridden as `section.key=value`, with the value in YAML. An u
 impossible value is an InputError that names the key, the line, the value and what would work.
 """
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 import yaml
 from pydantic import (
@@ -19,46 +18,52 @@ from pydantic import (
     model_validator,
 )
 
+from finespun.allocation import ALLOCATIONS, Allocation
 from finespun.errors import InputError, nearest
+from finespun.method import Method
 from finespun.recipe_yaml import Document, Quoting, Section
 from finespun.structures import LSR, STRUCTURES, Structure
 
+M = TypeVar("M", bound=Method)
 DEFAULT_RATE = 1e-3
 DEFAULT_RATES = {"lsr": 3e-3}  # Adam moves an LSR factor about 3x less than a LoRA factor
 
 
-def read_structure(value: Any) -> Structure:
-    """A structure from `{"kind": ..., option: ...}`; a structure passes as it is.
+def read_method(value: Any, known: Mapping[str, type[M]]) -> M:
+    """A method from `{"kind": ..., option: ...}`; a method passes as it is.
 
     Raises InputError for an unknown kind or option, pydantic's ValidationError for a wrong type.
     """
-    if isinstance(value, Structure):
-        return value
+    if isinstance(value, Method):
+        return cast(M, value)
     if not isinstance(value, Mapping) or "kind" not in value:
-        raise InputError(f"{value!r} needs a kind, one of {', '.join(map(repr, STRUCTURES))}")
+        raise InputError(f"{value!r} needs a kind, one of {', '.join(map(repr, known))}")
     kind = value["kind"]
-    if kind not in STRUCTURES:
-        raise InputError(f"kind {kind!r} is not known; {nearest(str(kind), STRUCTURES)}")
-    cls = STRUCTURES[kind]
-    known = [field.name for field in dataclasses.fields(cls)]
-    options = {cls.aliases.get(key, key): item for key, item in value.items() if key != "kind"}
-    for key in options:
-        if key not in known:
-            raise InputError(f"{kind} has no option {key!r}; {nearest(str(key), known)}")
-    return TypeAdapter(cls).validate_python(options)
+    if kind not in known:
+        raise InputError(f"kind {kind!r} is not known; {nearest(str(kind), known)}")
+    options = known[kind].renamed({key: item for key, item in value.items() if key != "kind"})
+    return TypeAdapter(known[kind]).validate_python(options)
 
 
-def write_structure(structure: Structure) -> dict[str, Any]:
-    """The inverse of `read_structure`, every option written out."""
-    return {"kind": structure.kind, **structure.options()}
+def write_method(method: Method) -> dict[str, Any]:
+    """The inverse of `read_method`, every option written out."""
+    return {"kind": method.kind, **method.options()}
 
 
-AnyStructure = Annotated[
-    Structure,
-    BeforeValidator(read_structure),
-    PlainSerializer(write_structure),
-    WithJsonSchema({"type": "object"}),
-]
+def read_structure(value: Any) -> Structure:
+    """A structure, by `read_method`."""
+    return read_method(value, STRUCTURES)
+
+
+def read_allocation(value: Any) -> Allocation | None:
+    """An allocation, by `read_method`; None for none."""
+    return None if value is None else read_method(value, ALLOCATIONS)
+
+
+_WRITTEN = PlainSerializer(lambda method: method and write_method(method))
+_SCHEMA = WithJsonSchema({"type": "object"})
+AnyStructure = Annotated[Structure, BeforeValidator(read_structure), _WRITTEN, _SCHEMA]
+AnyAllocation = Annotated[Allocation | None, BeforeValidator(read_allocation), _WRITTEN, _SCHEMA]
 
 
 TABLE = frozenset(("file", "test_file", "text", "pair", "label", "labels", "test_share"))
@@ -144,6 +149,9 @@ class Recipe(Document):
     train: tuple[str, ...] | None = Field(
         None, description="other modules to train; null: the untrained head"
     )
+    allocation: AnyAllocation = Field(
+        None, description="what changes in the updates while they train; null: nothing"
+    )
     training: Training = Training()
     output: str = Field("out", min_length=1, description="the folder that the run writes")
     trackers: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = Field(
@@ -177,23 +185,31 @@ class Recipe(Document):
         for key in OPTIONAL:
             if not values["data"][key]:
                 del values["data"][key]
-        if not self.trackers:
-            del values["trackers"]
+        for key in ("allocation", "trackers"):
+            if not values[key]:
+                del values[key]
         return yaml.dump(values, Dumper=Quoting, sort_keys=False, allow_unicode=True)
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
         """JSON Schema of a recipe file, with the options of every structure."""
         schema = cls.model_json_schema()
-        schema["properties"]["structure"]["oneOf"] = structure_schemas()
+        add_methods(schema["properties"])
         return schema
 
 
-def structure_schemas() -> list[dict[str, Any]]:
-    """JSON Schemas of all structures, options included."""
+def add_methods(properties: dict[str, Any]) -> None:
+    """Write the methods of every axis into the JSON Schema of a section that chooses them."""
+    properties["structure"]["oneOf"] = method_schemas(STRUCTURES)
+    del properties["allocation"]["type"]
+    properties["allocation"]["oneOf"] = [{"type": "null"}, *method_schemas(ALLOCATIONS)]
+
+
+def method_schemas(known: Mapping[str, type[Method]]) -> list[dict[str, Any]]:
+    """JSON Schemas of all methods of an axis, options included."""
     choices = []
-    for kind, structure in sorted(STRUCTURES.items()):
-        options = TypeAdapter(structure).json_schema()
+    for kind, method in sorted(known.items()):
+        options = TypeAdapter(method).json_schema()
         options["properties"] = {"kind": {"const": kind}, **options["properties"]}
         choices.append({**options, "required": ["kind"], "additionalProperties": False})
     return choices

@@ -95,7 +95,7 @@ def explain(
     told: dict[str, str] = {}
     for item in error.errors(include_url=False):
         key, owner = _place(item["loc"], model)
-        shown = _inside(key, item["loc"]) if key == "structure" else key
+        shown = _inside(key, item["loc"]) if key in ("structure", "allocation") else key
         line = next((f", line {lines[k]}" for k in (shown, key) if k in lines), "")
         told.setdefault(shown, f"{source}{line}: {_reason(item, shown, owner)}")
     return "\n".join(told.values())

@@ -1,6 +1,7 @@
 """The command line: what each command prints, one clear line for every mistake, exit codes."""
 
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -13,11 +14,15 @@ import yaml
 from tiny_run import tiny_model, tiny_table, write_recipe
 
 import finespun
+from finespun import errors as all_errors
 from finespun.cli import app as cli
 from finespun.cli.app import COMMANDS, app, run
+from finespun.cli.bench import NO_RANKING
 from finespun.errors import StateError
 from finespun.structures import STRUCTURES, LoRA
+from finespun.train.loop import Interrupted
 from finespun.train.output import Result
+from finespun.train.use import Trained
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +172,25 @@ def test_exit_codes(
     fails(["env"], code, capsys, part)
 
 
+def test_exit_codes_are_those_of_the_documentation(capsys: Captured) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "errors.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| (\d+) \| .* \| ?(.*?) ?\|$", page, re.MULTILINE)
+    errors: dict[str, Any] = {**vars(all_errors), "Interrupted": Interrupted}
+    told: set[str] = set()
+    for code, names in table:
+        for name in re.findall(r"`(\w+)`", names):
+            told.add(name)
+            expected = cli.INTERRUPTED if name == "Interrupted" else errors[name].exit_code
+            assert expected == int(code), name
+    assert told == {
+        name for name, one in errors.items() if isinstance(one, type) and one.__doc__
+    } - {"Iterable"}
+    assert run(["--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split()).partition("Exit codes:")[2]
+    assert re.findall(r"(\d+) [a-z]", shown) == [code for code, _ in table]
+    assert (all_errors.FileError.exit_code, 5) == (cli.FILES, NO_RANKING)
+
+
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: Any, **options: Any) -> None:
         raise ZeroDivisionError
@@ -272,6 +296,34 @@ def test_inspect(done: Path, capsys: Captured) -> None:
     shown = capsys.readouterr().out
     assert "LSR(" in shown
     assert f"update numbers   {result.update_numbers}" in shown
+
+
+def test_compare_runs_of_two_methods(done: Path, tmp_path: Path, capsys: Captured) -> None:
+    other = str(tmp_path / "lora")
+    changes = ["structure={kind: lora, rank: 3}", f"output={other}", "training.epochs=1"]
+    assert run(["train", str(done / "run.yaml"), *changes, "-q"]) == 0
+    capsys.readouterr()
+    assert run(["compare", str(done / "out"), other, "--json"]) == 0
+    found, folders = json.loads(capsys.readouterr().out), (str(done / "out"), other)
+    results = [Result.read(folder) for folder in folders]
+    for key in ("update_numbers", "module_numbers", "adapter_bytes", "steps", "loss", "seconds"):
+        assert found["runs"][key] == [getattr(one, key) for one in results]
+    assert found["runs"]["steps"] == [16, 8]
+    for metric in results[0].after:
+        assert found["runs"][f"{metric} before"] == [one.before[metric] for one in results]
+        assert found["runs"][f"{metric} after"] == [one.after[metric] for one in results]
+    assert len(found["sites"]) == 4
+    a, b = (Trained.open(folder).adapter.updates() for folder in folders)
+    for site in found["sites"]:
+        x, y = (updates[site["name"]].dense().double() for updates in (a, b))
+        assert site["norm_a"] == pytest.approx(float(x.norm()), rel=1e-5)
+        assert site["norm_b"] == pytest.approx(float(y.norm()), rel=1e-5)
+        assert site["cosine"] == pytest.approx(float((x * y).sum() / x.norm() / y.norm()), abs=1e-5)
+    assert run(["compare", *folders]) == 0
+    shown = capsys.readouterr().out
+    cells = [f"{one.update_numbers:,}" for one in results]
+    assert re.search(rf"^update_numbers +{cells[0]} +{cells[1]}$", shown, re.MULTILINE)
+    assert re.search(r"^steps +16 +8$", shown, re.MULTILINE)
 
 
 def test_export_is_exact_and_can_be_inspected(done: Path, tmp_path: Path, capsys: Captured) -> None:

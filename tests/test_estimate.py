@@ -15,9 +15,11 @@ from finespun.cli.app import run
 from finespun.errors import TargetError
 from finespun.recipe import Recipe
 from finespun.structures import LoRA
-from finespun.train.estimate import estimate
+from finespun.train.estimate import estimate, tried
+from finespun.train.loop import Loop
 from finespun.train.output import Result
-from finespun.train.run import prepare, surroundings
+from finespun.train.run import Job, prepare, surroundings
+from finespun.train.text import Tokens
 
 FACTOR = 1.1  # the memory of a run lies within this factor of its estimate, both ways
 GROWN = 1.25  # the same where the estimate is made from small batches
@@ -156,6 +158,75 @@ def test_operations_of_the_updates_come_from_the_structure(file: Path) -> None:
     assert found.update_flops == 2 * found.tokens * LoRA(rank=4).numbers(found.targets[0]) * 4
 
 
+# --- time ----------------------------------------------------------------------------------------
+class Ticks:
+    """A clock that stands still but for what is added to it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+TIMES = [
+    (["data.test_share=0.4", "training.eval_batch_size=8"], 1),
+    (["training.accumulate=2", "training.epochs=3"], 1),
+    (["training.batch_size=32"], 1),
+    (["training.batch_size=1"], 1),
+    (["training.batch_size=32"], 0),
+]
+
+
+@pytest.mark.parametrize(("changes", "whole"), TIMES, ids=str)
+def test_time_is_that_of_all_batches(
+    changes: list[str], whole: int, asking: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that moves by a token a second in training, by a row in measuring."""
+    clock, take, measured = Ticks(), Loop.take, Job.measure
+    monkeypatch.setattr("finespun.train.estimate.WHOLE", whole << 30)
+
+    def timed(loop: Loop, group: list[dict[str, torch.Tensor]]) -> None:
+        take(loop, group)
+        clock.now += sum(batch["input_ids"].numel() for batch in group)
+
+    def counted(job: Job) -> dict[str, float]:
+        clock.now += len(job.test)
+        return measured(job)
+
+    monkeypatch.setattr(Loop, "take", timed)
+    monkeypatch.setattr(Job, "measure", counted)
+    monkeypatch.setattr("finespun.train.estimate.PATIENCE", 1e9)
+    monkeypatch.setattr("finespun.train.estimate.MOST", 1e9)
+    recipe = Recipe.load(asking, changes)
+    found, loop = estimate(recipe, clock=clock), prepare(recipe).loop()
+    tokens = sum(batch["input_ids"].numel() for batch in loop.batches.epoch())
+    assert found.seconds == pytest.approx(tokens * recipe.training.epochs, rel=1e-3)
+    assert found.measuring == pytest.approx(2 * found.test_rows, rel=0.3)
+
+
+@pytest.mark.parametrize(("each", "calls"), [(10.0, 2), (1.0, 4), (0.5, 6), (0.0, 10)])
+def test_as_many_batches_are_tried_as_there_is_patience_for(each: float, calls: int) -> None:
+    """The smallest, the middle one and pairs around it."""
+    rows = tuple({"input_ids": [0] * (i + 1)} for i in range(101))
+    tokens, seen = Tokens(rows, torch.zeros(101), 0, 128), []
+
+    def seconds(rows: list[int]) -> float:
+        seen.append(rows[0])
+        return each * (rows[0] + 1) / 51
+
+    assert tried(tokens, [[i] for i in range(101)][::-1], seconds) == pytest.approx(each * 101)
+    assert len(seen) == calls
+    assert seen[:2] == [0, 50]
+    assert tried(tokens, [[3]], lambda rows: 7.0) == 7.0
+
+
+def test_what_is_looked_at_before_training_is_part_of_it(file: Path) -> None:
+    """Masks that want gradients are chosen first, else no batch could be tried."""
+    found = estimate(Recipe.load(file, ["structure={kind: shira, rank: 1, mask: snip}"]))
+    assert found.seconds > 0
+
+
 # --- the command ---------------------------------------------------------------------------------
 def test_a_dry_run_leaves_nothing_behind(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(file.parent.rglob("*"))
@@ -170,7 +241,8 @@ def test_a_dry_run_leaves_nothing_behind(file: Path, capsys: pytest.CaptureFixtu
         "34 in modules",
         "64 to train on, 16 held out",
         "memory, about",
-        "for 8 steps",
+        "for 8 steps, ",
+        "to measure before and after",
     ):
         assert part in shown
 
@@ -182,6 +254,7 @@ def test_a_dry_run_as_json(file: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert found["memory"] == found["weights"] + found["activations"] + found["optimiser"]
     assert found["steps"] == 8
     assert found["seconds"] > 0
+    assert found["measuring"] > 0
 
 
 def test_a_dry_run_refuses_what_a_run_refuses(

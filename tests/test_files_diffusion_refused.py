@@ -19,7 +19,7 @@ from suite import relative
 from torch import Tensor, nn
 
 import finespun as fs
-from finespun.errors import FileError, InputError, PlanError, TargetError
+from finespun.errors import FileError, InputError, PlanError, StrictError, TargetError
 from finespun.files import read_adapter
 from finespun.files.diffusion_names import Layer, Unplaced, place_on
 from finespun.files.diffusion_write import Update
@@ -100,6 +100,18 @@ def test_metadata_that_disagrees_is_refused(tmp_path):
         save_file(held, tmp_path / "x.safetensors", metadata)
         with pytest.raises(FileError, match=message):
             fs.load(unet(), tmp_path / "x.safetensors")
+
+
+def test_lenient_reading_passes_over_what_metadata_says_more(tmp_path):
+    held = {f"unet.{SOME[3]}.lora_{s}.weight": torch.ones(z) for s, z in
+            (("A", (2, 16)), ("B", (16, 2)))}  # fmt: skip
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.new": 5})}
+    save_file(held, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(StrictError, match="new=5 is unknown") as caught:
+        fs.load(unet(), tmp_path / "x.safetensors")
+    assert caught.value.__notes__ == ["strict=False passes over it"]
+    with pytest.warns(UserWarning, match="new=5 is unknown"):
+        fs.load(unet(), tmp_path / "x.safetensors", strict=False)
 
 
 def test_sizes_that_would_take_all_the_memory_are_refused(tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 
 import finespun as fs
 from finespun import files
-from finespun.errors import BaseMismatch, FileError, InputError, TargetError
+from finespun.errors import BaseMismatch, FileError, InputError, StrictError, TargetError
 from finespun.files.peft import PASSED, REFUSED, USED
 
 
@@ -151,7 +151,10 @@ REFUSALS = {
     "rank": ({"r": 3}, "while the config gives it rank 3"),
     "no rank": ({"r": 0}, "rank=0"),
     "text": ({"r": "8"}, "rank='8' must be a whole number"),
-    "alpha": ({"lora_alpha": "big"}, "is damaged: ValueError"),
+    "alpha": ({"lora_alpha": "big"}, "lora_alpha must be a finite number, got 'big'"),
+    "no alpha": ({"lora_alpha": None}, "lora_alpha must be a finite number, got 'None'"),
+    "no dropout": ({"lora_dropout": None}, "lora_dropout must be a finite number"),
+    "no alpha of a layer": ({"alpha_pattern": {"query": None}}, "query': alpha must be a finite"),
     "pattern": ({"rank_pattern": {"(": 2}}, "'(' is no regular expression"),
     "patterns": ({"rank_pattern": [1]}, "is damaged: AttributeError"),
     "saved": ({"modules_to_save": "classifier"}, "must be a list of names"),
@@ -175,7 +178,7 @@ def test_what_cannot_be_held_is_refused_by_its_key(tmp_path, key):
     by_peft(tmp_path / "x", bert(), target_modules=["query"])
     edit(tmp_path / "x", **{key: {"some": "value"}})
     with pytest.raises(FileError, match=rf"not read: {key}=.*merge it in PEFT, or save it without"):
-        fs.load(bert(), tmp_path / "x")
+        fs.load(bert(), tmp_path / "x", strict=False)
 
 
 QUERY = f"{PREFIX}bert.encoder.layer.0.attention.self.query.lora_"
@@ -244,6 +247,9 @@ def test_lenient_reading_passes_over_an_unknown_key(tmp_path):
     theirs = by_peft(tmp_path / "x", bert(), target_modules=["query"])
     edit(tmp_path / "x", from_the_future=True)
     model = bert()
+    with pytest.raises(StrictError, match="from_the_future=True is unknown") as caught:
+        fs.load(model, tmp_path / "x")
+    assert caught.value.__notes__ == ["strict=False passes over it"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fs.load(model, tmp_path / "x", strict=False)

@@ -12,11 +12,13 @@ from torch import nn
 
 import finespun as fs
 from finespun import files, hosts
+from finespun.convert.facts import compare
 from finespun.errors import (
     BaseMismatch,
     FileError,
     InputError,
     PlanError,
+    StrictError,
     TargetError,
 )
 
@@ -162,6 +164,46 @@ def test_lenient_reading_passes_over_what_is_unknown_and_says_so(saved):
     told = " ".join(str(w.message) for w in caught)
     assert all(word in told for word in ("colour", "shiny", "not the file that"))
     assert torch.equal(model(batch()), saved[1])
+
+
+LENIENT = "strict=False passes over it"
+UNKNOWN = {
+    "key": lambda c: c.update(colour="red"),
+    "an option": lambda c: c["structure"]["options"].update(shiny=True),
+    "plan": lambda c: c["plan"].update(colour="red"),
+    "tensors": lambda c: c.update(sha256="0" * 64),
+}
+
+
+def notes_of(error):
+    return getattr(error, "__notes__", [])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_lenience_is_offered_where_it_helps(saved, name):
+    rewrite(saved[0], UNKNOWN[name])
+    model = net()
+    with pytest.raises(StrictError) as caught:
+        fs.load(model, saved[0])
+    assert notes_of(caught.value) == [LENIENT]
+    with pytest.raises(StrictError) as caught:
+        compare(saved[0], saved[0])
+    assert notes_of(caught.value) == [LENIENT]
+    fs.load(model, saved[0], strict=False)
+    assert torch.equal(model(batch()), saved[1])
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in CONFIGS if n not in ("digest", "unknown key", "option")]
+)
+def test_lenience_is_not_offered_where_it_does_not_help(saved, name):
+    rewrite(saved[0], CONFIGS[name][0])
+    for strict in (True, False):
+        with pytest.raises(FileError) as caught:
+            fs.load(net(), saved[0], strict=strict)
+        assert not notes_of(caught.value)
+        assert "strict" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["a.b", "a:b", "../x"])

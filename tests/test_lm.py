@@ -157,7 +157,7 @@ def test_accumulated_batches_have_the_gradient_of_one(tmp_path, pack):
         batches.order = lambda epoch: [list(range(i, i + size)) for i in range(0, 12, size)]
         loop = Loop(job.adapter, batches, training, 1e-9)
         stream = batches.epoch()
-        loop._step([next(stream) for _ in range(accumulate)])
+        loop.take([next(stream) for _ in range(accumulate)])
         return [p.grad for p in job.adapter.parameters()]
 
     for one, many in zip(gradients(12, 1), gradients(3, 4)):

@@ -16,8 +16,9 @@ from finespun.errors import FileError, FinespunError, InputError, TargetError, T
 from finespun.files import atomic
 from finespun.recipe import Recipe
 from finespun.structures import SiteShape
+from finespun.train.look import LOOK
 from finespun.train.output import Result
-from finespun.train.run import LOOK, prepare, run
+from finespun.train.run import prepare, run
 from finespun.train.use import Trained
 
 

@@ -6,61 +6,76 @@ and the LoRAs inside sleep from the start, so that optimisers built before the e
 
 import dataclasses
 import re
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 
+from finespun.allocation.allocation import Allocation, register
 from finespun.driver import Moments
 from finespun.errors import InputError
 from finespun.hosts import Entry, link
 from finespun.structures import Bypass, Delta, LoR2C, module_group
-from finespun.structures.lor2c import silent, spectrum_score
+from finespun.structures.lor2c import spectrum_score
 
 Keep = Literal["richer", "first", "svd"]
 _NUMBER = re.compile(r"(.*?)(\d+)")
 
 
-class MergeInject(Moments):
-    """Merges and injections spread over the first quarter of a run of `steps` steps.
+@register
+@dataclass(frozen=True, kw_only=True)
+class MergeInject(Allocation):
+    """Merges and injections of LoR2C's bypasses, spread over the first quarter of a run.
 
     Event i of `count` falls after step ⌈i·steps / (4·count)⌉, a merge before an injection. A merge
     joins the two neighbours with the least sum of sfs, the measure of how flat a spectrum is (with
     `flattest` the greatest, the rule of the published code); an injection takes the bypass around
     one block with the least sfs and fades it out over `fade` steps (0: at once) while the LoRAs
-    inside learn. `keep` is that of `merge`. `events` lists what happened. Raises InputError for an
-    adapter that cannot do so many.
+    inside learn. `keep` is that of `merge`: "richer", "first" or "svd". Source: arXiv 2503.00572.
     """
 
-    def __init__(
-        self,
-        entry: Entry,
-        steps: int,
-        merges: int = 0,
-        injects: int = 0,
-        keep: Keep = "richer",
-        flattest: bool = False,
-        fade: int = 50,
-    ) -> None:
-        form = entry.structure
-        if not isinstance(form, LoR2C) or form.rank < 2:
-            raise InputError(f"events need LoR2C of rank 2 or more, not {form}")
-        if min(steps - 1, merges, injects, fade) < 0 or keep not in get_args(Keep):
+    merges: int = 0
+    injects: int = 0
+    keep: Keep = "richer"
+    flattest: bool = False
+    fade: int = 50
+
+    kind = "merge_inject"
+    source = "arXiv 2503.00572"
+
+    def __post_init__(self) -> None:
+        if min(self.merges, self.injects, self.fade) < 0 or self.keep not in get_args(Keep):
             raise InputError(
-                f"steps={steps}, merges={merges}, injects={injects}, fade={fade}, keep={keep!r}: "
-                "numbers must not be negative, keep one of 'richer', 'first', 'svd'"
+                f"merges={self.merges}, injects={self.injects}, fade={self.fade}, "
+                f"keep={self.keep!r}: numbers must not be negative, keep one of 'richer', 'first', "
+                "'svd'"
             )
-        self.entry, self.steps, self.due = entry, steps, {"merge": merges, "inject": injects}
-        self.keep, self.flattest, self.fade = keep, flattest, fade
+
+    def begin(self, entry: Entry, steps: int) -> "Events":
+        form = entry.structure
+        if not isinstance(form, LoR2C) or form.rank < 2 or steps < 1:
+            raise InputError(
+                f"merge_inject needs LoR2C of rank 2 or more and a step, not {form} in {steps}"
+            )
+        pairs = len(neighbours(entry))
+        if self.merges > pairs:
+            raise InputError(f"merges={self.merges}, but there are {pairs} neighbouring bypasses")
+        if self.injects > (left := len(lone(entry)) - 2 * self.merges):
+            raise InputError(
+                f"injects={self.injects}, but after {self.merges} merges only {max(left, 0)} "
+                "bypasses around one block with targets inside are sure to be left"
+            )
+        return Events(self, entry, steps)
+
+
+class Events(Moments):
+    """The merges and injections of one run; `events` lists what happened."""
+
+    def __init__(self, form: MergeInject, entry: Entry, steps: int) -> None:
+        self.form, self.entry, self.steps = form, entry, steps
+        self.due = {"merge": form.merges, "inject": form.injects}
         self.events: list[dict[str, Any]] = []
         self.fading: dict[str, int] = {}
-        pairs = len(neighbours(entry))
-        if merges > pairs:
-            raise InputError(f"merges={merges}, but there are {pairs} neighbouring bypasses")
-        if injects > (left := len(lone(entry)) - 2 * merges):
-            raise InputError(
-                f"injects={injects}, but after {merges} merges only {max(left, 0)} bypasses around "
-                "one block with targets inside are sure to be left"
-            )
 
     def after_step(self, step: int) -> None:
         for block in list(self.fading):
@@ -76,8 +91,8 @@ class MergeInject(Moments):
         sums = {p: sum(score(deltas[n]) for n in p) for p in neighbours(self.entry)}
         if not sums:
             raise InputError("no two neighbouring bypasses are left to merge")
-        pick = (max if self.flattest else min)(sums, key=lambda pair: sums[pair])
-        merge(self.entry, *pick, self.keep)
+        pick = (max if self.form.flattest else min)(sums, key=lambda pair: sums[pair])
+        merge(self.entry, *pick, self.form.keep)
         return {"blocks": list(pick), "sfs": sums[pick]}
 
     def _inject(self, step: int) -> dict[str, Any]:
@@ -94,7 +109,7 @@ class MergeInject(Moments):
     def _dim(self, block: str, step: int) -> None:
         """Let the bypass fade, and switch it off at the end."""
         delta, passed = self.entry.deltas[block], step - self.fading[block]
-        left = 1 - passed / self.fade if self.fade else 0.0
+        left = 1 - passed / self.form.fade if self.form.fade else 0.0
         if "gate" not in delta._buffers:
             delta.set_gate(torch.ones(self.entry.plan.choices[block]["rank"]).to(delta.site.device))
         delta.get_buffer("gate").fill_(left)
@@ -207,7 +222,7 @@ def _living(entry: Entry) -> list[str]:
     return [
         name
         for name, delta in entry.deltas.items()
-        if isinstance(delta, Bypass) and not silent(delta) and "gate" not in delta._buffers
+        if isinstance(delta, Bypass) and not delta.silent and "gate" not in delta._buffers
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from math import log2
 
 from finespun.errors import InputError
-from finespun.structures import LoRA, Site, Structure
+from finespun.structures import LoRA, Site, Structure, Unmeasured
 
 LEAST_SHARE = 0.5  # of a budget; a member that uses less is not a member at that budget
 MOST_RANK = 64
@@ -14,7 +14,7 @@ MOST_RANK = 64
 
 def total(structure: Structure, sites: Sequence[Site]) -> int:
     """Trained numbers of a structure on these sites, the shared ones included, in closed form."""
-    return structure.total(structure.plan(sites))
+    return structure.total(structure.plan(sites, Unmeasured()))
 
 
 def fit(

@@ -20,7 +20,7 @@ from finespun.bench.workbench import Workbench
 from finespun.errors import InputError, nearest
 from finespun.files.atomic import write_file
 from finespun.recipe import Recipe
-from finespun.structures import Structure
+from finespun.structures import Structure, Unmeasured
 
 METRICS = {"classification": ("accuracy", "macro_f1"), "regression": ("pearson", "spearman")}
 TABLE, SHEET, PICTURE = "table.md", "table.csv", "picture"
@@ -108,12 +108,18 @@ class Bench:
         for member in self.spec.members:
             targets = self.spec.recipe.targets if member.targets is None else member.targets
             recipe = self.spec.recipe.model_copy(
-                update={"targets": targets, "structure": member.structure}
+                update={
+                    "targets": targets,
+                    "structure": member.structure,
+                    "allocation": member.allocation,
+                }
             )
             for budget in member.numbers or (None,):
                 sized = recipe.model_copy(update={"structure": self.fitted(member, recipe, budget)})
                 name = self.name(member, sized.structure, budget)
                 sites = self.workbench.sites(sized, sized.structure)
+                if sized.allocation is not None:
+                    self.workbench.check(sized)
                 found.append(
                     Contender(
                         name,
@@ -155,7 +161,7 @@ class Bench:
         """The member's structure at a budget; as it is without one."""
         sites = self.workbench.sites(recipe, member.structure)
         if budget is None:
-            member.structure.plan(sites)
+            member.structure.plan(sites, Unmeasured())
             return member.structure
         return fit(member.structure, member.given, sites, budget)
 

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from finespun.errors import InputError
-from finespun.recipe import AnyStructure, Recipe, structure_schemas
+from finespun.recipe import AnyAllocation, AnyStructure, Recipe, add_methods
 from finespun.recipe_yaml import Document, Section, explain
 from finespun.structures import LSR, Structure
 
@@ -78,6 +78,7 @@ class Member(Section):
     """
 
     structure: AnyStructure = LSR()
+    allocation: AnyAllocation = Field(None, description="what changes while it trains")
     numbers: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (), description="budgets of trained numbers; options that are not given are fitted to each"
     )
@@ -171,9 +172,10 @@ class BenchSpec(Document):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         recipe = self.recipe
-        for section, key in ((recipe, "structure"), (recipe, "output"), (recipe.training, "rate")):
+        sections = [(recipe, key) for key in ("structure", "allocation", "output")]
+        for section, key in (*sections, (recipe.training, "rate")):
             if key in section.model_fields_set:
-                other = {"structure": "members", "rate": "rates"}.get(key, "output")
+                other = {"output": "output", "rate": "rates"}.get(key, "members")
                 raise InputError(f"recipe must not set {key}; a bench has {other} of its own")
         if recipe.trackers:
             raise InputError("recipe must not set trackers: a bench keeps its trials itself")
@@ -193,9 +195,9 @@ class BenchSpec(Document):
         that the bench has of its own."""
         schema = cls.model_json_schema()
         parts = schema["$defs"]
-        parts["Member"]["properties"]["structure"]["oneOf"] = structure_schemas()
-        for part, key in (("Recipe", "structure"), ("Recipe", "output"), ("Recipe", "trackers")):
-            del parts[part]["properties"][key]
+        add_methods(parts["Member"]["properties"])
+        for key in ("structure", "allocation", "output", "trackers"):
+            del parts["Recipe"]["properties"][key]
         del parts["Training"]["properties"]["rate"]
         return schema
 

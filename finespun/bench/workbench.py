@@ -37,11 +37,21 @@ class Workbench:
         text = self.model(recipe)
         train, test = self.tokens(trial, text)
         with surroundings(recipe):
-            adapter = attach(recipe, text)
+            adapter = attach(recipe, text, train)
             try:
                 return self._train(Job(recipe, text, adapter, train, test, None))
             finally:
                 adapter.detach()
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise InputError where the recipe's allocation cannot begin."""
+        text = self.model(recipe)
+        train, test = self.tokens(Trial("", recipe), text)
+        adapter = attach(recipe, text, train)
+        try:
+            Job(recipe, text, adapter, train, test, None).moments()
+        finally:
+            adapter.detach()
 
     def _train(self, job: Job) -> Outcome:
         loop = job.loop()
@@ -49,6 +59,7 @@ class Workbench:
         started, metrics, error = time.process_time(), {}, ""
         try:
             loop.run()
+            job.settle()
             outputs = job.predictions()
             metrics = evaluate(outputs, job.test.labels)
             metrics["loss"] = loss(outputs, job.test.labels)

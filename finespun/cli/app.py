@@ -27,6 +27,7 @@ from finespun.cli import (
     schema,
     train,
 )
+from finespun.cli.missing import advice
 from finespun.errors import FinespunError
 
 INTERRUPTED, FILES, OTHER = 130, 3, 1
@@ -88,6 +89,10 @@ def run(arguments: Sequence[str]) -> int:
         return OTHER
     except OSError as error:
         return told(str(error), FILES)
+    except ModuleNotFoundError as error:
+        if (extra := advice(error)) is None:
+            raise
+        return told(extra, OTHER)
 
 
 def warned(message: Warning | str, *origin: Any, **rest: Any) -> None:

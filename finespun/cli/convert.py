@@ -30,7 +30,7 @@ def command(
         float | None, typer.Option(min=0.0, help="Refuse a larger relative error of any layer.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The base, where updates depend on its weights (DoRA, ...).")
+        str | None, typer.Option(help="The base, where updates depend on its weights or sizes.")
     ] = None,
     format: Annotated[
         str, typer.Option(help="native, or a LoRA as peft, diffusers or kohya writes it.")

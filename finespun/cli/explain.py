@@ -81,11 +81,11 @@ def facts(
 
     `flops` are added to the forward passes over `tokens` rows, `base_flops` the layers' own.
     """
-    from finespun.structures import LoRA
+    from finespun.structures import LoRA, Unmeasured
 
     groups = [sites(i, shape, layers, one.site_kind) for i, shape in enumerate(shapes)]
     every = [site for group in groups for site in group]
-    plan = one.plan(every)
+    plan = one.plan(every, Unmeasured())
     total = one.total(plan)
     as_lora = LoRA(rank=LORA_RANK).total(plan)
     return {

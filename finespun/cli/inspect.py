@@ -1,13 +1,16 @@
 """`finespun inspect`: what an adapter folder holds, without loading its base."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from finespun.files import Saved
+    from torch import Tensor
+
+    from finespun.files import Saved, Told
 
 EXAMPLE = "finespun inspect out/trec-lsr-small"
 
@@ -15,18 +18,20 @@ EXAMPLE = "finespun inspect out/trec-lsr-small"
 def command(
     adapter: Annotated[str, typer.Argument(help="A folder that Finespun or PEFT wrote.")],
     model: Annotated[
-        str | None, typer.Option(help="The base, where updates depend on its weights (DoRA, ...).")
+        str | None, typer.Option(help="The base, where updates depend on its weights or sizes.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print an adapter's structure, numbers, base, origin and the spectrum of every layer's update;
     no model is loaded."""
     from finespun.cli.convert import base_folder
-    from finespun.files import read_adapter
+    from finespun.files import tell
 
-    saved = read_adapter(adapter)
-    found = {**origin(Path(adapter), saved), **facts(saved)}
-    found |= spectra_of(saved, None if model is None else base_folder(model), as_json)
+    told = tell(adapter) if model is None else None
+    if told is not None:
+        found = facts_without_model(told)
+    else:
+        found = all_facts(adapter, None if model is None else base_folder(model), as_json)
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
         return
@@ -36,6 +41,44 @@ def command(
         for number, line in enumerate(lines):
             shown = f"{line:,}" if isinstance(line, int) else printable(line)
             typer.echo(f"{'' if number else name:<{width}}  {shown}")
+
+
+def all_facts(adapter: str, model: str | None, as_json: bool) -> dict[str, Any]:
+    """Name -> value of all that the files tell, with those of the base in folder `model`."""
+    from finespun.convert.stored import StoredWeights
+    from finespun.files import read_adapter
+
+    layers = None if model is None else StoredWeights(model).sites
+    saved = read_adapter(adapter, strict=False, layers=layers)
+    found = {**origin(Path(adapter), saved), **facts(saved)}
+    return found | spectra_of(saved, model, as_json)
+
+
+def facts_without_model(told: "Told") -> dict[str, Any]:
+    """Name -> value of what a folder of PEFT's tells that needs its model to be read."""
+
+    def shapes(tensors: Mapping[str, "Tensor"]) -> list[str]:
+        return [f"{n} {' x '.join(map(str, t.shape))}" for n, t in sorted(tensors.items())]
+
+    read = "" if told.kind is None else f", read as {told.kind}"
+    note = (
+        "its layers' sizes are the model's: --model tells all, as do fs.load(model, folder) and "
+        "finespun convert with --model"
+    )
+    found = {
+        "format": f"PEFT's {told.method}{read}",
+        "options": [f"{name}: {value}" for name, value in told.options.items()],
+        "stored numbers": told.numbers,
+        "module numbers": sum(told.modules.values()),
+        "bytes": told.bytes,
+        "layers": [f"{path}: {', '.join(shapes(own))}" for path, own in told.layers.items()],
+        "shared": shapes(told.shared),
+        "trained modules": list(told.modules),
+        "base": told.base or "not known",
+        "sha256": told.sha256,
+        "notes": ["this method is not read" if told.kind is None else note],
+    }
+    return {name: value for name, value in found.items() if value not in ([], "")}
 
 
 def origin(folder: Path, saved: "Saved") -> dict[str, Any]:

@@ -41,11 +41,13 @@ def command(
 
 def schema_of(kind: Kind) -> dict[str, Any]:
     """The schema of one kind of file."""
-    from finespun.bench import BenchSpec
-    from finespun.recipe import Recipe
+    if kind is Kind.RECIPE:
+        from finespun.recipe import Recipe
 
-    made = Recipe.json_schema() if kind is Kind.RECIPE else BenchSpec.json_schema()
-    return {"$schema": DIALECT, **made}
+        return {"$schema": DIALECT, **Recipe.json_schema()}
+    from finespun.bench import BenchSpec
+
+    return {"$schema": DIALECT, **BenchSpec.json_schema()}
 
 
 def write_new(out: str, text: str, force: bool) -> None:

@@ -120,7 +120,11 @@ def foretell(found: "Estimate") -> str:
             f"{found.flops / 1e9:,.2f} billion operations for {found.tokens:,} tokens; "
             f"{found.update_flops / 1e9:,.3f} in the updates, forwards",
         ),
-        ("time, about", f"{found.seconds:,.1f} s for {found.steps:,} steps"),
+        (
+            "time, about",
+            f"{found.seconds:,.1f} s for {found.steps:,} steps, {found.measuring:,.1f} s to "
+            "measure before and after; loading and saving come on top",
+        ),
     ]
     return aligned(lines)
 

@@ -98,7 +98,8 @@ def convert(
     `overwrite=False` keeps it; a run, a model or another format's adapter stays always.
 
     No model is loaded and one ΔW is held at a time; where ΔW depends on the base weight (DoRA,
-    HiRA, ...), `model` names its folder and single tensors are read from it; kohya's names are
+    HiRA, ...), `model` names its folder and single tensors are read from it, as are the sizes that
+    files of PEFT's methods other than LoRA do not tell; kohya's names are
     compared with those in it, and convolutions have their kernels' sizes from there. Raises
     InputError where an error exceeds `max_error` or older work stays in the way, FileError for
     files that are damaged or cannot be written; `dst` is untouched then.
@@ -109,10 +110,10 @@ def convert(
     if located(src) == located(dst):
         raise InputError(f"{str(dst)!r} is the adapter itself; name another folder")
     refuse_to_lose(dst, format, overwrite)
-    saved = files.read_adapter(src)
+    base = None if model is None else StoredWeights(model)
+    saved = files.read_adapter(src, layers=None if base is None else base.sites)
     if not saved.entry.plan.sites:
         raise InputError(f"{str(src)!r} changes no weight: there is nothing to convert")
-    base = None if model is None else StoredWeights(model)
     saved, part = diffusion.named(saved, base, format, part)
     fitted = _Fitted({}, {}, {}, {}, {})
     if isinstance(target, LSR):

@@ -84,11 +84,13 @@ def compare(
 ) -> Comparison:
     """Compare the adapters in two folders, each Finespun's or PEFT's, strength included.
 
-    `model` names the base's folder where updates depend on its weights. Raises FileError for what
-    cannot be read, InputError where a shared site has two shapes.
+    `model` names the base's folder where updates depend on its weights or sizes. Raises FileError
+    for what cannot be read, InputError where a shared site has two shapes.
     """
-    first, second = files.read_adapter(a, strict), files.read_adapter(b, strict)
     base = None if model is None else StoredWeights(model)
+    layers = None if base is None else base.sites
+    with files.offering_lenience(strict):
+        first, second = (files.read_adapter(folder, strict, layers) for folder in (a, b))
     mine, theirs = StoredDeltas(first, base), StoredDeltas(second, base)
     shared = [name for name in mine if name in theirs]
     found, inner, sizes = [], 0.0, [0.0, 0.0]

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from finespun import files
 from finespun.adapter import Adapter, load
 from finespun.convert.keep import refuse_to_lose
-from finespun.convert.stored import INDEX, source_name
+from finespun.convert.stored import INDEX, StoredWeights, source_name
 from finespun.errors import FileError, InputError
 from finespun.files import Saved, whole_folder
 from finespun.files.atomic import located
@@ -145,7 +145,8 @@ def on_base(folder: Path, model: str | None = None) -> tuple[Adapter, Any]:
     if model is None:
         trained = Trained.open(folder)
         return trained.adapter, trained.text.tokenizer
-    saved, source = files.read_adapter(folder), find_model(model)
+    source = find_model(model)
+    saved = files.read_adapter(folder, layers=lambda *asked: StoredWeights(source).sites(*asked))
     with quiet():
         net = base_of(source, saved, folder)
         has_words = any((Path(source) / f).is_file() for f in ("tokenizer.json", "vocab.txt"))

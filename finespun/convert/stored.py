@@ -1,7 +1,7 @@
 """Updates of an adapter that lies in files, one layer at a time and without a model."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from finespun.files.native import DAMAGED, check_scale
 from finespun.files.safe import read_json
 from finespun.hosts import tensors_of
 from finespun.linalg import LowRank
-from finespun.structures import Bank, Delta, SiteShape
+from finespun.structures import Bank, Delta, SiteShape, Structure
 
 # transformers' families whose Conv1D layers store (in, out)
 TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
@@ -78,6 +78,21 @@ class StoredWeights:
                 kind = "linear" if len(size) == 2 else "conv"
                 shape = SiteShape(name, size[0], math.prod(size[1:]), kind)
                 found[name] = Layer(shape, size[1:] if kind == "conv" else ())
+        return found
+
+    def sites(self, names: Iterable[str], structure: Structure) -> "dict[str, StoredSite]":
+        """The layers of these names, by the shapes of their weights. Raises FileError."""
+        found = {}
+        for name in names:
+            key = self._key(f"{name}.weight")
+            with _reading(self.files[key]), safe_open(self.files[key], "pt") as file:
+                size = tuple(file.get_slice(key).get_shape())
+            if len(size) < 2:
+                raise FileError(f"{self.folder}: {key!r} is {size}, no layer's weight")
+            kind = "linear" if len(size) == 2 else "conv"
+            if kind == "linear" and self.transposed:
+                size = size[::-1]
+            found[name] = StoredSite(SiteShape(name, size[0], math.prod(size[1:]), kind), self)
         return found
 
     def has(self, shape: SiteShape, leaf: str) -> bool:

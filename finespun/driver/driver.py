@@ -184,9 +184,7 @@ class Driver:
         still = []
         for name, delta in self.entry.deltas.items():
             own = [next(after) for p in delta.numbers() if p.requires_grad]
-            masks = delta.masks()
-            dead = bool(masks) and not any(bool(mask.any()) for mask in masks.values())
-            if own and not dead and not any(bool((a != b).any()) for a, b in own):
+            if own and not delta.silent and not any(bool((a != b).any()) for a, b in own):
                 still.append(name)
         bank = list(after)
         if bank and not any(bool((a != b).any()) for a, b in bank):

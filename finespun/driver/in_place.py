@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from finespun.errors import StateError
 from finespun.hosts import Host, board_of, hosts_of, merge, unmerge
 from finespun.hosts.board import Patch
-from finespun.kernels.entries import Entries, entries_gradient, exchange_entries
+from finespun.kernels.entries import Entries, entries_gradient, write_entries
 
 
 @contextmanager
@@ -76,7 +76,7 @@ class _Inside:
             raise StateError(f"{self.host.name!r}: its entries changed while trained in place")
         before = kept.values.to(torch.promote_types(kept.values.dtype, torch.float32))
         after = before.add(values.to(before.dtype), alpha=self.strength)
-        exchange_entries(self.host.read(self.host.stored()), index, after)
+        write_entries(self.host.read(self.host.stored()), index, after)
 
     def learn(self, x: Tensor) -> Tensor:
         """Zero, (..., out), whose backward hands the entries their gradient."""

@@ -14,7 +14,8 @@ from finespun.files.fitting import check_fit, register_saved, settle
 from finespun.files.lineage import Lineage, Parent, lineage_of
 from finespun.files.lora_folder import lora_config, write_lora
 from finespun.files.native import Saved, save, write
-from finespun.files.reading import read_adapter, read_for
+from finespun.files.peft_told import Told, tell
+from finespun.files.reading import offering_lenience, read_adapter, read_for
 
 __all__ = [
     "Exported",
@@ -23,6 +24,7 @@ __all__ = [
     "Lineage",
     "Parent",
     "Saved",
+    "Told",
     "check_base",
     "check_fit",
     "check_writable",
@@ -32,6 +34,7 @@ __all__ = [
     "lineage_of",
     "load_checkpoint",
     "lora_config",
+    "offering_lenience",
     "random_state",
     "read_adapter",
     "read_for",
@@ -41,6 +44,7 @@ __all__ = [
     "set_random_state",
     "settle",
     "settled",
+    "tell",
     "whole_folder",
     "write",
     "write_file",

@@ -42,6 +42,12 @@ class _Bound(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.where, self.most = where, most
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would load the whole compiler, a second's work, to leave this uncompiled; nothing
+        is compiled here."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

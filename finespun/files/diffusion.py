@@ -56,6 +56,7 @@ NOT_READ = {
     "oft_diag": "OFT",
     "on_input": "IA3",
 }
+CONFIGURED = ("lora", "dora")  # kinds whose scale the metadata may tell
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LEAF = re.compile(
     rf"(.+?)\.({'|'.join(map(re.escape, sorted({**LEAVES, **NOT_READ}, key=len, reverse=True)))})"
@@ -76,11 +77,12 @@ class Piece(NamedTuple):
     kernel: tuple[int, ...] = ()
 
 
-def read_diffusion(path: str | Path) -> Unplaced:
+def read_diffusion(path: str | Path, strict: bool = True) -> Unplaced:
     """The adapter in one safetensors file of diffusers or kohya, named after the file or, where
     that has diffusers' usual name, its folder.
 
-    Raises FileError naming the key that is unknown, missing or ill-shaped.
+    With `strict` off, unknown keys of diffusers' metadata become notes. Raises FileError naming the
+    key that is unknown, missing or ill-shaped.
     """
     path = Path(path)
     if path.suffix in PICKLED:
@@ -100,6 +102,8 @@ def read_diffusion(path: str | Path) -> Unplaced:
         pieces = {name: _piece(name, own) for name, own in found.items()}
         structure, tensors, choices = _structure(pieces)
         told = parse_json(held.metadata.get(METADATA, "{}").encode(), METADATA)
+        parts = sorted({where[n][0] for n, p in pieces.items() if p.kind in CONFIGURED})
+        notes = [note for part in parts for note in _checked(_config(told, part), strict)]
         for name, piece in pieces.items():
             choices[name]["scale"] = _scale(piece, alphas[name], told, *where[name])
         shapes = [
@@ -119,6 +123,7 @@ def read_diffusion(path: str | Path) -> Unplaced:
         base,
         lineage,
         held.sha256,
+        tuple(dict.fromkeys(notes)),
         style="kohya" if any(kohya.values()) else "diffusers",
         where=where,
         kernels={n: p.kernel for n, p in pieces.items() if len(p.kernel) > 1},
@@ -168,15 +173,26 @@ def _alpha(name: str, tensor: Tensor | None) -> float | None:
     return float(tensor)
 
 
+def _config(told: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """What diffusers' metadata says of one part of the model; it may know of no parts."""
+    own = {k.removeprefix(f"{part}."): v for k, v in told.items() if k.startswith(f"{part}.")}
+    return own if part else told
+
+
+def _checked(config: Mapping[str, Any], strict: bool) -> list[str]:
+    notes: list[str] = []
+    if config:
+        check_config({"peft_type": "LORA", **config}, strict, notes)
+    return notes
+
+
 def _scale(
     piece: Piece, alpha: float | None, told: Mapping[str, Any], part: str, path: str
 ) -> float:
     """alpha / r; what diffusers' metadata says of this part of the model goes before."""
-    own = {k.removeprefix(f"{part}."): v for k, v in told.items() if k.startswith(f"{part}.")}
-    config = own if part else told
-    if not config or piece.kind not in ("lora", "dora"):
+    config = _config(told, part)
+    if not config or piece.kind not in CONFIGURED:
         return 1.0 if alpha is None or not piece.scaled else alpha / piece.rank
-    check_config({"peft_type": "LORA", **config}, True, [])
     pair = Pair("linear", piece.tensors["A"], piece.tensors["B"])
     return float(settle_pair(path, pair, config, [])[1]["scale"])
 
@@ -206,7 +222,7 @@ def _lora(own: Mapping[str, Tensor]) -> Piece:
     down, up = own["down"], _flat(own["up"])
     A, kernel = down.flatten(1), tuple(down.shape[1:])
     if "mid" in own:
-        A, kernel = _through(own["mid"], _flat(down))
+        A, kernel = through(own["mid"], _flat(down))
     _agree(A.dim() == up.dim() == 2 and A.shape[0] == up.shape[1])
     tensors = {"A": A, "B": up}
     if "m" in own:
@@ -223,7 +239,7 @@ def _loha(own: Mapping[str, Tensor]) -> Piece:
     for side in "12":
         B, A = own[f"w{side}_a"], own[f"w{side}_b"]
         if f"t{side}" in own:
-            B, (A, kernel) = B.mT, _through(own[f"t{side}"], A)
+            B, (A, kernel) = B.mT, through(own[f"t{side}"], A)
         _agree(A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1])
         tensors |= {f"A{side}": A, f"B{side}": B}
     A, B = tensors["A1"], tensors["B1"]
@@ -242,7 +258,7 @@ def _lokr(own: Mapping[str, Tensor]) -> Piece:
     else:
         Q_b, Q_a = own["w2_a"], own["w2_b"]
         if "t2" in own:
-            Q_b, (Q_a, kernel) = Q_b.mT, _through(own["t2"], Q_a)
+            Q_b, (Q_a, kernel) = Q_b.mT, through(own["t2"], Q_a)
         _agree(Q_a.dim() == Q_b.dim() == 2 and Q_a.shape[0] == Q_b.shape[1])
         tensors |= {"Q_b": Q_b, "Q_a": Q_a}
         rows, columns = len(Q_b), Q_a.shape[1]
@@ -261,7 +277,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.flatten(1)
 
 
-def _through(core: Tensor, A: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def through(core: Tensor, A: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """(r, in·k) of a core (r, q, k, ...) and A (q, in), and the kernel (in, k, ...)."""
     whole = torch.einsum("iq...,qj->ij...", core, A)
     return whole.flatten(1), tuple(whole.shape[1:])

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from finespun.errors import FileError, InputError, StateError, nearest
+from finespun.errors import FileError, InputError, StateError, StrictError, nearest
 from finespun.files.atomic import located, settled, whole_folder, write_file
 from finespun.files.card import CARD, model_card
 from finespun.files.fingerprint import Fingerprint, fingerprint
@@ -112,7 +112,7 @@ def read(folder: str | Path, strict: bool = True) -> Saved:
     if held.sha256 != content["sha256"]:
         told = f"{TENSORS} is not the file that {CONFIG} was written with"
         if strict:
-            raise FileError(f"{place}: {told}; strict=False reads it all the same")
+            raise StrictError(f"{place}: {told}")
         notes.append(told)
     with blame(path):
         entry = Entry(
@@ -120,7 +120,7 @@ def read(folder: str | Path, strict: bool = True) -> Saved:
             structure=_structure(content["structure"], strict, notes),
             plan=plan_from_json(content["plan"], strict, notes),
             trained=tuple(_text(t, "trained") for t in _list(content["trained"], "trained")),
-            scale=_number(content["strength"], "strength"),
+            scale=finite_number(content["strength"], "strength"),
             flat=FlatState.pack(held.tensors),
         )
         if not entry.plan.sites and not entry.trained:
@@ -185,9 +185,12 @@ def _structure(content: Any, strict: bool, notes: list[str]) -> Structure:
     _only(content, ("kind", "options"), "structure", strict, notes)
     kind = _text(content["kind"], "structure.kind")
     options = _object(content["options"], "structure.options")
-    if not strict and kind in STRUCTURES:
+    if kind in STRUCTURES:
         known = {f.name for f in dataclasses.fields(STRUCTURES[kind])}
         extra = sorted(options.keys() - known)
+        if extra and strict:
+            told = f"{kind} has no option {extra[0]!r}; {nearest(extra[0], known)}"
+            raise StrictError(f"structure.options: {told}")
         notes += [f"{CONFIG}: option {e!r} of {kind!r} is unknown and left out" for e in extra]
         options = {k: v for k, v in options.items() if k in known}
     return structure(kind, **options)
@@ -195,7 +198,7 @@ def _structure(content: Any, strict: bool, notes: list[str]) -> Structure:
 
 def check_scale(name: str, scale: Any) -> None:
     """Raise FileError unless the scale that a plan gave a site's update is one that float32 has."""
-    if abs(_number(scale, f"the scale of {name!r}")) > LARGEST:
+    if abs(finite_number(scale, f"the scale of {name!r}")) > LARGEST:
         raise FileError(f"the scale of {name!r} is {scale}, larger than any number in float32")
 
 
@@ -209,7 +212,7 @@ def _only(
     for key in content.keys() - set(known):
         told = f"{where}: {key!r} is unknown; {nearest(key, known)}"
         if strict:
-            raise FileError(f"{told}; strict=False leaves it out")
+            raise StrictError(told)
         notes.append(told)
 
 
@@ -218,6 +221,8 @@ def blame(path: Path) -> Iterator[None]:
     """Name the file in errors about its content."""
     try:
         yield
+    except StrictError as error:
+        raise StrictError(f"{path}: {error}") from error
     except (FileError, InputError) as error:
         raise FileError(f"{path}: {error}") from error
     except DAMAGED as error:
@@ -239,7 +244,9 @@ def _text(value: Any, where: str) -> str:
     return _typed(value, where, "text", lambda v: isinstance(v, str) and 0 < len(v) <= 1024)
 
 
-def _number(value: Any, where: str) -> float:
+def finite_number(value: Any, where: str) -> float:
+    """Raise FileError unless the value is a finite number."""
+
     def fits(v: Any) -> bool:
         return type(v) in (int, float) and abs(v) <= sys.float_info.max
 

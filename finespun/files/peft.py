@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from finespun.errors import FileError, nearest
+from finespun.errors import FileError, StrictError, nearest
 from finespun.files.atomic import settled
 from finespun.files.fingerprint import Fingerprint
 from finespun.files.lineage import Lineage
-from finespun.files.native import Saved, blame, named_after
+from finespun.files.native import Saved, blame, finite_number, named_after
 from finespun.files.patterns import check_pattern
 from finespun.files.peft_keys import Pair, Parts, sort
 from finespun.files.safe import TensorFile, read_json, read_tensors
@@ -127,8 +127,8 @@ def _structure(config: Mapping[str, Any]) -> Structure:
         return structure("tokens", tokens=_indices(config.get("token_indices"), "token_indices"))
     told = LoRA(
         rank=config.get("r", 8),
-        alpha=float(config.get("lora_alpha", 8)),
-        dropout=float(config.get("lora_dropout", 0.0)),
+        alpha=finite_number(config.get("lora_alpha", 8), "lora_alpha"),
+        dropout=finite_number(config.get("lora_dropout", 0.0), "lora_dropout"),
         rslora=bool(config.get("use_rslora", False)),
     )
     if not config.get("use_dora"):
@@ -142,10 +142,7 @@ def check_config(config: Mapping[str, Any], strict: bool, notes: list[str]) -> N
     becomes a note."""
     kind = config.get("peft_type")
     if kind not in ("LORA", "TRAINABLE_TOKENS"):
-        raise FileError(
-            f"peft_type is {kind!r}; without its model only 'LORA' and 'TRAINABLE_TOKENS' are "
-            "read, more with it, by load(model, folder)"
-        )
+        raise FileError(f"peft_type is {str(kind)[:60]!r}, not 'LORA' or 'TRAINABLE_TOKENS'")
     refused = [k for k in REFUSED if config.get(k)]
     if config.get("bias", "none") not in BIASES:
         refused.append("bias")
@@ -165,7 +162,7 @@ def check_config(config: Mapping[str, Any], strict: bool, notes: list[str]) -> N
         if value and key not in known:
             told = f"{key}={str(value)[:60]} is unknown; {nearest(key, known)}"
             if strict:
-                raise FileError(f"{told}; strict=False passes over it")
+                raise StrictError(told)
             notes.append(told)
 
 
@@ -245,7 +242,7 @@ def _dotted(parts: Parts, config: Mapping[str, Any]) -> bool:
 
     def told(dotted: bool) -> bool:
         pairs = parts.pairs.items()
-        return all(p.A is None or len(p.A) in _meant(config, n, dotted)[0] for n, p in pairs)
+        return all(p.A is None or len(p.A) in meant(config, n, dotted)[0] for n, p in pairs)
 
     return not told(False) and told(True)
 
@@ -262,24 +259,25 @@ def settle_pair(
     if A is None or B is None:
         raise FileError(f"{path!r} lacks a factor")
     rank = A.shape[0]
-    meant, alphas = _meant(config, path, dotted)
-    if B.shape[1] != rank or rank not in meant:
+    ranks, alphas = meant(config, path, dotted)
+    if B.shape[1] != rank or rank not in ranks:
         raise FileError(
             f"{path!r}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, while the "
-            f"config gives it rank {meant[0]}"
+            f"config gives it rank {ranks[0]}"
         )
     if pair.m is not None and len(pair.m) != len(B):
         raise FileError(f"{path!r}: {len(pair.m)} magnitudes for {len(B)} outputs")
     if len(set(alphas)) > 1:
         notes.append(f"alpha_pattern gives {path!r} {alphas}: {alphas[0]} is taken, as in PEFT")
-    if not math.isfinite(alpha := float(alphas[0])):
-        raise FileError(f"{path!r}: alpha is {alpha}")
+    alpha = finite_number(alphas[0], f"{path!r}: alpha")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     site = SiteShape(path, B.shape[0], A.shape[1], pair.kind)
     return site, {"rank": rank, "scale": scale}
 
 
-def _meant(config: Mapping[str, Any], path: str, dotted: bool) -> tuple[list[Any], list[Any]]:
+def meant(
+    config: Mapping[str, Any], path: str, dotted: bool = False
+) -> tuple[list[Any], list[Any]]:
     """The ranks and the alphas that the config may mean at a path. Of PEFT 0.13's patterns the
     first that matches, of either kind, decides both."""
     told = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}

@@ -1,33 +1,37 @@
 """Recognise what lies in a folder, and read it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
 
-from finespun.errors import FileError
+from finespun.errors import FileError, StrictError
 from finespun.files import diffusion, native, peft
 from finespun.files.atomic import settled
 from finespun.files.diffusion_names import Unplaced, layers_of, place_on
 from finespun.files.native import Saved
-from finespun.files.peft_methods import read_method
+from finespun.files.peft_methods import Layers, read_method
 
 
-def read_adapter(folder: str | Path, strict: bool = True) -> Saved:
+def read_adapter(
+    folder: str | Path, strict: bool = True, layers: nn.Module | Layers | None = None
+) -> Saved:
     """The adapter in a folder of Finespun's, PEFT's or diffusers', or in a single file of
     diffusers' or kohya's, whose names `read_for` then finds in a model.
 
-    Where several lie in one folder, the first of these is read. Raises FileError where there is
-    none.
+    PEFT's methods other than LoRA are read with `layers`, those of the model. Where several lie in
+    one folder, the first of these is read. Raises FileError where there is none.
     """
     place = settled(folder)
     if place.is_file():
-        return diffusion.read_diffusion(place)
+        return diffusion.read_diffusion(place, strict)
     if (place / native.CONFIG).is_file():
         return native.read(place, strict)
     if (place / peft.CONFIG).is_file():
-        return peft.read_peft(place, strict)
+        return read_method(place, layers, strict) or peft.read_peft(place, strict)
     if (place / diffusion.WEIGHTS).is_file():
-        return diffusion.read_diffusion(place / diffusion.WEIGHTS)
+        return diffusion.read_diffusion(place / diffusion.WEIGHTS, strict)
     if not place.is_dir():
         raise FileError(f"{place} is no folder and no file")
     names = native.CONFIG, peft.CONFIG, diffusion.WEIGHTS
@@ -36,6 +40,17 @@ def read_adapter(folder: str | Path, strict: bool = True) -> Saved:
     if single := sorted(p.name for p in place.glob("*.safetensors")):
         hint += f"; for an adapter in one file name the file, such as {place / single[0]}"
     raise FileError(f"{place} holds neither {names[0]} nor {names[1]}{hint}")
+
+
+@contextmanager
+def offering_lenience(strict: bool) -> Iterator[None]:
+    """Where a caller may say strict=False, and it would help, a note on the error tells so."""
+    try:
+        yield
+    except StrictError as error:
+        if strict:
+            error.add_note("strict=False passes over it")
+        raise
 
 
 def read_for(
@@ -47,6 +62,7 @@ def read_for(
     Raises TargetError naming what the model lacks and the nearest there is, PlanError for another
     size, InputError where `part` is missing or not in the file.
     """
-    saved = read_method(folder, model, strict) or read_adapter(folder, strict)
+    with offering_lenience(strict):
+        saved = read_adapter(folder, strict, model)
     layers = layers_of(model) if isinstance(saved, Unplaced) else {}
     return place_on(saved, layers, part)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from finespun.errors import StateError
 from finespun.hosts.board import Board, Kept, Patch, Rows
-from finespun.kernels.entries import exchange_entries
+from finespun.kernels.entries import entries_of, write_entries
 from finespun.structures import Coupling, Delta, SiteShape
 from finespun.structures.delta import Factors
 
@@ -101,15 +101,21 @@ class Host:
         return stored[1]
 
     def exchange(self, kept: Kept) -> Kept:
-        """Put back what was kept: the very tensors, or single entries of the weight. Returns what
-        stood there, to be put back in turn."""
+        """`put_back`; returns what stood there, to be put back in turn."""
         stored = self.stored()
+        found: Kept = stored
         if isinstance(kept, Patch):
             W = self.read(stored)
-            before = exchange_entries(W, kept.index, kept.values)
-            return Patch(kept.index, before, kept.values.to(W.dtype))
-        self.restore(kept)
-        return stored
+            found = Patch(kept.index, entries_of(W, kept.index), kept.values.to(W.dtype))
+        self.put_back(kept)
+        return found
+
+    def put_back(self, kept: Kept) -> None:
+        """Put back what was kept: the very tensors, or single entries of the weight."""
+        if isinstance(kept, Patch):
+            write_entries(self.read(self.stored()), kept.index, kept.values)
+        else:
+            self.restore(kept)
 
     def let_edit(self) -> None:
         """From now on the entries that a merge wrote may be changed."""
@@ -132,7 +138,7 @@ class Host:
         """W0 (out, in), whatever is merged."""
         W, kept = self.read(self._original()), self._kept()
         if isinstance(kept, Patch):
-            exchange_entries(W := W.clone(), kept.index, kept.values)
+            write_entries(W := W.clone(), kept.index, kept.values)
         return W
 
     def bias(self) -> Tensor | None:

@@ -14,7 +14,7 @@ from finespun.hosts.board import Board, Kept, Patch, alone, board_of
 from finespun.hosts.host import Host, Stored
 from finespun.hosts.mirror import Mirror
 from finespun.hosts.parts import PartHost
-from finespun.kernels.entries import entries_of, exchange_entries
+from finespun.kernels.entries import entries_of, write_entries
 from finespun.structures import Delta
 
 Undo = Literal["memory", "entries", "none"]
@@ -49,15 +49,14 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
     try:
         with torch.no_grad():
             for name, host in hosts.items():
-                patch = _patch(host, strengths)
-                if patch is not None and undo == "entries":
-                    kept[name] = host.exchange(patch)
-                    continue
                 kept[name] = stored = host.stored()
-                _fold(host, stored, strengths, undo == "none", patch)
+                before, after = _patches(host, stored, strengths) or (None, None)
+                if before is not None and undo == "entries":
+                    kept[name] = before
+                _fold(host, stored, strengths, undo != "memory", after)
     except BaseException as error:
         if undo != "none":
-            _restore(hosts, kept)
+            _put_back(hosts, kept)
             raise
         board.merged = dict(weights)
         raise StateError(
@@ -109,12 +108,18 @@ def _base_alone(model: nn.Module, board: Board) -> Iterator[None]:
     try:
         yield
     finally:
-        _restore(hosts, merged)
+        _put_back(hosts, merged)
         board.active, board.rows, board.merged, board.kept = before
 
 
-def _restore(hosts: dict[str, Host], kept: dict[str, Kept]) -> dict[str, Kept]:
-    """Last first; the answer takes it back in turn."""
+def _put_back(hosts: dict[str, Host], kept: dict[str, Kept]) -> None:
+    """Last first."""
+    for name, held in reversed(kept.items()):
+        hosts[name].put_back(held)
+
+
+def _exchange(hosts: dict[str, Host], kept: dict[str, Kept]) -> dict[str, Kept]:
+    """Likewise; the answer takes it back in turn."""
     return {name: hosts[name].exchange(held) for name, held in reversed(kept.items())}
 
 
@@ -124,12 +129,12 @@ def _tensors(kept: Kept) -> tuple[Tensor | None, ...]:
 
 def _take_out(hosts: dict[str, Host], kept: dict[str, Kept]) -> dict[str, Kept]:
     """Restore the weights, unless entries that the merge wrote are others now."""
-    found = _restore(hosts, kept)
+    found = _exchange(hosts, kept)
     for name, held in kept.items():
         now, wanted = found[name], held.written if isinstance(held, Patch) else None
         if wanted is None or not isinstance(now, Patch) or _alike(now.values, wanted):
             continue
-        _restore(hosts, found)
+        _put_back(hosts, found)
         raise StateError(
             f"the weight of {name!r} was edited while {', '.join(hosts[name].board.merged)} is "
             "merged into it: taking the update out would lose half of that edit. Undo the edit, or "
@@ -185,9 +190,9 @@ def _entries(delta: Delta) -> tuple[Tensor, Tensor] | None:
     return None if delta.adjusted or "map_bias" in delta.written else delta.sparse()
 
 
-def _patch(host: Host, strengths: dict[str, float]) -> Patch | None:
-    """The entries that the updates move, with their new values in float32 at least; None where one
-    of the updates is dense."""
+def _patches(host: Host, stored: Stored, strengths: dict[str, float]) -> tuple[Patch, Patch] | None:
+    """The entries that the updates move: as they stand, and with their new values, added up in
+    float32 at least and rounded once; None where one of the updates is dense."""
     held = host.held()
     here = [(held[n], c) for n, c in strengths.items() if n in held]
     found = [(_entries(d), c) for d, c in here]
@@ -195,12 +200,16 @@ def _patch(host: Host, strengths: dict[str, float]) -> Patch | None:
     if len(moves) < len(here):
         return None
     index = moves[0][0] if len(moves) == 1 else torch.cat([at for at, _, _ in moves]).unique()
-    W = host.read(host.stored())
-    values = entries_of(W, index).to(torch.promote_types(W.dtype, torch.float32))
+    before = entries_of(host.read(stored), index)
+    values = before.to(torch.promote_types(before.dtype, torch.float32))
     for at, move, c in moves:
-        where = slice(None) if at is index else torch.searchsorted(index, at)
-        values[where] += c * move.to(values.dtype)
-    return Patch(index, values)
+        move = move.to(values.dtype)
+        if at is index:
+            values = values.add(move, alpha=c)
+        else:
+            values = values.index_add(0, torch.searchsorted(index, at), move, alpha=c)
+    after = values.to(before.dtype)
+    return Patch(index, before, after), Patch(index, after)
 
 
 def _fold(
@@ -222,7 +231,7 @@ def _fold(
     plain = in_place and host.writable
     if patch is not None:
         W = weight if plain else weight.clone()
-        exchange_entries(W, patch.index, patch.values)
+        write_entries(W, patch.index, patch.values)
         if not plain:
             host.write(W)
         return

@@ -137,11 +137,14 @@ def kron_apply(P: Tensor, Q: Tensor, x: Tensor, order: Order | None = None) -> T
     return out.reshape(*x.shape[:-1], a * b)
 
 
-def kron_macs(S: int, a: int, b: int, i: int, j: int, order: Order) -> int:
-    """Multiply-adds a token of `kron_apply`: S·a·j·(i + b) first, S·i·b·(j + a) second.
+def kron_macs(S: int, a: int, b: int, i: int, j: int, order: Order | None = None) -> int:
+    """Multiply-adds a token of `kron_apply`: S·a·j·(i + b) first, S·i·b·(j + a) second; without an
+    order the fewer.
 
     Raises InputError on an unknown order.
     """
+    if order is None:
+        return min(S * a * j * (i + b), S * i * b * (j + a))
     if order == "first":
         return S * a * j * (i + b)
     if order == "second":
@@ -160,6 +163,5 @@ def cheapest_path(S: int, a: int, b: int, i: int, j: int, tokens: int) -> Path:
     formed: (S + tokens)·a·b·i·j; factorised: tokens·min(`kron_macs` of both orders), also on a tie.
     """
     formed = form_macs(S, a, b, i, j) + tokens * a * b * i * j
-    orders: tuple[Order, Order] = ("first", "second")
-    factorised = tokens * min(kron_macs(S, a, b, i, j, order) for order in orders)
+    factorised = tokens * kron_macs(S, a, b, i, j)
     return "formed" if formed < factorised else "factorised"

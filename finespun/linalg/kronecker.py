@@ -4,7 +4,7 @@ Sources: LSR-Adapt, arXiv 2502.13568; Van Loan and Pitsianis (1993); Beylkin and
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -129,6 +129,29 @@ def choose_factors(
     padded = [shape for r1, r2 in splits for shape in _padded(r1, r2, n, exact.numbers)]
     best = min(padded, key=preference, default=exact)
     return best if best.numbers < exact.numbers else exact
+
+
+def choose_sides(
+    r: int, n_in: int, n_out: int, splits: Iterable[tuple[int, ...]] = ()
+) -> tuple[list[int], list[int], list[int]]:
+    """(ranks, input sizes, output sizes) of the factors of A (r, n_in) and B (n_out, r) that share
+    one split of the rank and store the fewest numbers a term together.
+
+    `splits` are the splits to choose from, of two numbers or three; none given means all of two.
+    Raises InputError as `choose_factors` does.
+    """
+    found = []
+    for split in splits or [(d, r // d) for d in _divisors(r)]:
+        down, up = _sizes(r, n_in, split), _sizes(r, n_out, split)
+        numbers = sum(part * (p + q) for part, p, q in zip(split, down, up))
+        found.append((numbers, max(split), list(split), down, up))
+    return min(found)[2:]
+
+
+def _sizes(r: int, n: int, split: tuple[int, ...]) -> list[int]:
+    if len(split) == 3:
+        return list(choose_factors3(r, n, rank_split=(split[0], split[1], split[2])).sizes)
+    return list(choose_factors(r, n, rank_split=(split[0], split[1])).sizes)
 
 
 def _padded(r1: int, r2: int, n: int, limit: int) -> Iterator[KronShape]:

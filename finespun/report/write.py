@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from finespun.bench.run import SHEET
 from finespun.errors import FileError
 from finespun.files import settled, write_file
-from finespun.report.bench import bench_page
 from finespun.report.run import run_page
 from finespun.train.output import LOG
 
@@ -20,12 +18,17 @@ def report(folder: str | Path) -> Path:
     or a file of it cannot be read.
     """
     place = settled(folder)
-    if (place / LOG).is_file():
-        page = run_page(place)
-    elif (place / SHEET).is_file():
-        page = bench_page(place)
-    else:
-        why = "is no folder" if not place.is_dir() else "holds no run and no finished bench"
-        raise FileError(f"{str(place)!r} {why}: neither {LOG} nor {SHEET} is in it")
+    page = run_page(place) if (place / LOG).is_file() else _of_bench(place)
     write_file(place / PAGE, page)
     return Path(folder).expanduser() / PAGE
+
+
+def _of_bench(place: Path) -> str:
+    """The page of a bench, whose packages a run's page does without."""
+    from finespun.bench.run import SHEET
+    from finespun.report.bench import bench_page
+
+    if (place / SHEET).is_file():
+        return bench_page(place)
+    why = "is no folder" if not place.is_dir() else "holds no run and no finished bench"
+    raise FileError(f"{str(place)!r} {why}: neither {LOG} nor {SHEET} is in it")

@@ -36,6 +36,7 @@ from finespun.structures.structure import (
     Ranked,
     Scores,
     Structure,
+    Unmeasured,
     register,
     structure,
 )
@@ -91,6 +92,7 @@ __all__ = [
     "TiedLoRA",
     "Tokens",
     "UniLoRA",
+    "Unmeasured",
     "VBLoRA",
     "VeRA",
     "module_group",

@@ -295,6 +295,12 @@ class Delta(_Precise):
             if n.startswith(prefix) and b is not None
         }
 
+    @property
+    def silent(self) -> bool:
+        """Whether every number is switched off."""
+        masks = self.masks()
+        return bool(masks) and not any(bool(mask.any()) for mask in masks.values())
+
     def live(self, kind: str) -> list[Group]:
         """The groups of this kind that have not been switched off."""
         masks = self.masks()

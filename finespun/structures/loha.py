@@ -30,17 +30,12 @@ class LoHa(Ranked):
 
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "LoHaDelta":
         choice = plan.choices[site.shape.name]
-        cls = LoHaFactors if self.factored(site.shape) else LoHaDelta
+        cls = LoHaFactors if factored(choice["rank"], site.shape) else LoHaDelta
         delta = cls(site, choice["rank"], choice["scale"])
         for name in ("A1", "B1", "B2"):
             drawn = delta.get_parameter(name).data
             drawn.copy_(self.kaiming(site.shape.name, name, drawn.shape))
         return delta
-
-    def factored(self, shape: SiteShape) -> bool:
-        """Whether rank r² is cheaper than a dense product."""
-        out, inner = shape.out_features, shape.in_features
-        return self.rank**2 * (inner + out) < inner * out
 
     def numbers(self, shape: SiteShape) -> int:
         return 2 * self.rank * (shape.in_features + shape.out_features)
@@ -49,9 +44,15 @@ class LoHa(Ranked):
         """Forming the factors, or ΔW, once; then products of rank r², or dense."""
         factors = self.rank**2 * (shape.in_features + shape.out_features)
         size = shape.in_features * shape.out_features
-        if self.factored(shape):
+        if factored(self.rank, shape):
             return (1 + 2 * tokens) * factors
         return (4 * self.rank + 1 + 2 * tokens) * size
+
+
+def factored(rank: int, shape: SiteShape) -> bool:
+    """Whether rank r² is cheaper than a dense product."""
+    out, inner = shape.out_features, shape.in_features
+    return rank**2 * (inner + out) < inner * out
 
 
 class LoHaDelta(Delta):

@@ -27,7 +27,7 @@ class LoKr(Ranked):
     `factor` is u where it divides a side, else a bound on it; -1 splits near the square root,
     smaller part first: 24·32 for 768. Q is one full matrix where r is at least half its larger
     side; with `decompose_both` P = P_b·P_a likewise. P (or P_b) starts at zero, the others uniform
-    with variance 1/(3·columns). c = alpha / r even where nothing has rank r.
+    with variance 1/(3·columns). c = alpha / r even where nothing has rank r: r may be any.
     Source: arXiv 2309.14859.
     """
 
@@ -45,7 +45,7 @@ class LoKr(Ranked):
 
     def choose(self, site: Site) -> dict[str, Any]:
         u, v = self.split(site.shape)
-        return {**super().choose(site), "u": u, "v": v}
+        return {"rank": self.rank, "scale": self.scale, "u": u, "v": v}
 
     def split(self, shape: SiteShape) -> tuple[list[int], list[int]]:
         """(u_out, u_in) and (v_out, v_in)."""
@@ -54,14 +54,17 @@ class LoKr(Ranked):
 
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "LoKrDelta":
         choice = plan.choices[site.shape.name]
-        low = self.low(choice["v"])
-        cls = LoKrFactors if low else LoKrDelta
-        both = self.decompose_both and self.low(choice["u"])
-        delta = cls(site, choice, choice["rank"] if both else 0, choice["rank"] if low else 0)
+        P_rank, Q_rank = choice.get("ranks") or self.ranks(choice)
+        delta = (LoKrFactors if Q_rank else LoKrDelta)(site, choice, P_rank, Q_rank)
         for name, numbers in delta.named_parameters():
             if name not in ("P", "P_b"):
                 numbers.data.copy_(self.kaiming(site.shape.name, name, numbers.shape))
         return delta
+
+    def ranks(self, choice: Mapping[str, Any]) -> tuple[int, int]:
+        """Those of P and Q, 0 for one that is whole; files of others may tell their own."""
+        both = self.decompose_both and self.low(choice["u"])
+        return choice["rank"] * both, choice["rank"] * self.low(choice["v"])
 
     def low(self, sides: list[int]) -> bool:
         """Whether a matrix of these sides is written with rank r."""

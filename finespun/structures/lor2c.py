@@ -95,14 +95,21 @@ class LoR2C(Ranked):
         return 2 * tokens * rank * (shape.in_features + shape.out_features)
 
 
+def spectrum_score(delta: Delta) -> dict[str, float]:
+    """sfs = 1 − (σ_1 + .. + σ_⌊r/2⌋) / (σ_1 + .. + σ_r) of B·A: near ½ the spectrum is flat, at 0
+    half the ranks do nothing. Empty while B·A is zero."""
+    σ = delta.as_low_rank().singular_values()
+    total = float(σ.sum())
+    return {"sfs": 1.0 - float(σ[: len(σ) // 2].sum()) / total} if total > 0 and len(σ) > 1 else {}
+
+
 class InsideDelta(LoRADelta):
     """A (r/2, in) and B (out, r/2) in a layer of a block; asleep until the bypass turns into it."""
 
-    def diagnostics(self) -> dict[str, float]:
-        return spectrum_score(self)
+    diagnostics = spectrum_score
 
     def compact(self) -> tuple[Any, dict[str, Any]]:
-        if silent(self):
+        if self.silent:
             return End(self.site), {"rank": 0}
         small, choice = super().compact()
         own = type(self)(self.site, choice["rank"], choice["scale"])
@@ -128,11 +135,10 @@ class SharedLoR2CDelta(Bypass):
         A: Tensor = self.bank.A  # type: ignore[union-attr, assignment]
         return A, self.B
 
-    def diagnostics(self) -> dict[str, float]:
-        return spectrum_score(self)
+    diagnostics = spectrum_score
 
     def compact(self) -> tuple[Delta, dict[str, Any]]:
-        return (End(self.site), {"rank": 0}) if silent(self) else (self, {})
+        return (End(self.site), {"rank": 0}) if self.silent else (self, {})
 
 
 class End(Bypass):
@@ -141,17 +147,3 @@ class End(Bypass):
     def low_rank(self) -> Factors:
         A = torch.zeros(0, self.site.shape.in_features, device=self.site.device)
         return A, A.new_zeros(self.site.shape.out_features, 0)
-
-
-def spectrum_score(delta: Delta) -> dict[str, float]:
-    """sfs = 1 − (σ_1 + .. + σ_⌊r/2⌋) / (σ_1 + .. + σ_r) of B·A: near ½ the spectrum is flat, at 0
-    half the ranks do nothing. Empty while B·A is zero."""
-    σ = delta.as_low_rank().singular_values()
-    total = float(σ.sum())
-    return {"sfs": 1.0 - float(σ[: len(σ) // 2].sum()) / total} if total > 0 and len(σ) > 1 else {}
-
-
-def silent(delta: Delta) -> bool:
-    """Whether every number of the update is switched off."""
-    masks = delta.masks()
-    return bool(masks) and not any(bool(mask.any()) for mask in masks.values())

@@ -16,7 +16,8 @@ from finespun.structures.lines import ColumnsDelta, LinesDelta, RowsDelta
 from finespun.structures.site import Coupling, Site, SiteShape
 from finespun.structures.structure import Plan, Scores, Structure, must_be_one_of, register
 
-SELECT = ("random", "weight", "score", "product")
+SELECT = ("random", "weight", "activation", "product", "gradient")
+SCORES = {"activation": "activations", "product": "activations", "gradient": "gradients"}
 
 
 @register
@@ -34,16 +35,16 @@ class S2FT(Structure):
     (where values or keys are adapted, those that share them count as one), at least one in each
     block; with `per_layer=False` they are drawn from all blocks together, as in the paper, and some
     layers may get none. `select`: "random" by seed; "weight" by ‖W0‖ of a unit in the layers
-    adapted; "score" by the scores given to `adapt`, of a layer's entries (gradients) or features
-    (mean absolute activations); "product" by weight times score. `largest=False` takes the smallest
-    instead.
+    adapted; "activation" by its mean absolute value, "product" by weight times activation and
+    "gradient" by ‖∂L/∂W0‖ of the unit, as scores given to `adapt` tell (recipes measure them).
+    `largest=False` takes the smallest instead.
     `outputs` names layers that are trained by rows though their names do not tell; other unknown
     layers are trained by columns. Source: arXiv 2412.06289.
     """
 
     channels: float = 0.02
     heads: float = 0.052
-    select: Literal["random", "weight", "score", "product"] = "random"
+    select: Literal["random", "weight", "activation", "product", "gradient"] = "random"
     largest: bool = True
     per_layer: bool = True
     outputs: tuple[str, ...] = ()
@@ -58,6 +59,10 @@ class S2FT(Structure):
                 raise InputError(f"{name}={share} must lie in (0, 1]; try 0.02")
         must_be_one_of("select", self.select, SELECT)
 
+    @property
+    def wants_scores(self) -> str | None:
+        return SCORES.get(self.select)
+
     def alone(self, shape: SiteShape) -> Coupling:
         """A layer that shares nothing: its inputs are chosen, its outputs where named so."""
         if any(f".{shape.name}".endswith(f".{name}") for name in self.outputs):
@@ -70,18 +75,20 @@ class S2FT(Structure):
         return alone if known is None or alone.side == "out" != known.side else known
 
     def plan(self, sites: Sequence[Site], scores: Scores | None = None) -> Plan:
-        if self.select in ("score", "product") and scores is None:
+        if self.wants_scores and scores is None:
+            measure = {"activations": "mean_activations", "gradients": "estimate_gradients"}
             raise PlanError(
-                f"select={self.select!r} needs scores: pass adapt(..., scores={{layer: tensor}}), "
-                "or select='weight'"
+                f"select={self.select!r} needs scores: pass adapt(..., scores=...), made by "
+                f"driver.{measure[self.wants_scores]}, or select='weight'"
             )
+        known: Scores = {} if scores is None else scores
         blocks, chosen = units.blocks_of(sites, self.coupling), dict[str, list[int]]()
         for kind, share in (("heads", self.heads), ("channels", self.channels)):
             own = {n: b for n, b in blocks.items() if b[0][1].kind == kind}
             for pool in [{n: b} for n, b in own.items()] if self.per_layer else [own]:
                 if pool:
                     where = next(iter(pool)) if self.per_layer else kind
-                    chosen |= units.split(self._draw(pool, where, share, scores or {}), pool)
+                    chosen |= units.split(self._draw(pool, where, share, known), pool)
         choices = {
             site.shape.name: {"side": c.side, "of": c.units, "units": chosen[block]}
             for block, members in blocks.items()
@@ -99,9 +106,9 @@ class S2FT(Structure):
         if self.select == "random":
             return streams.choice(streams.key(self.seed, where, "s2ft"), size, count)
         measures: list[Callable[[Site], Tensor]] = []
-        if self.select != "score":
+        if self.select in ("weight", "product"):
             measures.append(lambda site: site.weight())
-        if self.select != "weight":
+        if self.wants_scores:
             measures.append(lambda site: units.given(scores, site))
         values = torch.cat([units.importance(members, measures) for members in pool.values()])
         return values.argsort(descending=self.largest, stable=True)[:count]

@@ -1,21 +1,28 @@
 """A structure is a choice of how ΔW is written: hyper-parameters, a plan, and a Delta per site."""
 
 import dataclasses
-import functools
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from finespun.errors import InputError, PlanError, nearest
+from finespun.method import Method, registering
 from finespun.structures.delta import Bank, Delta, Factors
 from finespun.structures.site import Site, SiteShape
 
 Scores = Mapping[str, float | Tensor]
+
+
+class Unmeasured(dict[str, float | Tensor]):
+    """Scores that nobody measured: enough to count numbers by, not to train with."""
+
+    def get(self, name: str, default: Any = None) -> Tensor:
+        return torch.empty(0, device="meta")
 
 
 class Choices(dict[str, Mapping[str, Any]]):
@@ -60,21 +67,17 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Structure:
+class Structure(Method):
     """Hyper-parameters of one way to write ΔW; subclass it beside a Delta.
 
-    `kind` names it in recipes and files; `site_kind` is "linear", or "block" for a bypass.
-
-    `dropout` acts on the input of the update while training; `seed` fixes every random draw.
+    `site_kind` is "linear", or "block" for a bypass. `dropout` acts on the input of the update
+    while training; `seed` fixes every random draw.
     """
 
     dropout: float = 0.0
     seed: int = 0
 
-    kind: ClassVar[str] = ""
     site_kind: ClassVar[str] = "linear"
-    source: ClassVar[str] = ""
-    aliases: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
@@ -91,6 +94,12 @@ class Structure:
     def wants_gradient(self) -> bool:
         """Whether training must begin with `Delta.start_from` at every site."""
         return False
+
+    @property
+    def wants_scores(self) -> str | None:
+        """What must be measured at every site of the base and given to `plan` as scores:
+        "activations" or "gradients"; None for nothing."""
+        return None
 
     def plan(self, sites: Sequence[Site], scores: Scores | None = None) -> Plan:
         """Decide for all sites at once; `scores` (site name -> importance of the site, or of its
@@ -139,34 +148,7 @@ class Structure:
         over `tokens` rows, work that is done once per step included."""
         raise NotImplementedError(f"{type(self).__name__} must count its operations")
 
-    # --- reading and writing ---------------------------------------------------------------------
-    def options(self) -> dict[str, Any]:
-        """The hyper-parameters as JSON values; `structure(kind, **options)` restores them."""
-        return {
-            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v
-            for f in dataclasses.fields(self)
-        }
-
-    @classmethod
-    def from_options(cls, **options: Any) -> Self:
-        """Build from JSON values, PEFT's names included. Raises InputError for an unknown name."""
-        renamed = {cls.aliases.get(k, k): v for k, v in options.items()}
-        cls.check_options(renamed)
-        values: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in renamed.items()
-        }
-        return cls(**values)
-
-    @classmethod
-    def check_options(cls, names: Iterable[str]) -> None:
-        """Raise InputError for the name of an option that this structure does not have."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in names:
-            if name not in known:
-                other = cls.aliases.get(name)
-                hint = f"it is called {other!r} here" if other else nearest(name, known)
-                raise InputError(f"{cls.kind} has no option {name!r}; {hint}")
-
+    # --- random draws ----------------------------------------------------------------------------
     def generator(self, site: str, purpose: str) -> torch.Generator:
         """A CPU generator for numbers that will be saved, fixed by (seed, site, purpose)."""
         digest = hashlib.blake2b(f"{self.seed}\0{site}\0{purpose}".encode(), digest_size=8)
@@ -257,26 +239,7 @@ def must_divide(
 
 
 STRUCTURES: dict[str, type[Structure]] = {}
-
-
-def register(cls: type[Structure]) -> type[Structure]:
-    """Class decorator: make a structure known by its `kind`, and its `__init__` name the nearest
-    option where it is given one that does not exist."""
-    if not cls.kind or cls.kind in STRUCTURES:
-        raise InputError(f"a structure needs a kind of its own, not {cls.kind!r}")
-    STRUCTURES[cls.kind], plain = cls, cls.__init__
-
-    @functools.wraps(plain)
-    def init(self: Structure, *values: Any, **options: Any) -> None:
-        fields = dataclasses.fields(cls)
-        if values and all(f.kw_only for f in fields):
-            names = ", ".join(f"{f.name}=..." for f in fields)
-            raise InputError(f"{cls.__name__} takes its options by name: {names}")
-        cls.check_options(options)
-        plain(self, *values, **options)
-
-    cls.__init__ = init  # type: ignore[method-assign]
-    return cls
+register = registering(STRUCTURES, "a structure")
 
 
 def structure(kind: str, **options: Any) -> Structure:

@@ -1,14 +1,13 @@
 """What a run would come to, before it is one: targets, counts, memory, operations and time.
 
-Nothing is trained and nothing is written: a few rows go forwards and backwards, no optimiser
-exists, and gradients are thrown away.
+Nothing is written and nothing is kept: a few rows go forwards and backwards, then a few batches are
+tried, optimiser step included, on a model and an adapter that are thrown away.
 """
 
 import dataclasses
-import statistics
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +21,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from finespun import hosts
 from finespun.recipe import Recipe
 from finespun.structures import SiteShape
+from finespun.train.lm_measure import groups
 from finespun.train.lm_text import AnswerTokens
-from finespun.train.loop import train_mode
+from finespun.train.loop import Loop, train_mode
 from finespun.train.progress import Reporter, as_json
 from finespun.train.run import Job, prepare, surroundings
-from finespun.train.text import Batches
+from finespun.train.text import Tokens, longest_first
 from finespun.train.trackers import check_installed
 
 SMALL = (2, 3, 4)  # rows of small batches
-TIMED = 8  # rows of the batch that is timed
+FEW = 8  # rows that stand for a batch too large to be tried
 WHOLE = 1 << 30  # bytes
+PATIENCE = 2.0  # seconds to try batches for, the first of them apart
+MOST = 8  # batches that are tried besides
 STATES = 3  # of every trained number: its gradient and two moments
+
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,9 @@ class Estimate:
     `adapter_bytes`: the file of tensors. `weights`: bytes of the model and the adapter's numbers;
     `optimiser`: of gradients and moments; `activations`: the most that the passes of a batch of the
     longest rows hold at a time. `flops` and `tokens` (padding included) are of one step, forwards
-    and backwards; `update_flops` of the updates in its forward passes. `seconds`: of all steps,
-    from one that was timed.
+    and backwards; `update_flops` of the updates in its forward passes. `seconds`: of all
+    optimiser steps, and of what is looked at before the first; `measuring`: of measuring on the
+    rows held out, once before and once after. Both come from batches that were tried.
     """
 
     targets: tuple[SiteShape, ...]
@@ -62,6 +67,7 @@ class Estimate:
     flops: int
     update_flops: int
     seconds: float
+    measuring: float
     device: str
 
     @property
@@ -76,25 +82,29 @@ class Estimate:
         return as_json({**values, "memory": self.memory})
 
 
-def estimate(recipe: Recipe, reporter: Reporter | None = None) -> Estimate:
-    """Look at a recipe without training. Raises what `run` would raise before its first step,
-    except for the output folder, which is not touched."""
+def estimate(
+    recipe: Recipe, reporter: Reporter | None = None, clock: Clock = time.perf_counter
+) -> Estimate:
+    """Look at a recipe without carrying it out; `clock` tells seconds. Raises what `run` would
+    raise up to its first step, except for the output folder, which is not touched."""
     check_installed(recipe.trackers)
     with surroundings(recipe):
         job = prepare(recipe, reporter)
+        started = clock()
+        loop = job.loop()
+        looked = clock() - started
         with train_mode(job.adapter):
-            return _estimate(job)
+            return _estimate(job, loop, clock, looked)
 
 
-def _estimate(job: Job) -> Estimate:
-    adapter, training = job.adapter, job.recipe.training
-    batches = Batches(job.text.tokenizer, job.train, training.batch_size, seed=training.seed)
-    lengths = job.train.lengths
-    sizes = [_size(job, [lengths[i] for i in rows]) for rows in batches.order(0)]
-    steps = -(-len(batches) // training.accumulate) * training.epochs
-    tokens = round(sum(sizes) * training.epochs / steps)
-    typical = Passes(job, _typical(batches, lengths))
+def _estimate(job: Job, loop: Loop, clock: Clock, looked: float) -> Estimate:
+    adapter, epochs = job.adapter, job.recipe.training.epochs
+    order = sorted(loop.batches.order(0), key=lambda rows: _size(job.train, rows))
+    tokens = round(sum(_size(job.train, rows) for rows in order) * epochs / loop.steps)
+    typical = Passes(job, _few(job, order[(len(order) - 1) // 2]))
     plan, held = adapter.entry.plan, hosts.tensors_of(adapter.entry)
+    activations, flops = _activations(job), typical.flops()
+    seconds = looked + epochs * _epoch(job, loop, order, clock, whole=activations <= WHOLE)
     return Estimate(
         targets=plan.sites,
         modules=adapter.entry.trained,
@@ -103,35 +113,35 @@ def _estimate(job: Job) -> Estimate:
         adapter_bytes=len(save(held, {"format": "finespun"})),
         train_rows=len(job.train),
         test_rows=len(job.test),
-        steps=steps,
+        steps=loop.steps,
         weights=bytes_of(weights_of(job)),
         optimiser=STATES * sum(p.nbytes for p in adapter.parameters()),
-        activations=_activations(job),
+        activations=activations,
         tokens=tokens,
-        flops=round(typical.flops() / typical.tokens * tokens),
+        flops=round(flops / typical.tokens * tokens),
         update_flops=sum(job.recipe.structure.flops(shape, tokens) for shape in plan.sites),
-        seconds=typical.seconds() / typical.tokens * tokens * steps,
+        seconds=seconds,
+        measuring=_measuring(job, clock),
         device=str(next(adapter.model.parameters()).device),
     )
 
 
-def _packs(job: Job) -> bool:
+def _packs(tokens: Tokens) -> bool:
     """Whether a batch is one long row, without padding."""
-    return isinstance(job.train, AnswerTokens) and job.train.pack
+    return isinstance(tokens, AnswerTokens) and tokens.pack
 
 
-def _size(job: Job, lengths: Sequence[int]) -> int:
-    """Tokens of a batch of rows of these lengths, padding included."""
-    return sum(lengths) if _packs(job) else len(lengths) * max(lengths)
+def _size(tokens: Tokens, rows: Sequence[int]) -> int:
+    """Tokens of a batch of these rows, padding included."""
+    lengths = [len(tokens.rows[i]["input_ids"]) for i in rows]
+    return sum(lengths) if _packs(tokens) else len(lengths) * max(lengths)
 
 
-def _typical(batches: Batches, lengths: Sequence[int]) -> list[int]:
-    """A few rows of the batch whose length is the median."""
-    longest = [(max(lengths[i] for i in rows), rows) for rows in batches.order(0)]
-    middle = statistics.median_low(length for length, _ in longest)
-    rows = next(rows for length, rows in longest if length == middle)
+def _few(job: Job, rows: Sequence[int]) -> list[int]:
+    """The longest of these rows, and the shortest: at most `FEW`."""
+    lengths = job.train.lengths
     rows = sorted(rows, key=lengths.__getitem__, reverse=True)
-    return rows[: TIMED - 1] + rows[-1:] if len(rows) > TIMED else rows
+    return rows[: FEW - 1] + rows[-1:] if len(rows) > FEW else rows
 
 
 def _activations(job: Job) -> int:
@@ -149,12 +159,67 @@ def _activations(job: Job) -> int:
 
     if rows > max(SMALL):
         two, three, four = map(measured, SMALL)
-        bend = max(0, four - 2 * three + two) if _packs(job) else 0
+        bend = max(0, four - 2 * three + two) if _packs(job.train) else 0
         more = rows - SMALL[-1]
         grown = four + more * (four - two) // 2 + bend * more * (more + 2) // 2
         if grown > WHOLE:
             return grown
     return measured(rows)
+
+
+# --- time ----------------------------------------------------------------------------------------
+def _epoch(job: Job, loop: Loop, batches: Sequence[list[int]], clock: Clock, whole: bool) -> float:
+    """Seconds of an epoch of these batches: an optimiser step for each that is tried, `whole` or a
+    few rows of it."""
+
+    def seconds(rows: list[int]) -> float:
+        part = rows if whole else _few(job, rows)
+        started = clock()
+        loop.take([job.train.collate(job.text.tokenizer, part)])
+        if loop.device.type == "cuda":
+            torch.cuda.synchronize(loop.device)
+        loop.losses.clear()  # the next one is a first step again
+        return (clock() - started) * _size(job.train, rows) / _size(job.train, part)
+
+    found = tried(job.train, batches, seconds)
+    loop.driver.close()
+    return found
+
+
+def _measuring(job: Job, clock: Clock) -> float:
+    """Seconds of measuring on the rows held out, before training and after it."""
+    if isinstance(job.test, AnswerTokens):
+        batches = list(groups(job.test))
+    else:
+        batches = longest_first(job.test, job.recipe.training.eval_batch_size)
+
+    def seconds(rows: list[int]) -> float:
+        part = dataclasses.replace(job, test=job.test.take(rows))
+        started = clock()
+        part.measure()
+        return clock() - started
+
+    return 2 * tried(job.test, batches, seconds)
+
+
+def tried(
+    tokens: Tokens, batches: Sequence[list[int]], seconds: Callable[[list[int]], float]
+) -> float:
+    """Seconds of all `batches`, from some that are spread evenly from the smallest to the largest,
+    scaled by their tokens. The smallest warms up; the middle one tells how many others there is
+    `PATIENCE` for."""
+
+    def size(rows: list[int]) -> int:
+        return _size(tokens, rows)
+
+    order = sorted(batches, key=size)
+    seconds(order[0])
+    middle = seconds(order[len(order) // 2])
+    others = min(MOST, len(order) - 1, int(PATIENCE / max(middle, 1e-9)))
+    count = 1 + others // 2 * 2
+    chosen = [order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)]
+    found = [middle if 2 * i + 1 == count else seconds(rows) for i, rows in enumerate(chosen)]
+    return sum(found) / sum(map(size, chosen)) * sum(map(size, order))
 
 
 # --- one batch, forwards and backwards -----------------------------------------------------------
@@ -191,15 +256,6 @@ class Passes:
         with FlopCounterMode(display=False) as counter:
             self.run()
         return counter.get_total_flops()
-
-    def seconds(self) -> float:
-        """Time of the second of two runs."""
-        for _ in range(2):
-            started = time.perf_counter()
-            self.run()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-        return time.perf_counter() - started
 
 
 class Held(TorchDispatchMode):

@@ -53,7 +53,7 @@ def score(model: nn.Module, tokens: AnswerTokens, fill: int) -> Scores:
     words: list[list[float]] = [[] for _ in range(len(tokens))]
     exact, losses, counts = [False] * len(tokens), [0.0] * len(tokens), [0] * len(tokens)
     with evaluating(model):
-        for rows in _groups(tokens):
+        for rows in groups(tokens):
             tree = _tree(tokens, rows, fill)
             inputs: dict[str, Tensor] = {
                 "input_ids": tree.input_ids.to(device),
@@ -77,7 +77,7 @@ def score(model: nn.Module, tokens: AnswerTokens, fill: int) -> Scores:
     return Scores(words, exact, losses, counts)
 
 
-def _groups(tokens: AnswerTokens) -> Iterator[list[int]]:
+def groups(tokens: AnswerTokens) -> Iterator[list[int]]:
     """Row numbers, longest first, in groups of about `BATCH_TOKENS` tokens."""
     sizes = [tokens.begins[i] + sum(map(len, _fed(tokens, i))) for i in range(len(tokens))]
     order = sorted(range(len(tokens)), key=sizes.__getitem__, reverse=True)

@@ -5,9 +5,10 @@ logits for the last few columns only. A packed batch is one row of examples, eac
 itself alone: no padding, the same loss.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -112,6 +113,15 @@ class AnswerTokens(Tokens):
     def prompt_ids(self, i: int) -> list[int]:
         """The tokens of prompt i."""
         return self.rows[i]["input_ids"][: self.begins[i]]
+
+    def take(self, indices: Sequence[int]) -> Self:
+        """The rows `indices` alone."""
+        return dataclasses.replace(
+            super().take(indices),
+            begins=tuple(self.begins[i] for i in indices),
+            candidates=tuple(self.candidates[i] for i in indices),
+            right=tuple(self.right[i] for i in indices),
+        )
 
     def collate(self, tokenizer: Any, indices: Sequence[int]) -> Batch:
         """input_ids, attention_mask, position_ids, labels: -100 outside answers.

@@ -74,12 +74,12 @@ class Loop:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.batches) // self.training.accumulate)
+        return self.steps // self.training.epochs
 
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
-        return self.steps_per_epoch * self.training.epochs
+        return steps_of(len(self.batches), self.training)
 
     def run(self) -> None:
         """Train from where the state stands to the end.
@@ -93,7 +93,7 @@ class Loop:
             while self.batches.position.epoch < self.training.epochs:
                 stream = self.batches.epoch()
                 while group := list(islice(stream, self.training.accumulate)):
-                    self._step(group)
+                    self.take(group)
                     if self.step % every == 0 or interrupted.is_set():
                         self.checkpoint()
                     if interrupted.is_set():
@@ -102,7 +102,7 @@ class Loop:
         self.driver.close()
         self.reporter.tell({"event": "end", "step": self.step, "seconds": self.seconds})
 
-    def _step(self, group: list[Batch]) -> None:
+    def take(self, group: list[Batch]) -> None:
         """One optimiser step over all rows of `group`."""
         started = time.perf_counter()
         rate = self.rate * rate_factor(self.step, self.steps, self.training)
@@ -191,6 +191,11 @@ class Loop:
         self.losses = [float(loss) for loss in state["losses"]]
         self.seconds, self.saved = state["seconds"], self.step
         set_random_state(state["random"])
+
+
+def steps_of(batches: int, training: Training) -> int:
+    """Optimiser steps of a run whose epochs have so many batches."""
+    return -(-batches // training.accumulate) * training.epochs
 
 
 def adamw(

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from finespun.adapter import Adapter, adapt
-from finespun.driver import start_from_gradients
+from finespun.driver import Moments
 from finespun.errors import InputError
 from finespun.files import (
     Lineage,
@@ -32,7 +31,8 @@ from finespun.train.lm import answer_rows, samples
 from finespun.train.lm_measure import measure
 from finespun.train.lm_text import AnswerTokens
 from finespun.train.lm_zoo import load_language_model
-from finespun.train.loop import Loop, outputs_of
+from finespun.train.look import measured_scores, show_gradients
+from finespun.train.loop import Loop, outputs_of, steps_of
 from finespun.train.metrics import evaluate
 from finespun.train.output import (
     ADAPTER,
@@ -48,11 +48,9 @@ from finespun.train.output import (
 from finespun.train.progress import Log, Reporter, Several
 from finespun.train.tables import Columns, Examples, Split, load_split
 from finespun.train.tasks import load_task
-from finespun.train.text import Batch, Batches, Tokens, in_order, tokenize, weight_of
+from finespun.train.text import Batches, Tokens, in_order, tokenize
 from finespun.train.trackers import check_installed, followed
 from finespun.train.zoo import Task, TextModel, load_text_model
-
-LOOK = 128  # rows
 
 
 @dataclass(frozen=True)
@@ -81,31 +79,44 @@ class Job:
     @property
     def data_key(self) -> str:
         """A hash of the rows to train on: their tokens and labels, in order."""
-        rows = [[row["input_ids"] for row in self.train.rows], self.train.labels.tolist()]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return _hash([[row["input_ids"] for row in self.train.rows], self.train.labels.tolist()])
+
+    @property
+    def plan_key(self) -> str:
+        """A hash of what the structure chose for every layer."""
+        return _hash({name: dict(one) for name, one in self.adapter.entry.plan.choices.items()})
 
     def loop(self, reporter: Reporter | None = None, **options: Any) -> Loop:
         """The training loop of this recipe, at its start."""
-        if self.recipe.structure.wants_gradient and self.adapter.deltas:
-            self.look()
-        batches, training = self.batches(), self.recipe.training
-        return Loop(self.adapter, batches, training, self.recipe.rate, reporter, **options)
+        show_gradients(self.recipe, self.text, self.adapter, self.train)
+        training, moments = self.recipe.training, self.moments()
+        return Loop(
+            self.adapter,
+            self.batches(),
+            training,
+            self.recipe.rate,
+            reporter,
+            moments=moments,
+            **options,
+        )
 
     def batches(self) -> Batches:
         """The rows to train on, from the first step's."""
         training = self.recipe.training
         return Batches(self.text.tokenizer, self.train, training.batch_size, seed=training.seed)
 
-    def look(self) -> None:
-        """Show the adapter the gradients of the first `LOOK` rows, for masks that want them."""
-        model = self.text.model.eval()
-        device = next(model.parameters()).device
+    def moments(self) -> list[Moments]:
+        """What the recipe's axes do during training. Raises InputError where they cannot."""
+        allocation, training = self.recipe.allocation, self.recipe.training
+        if allocation is None:
+            return []
+        steps = steps_of(len(self.batches()), training)
+        return [allocation.begin(self.adapter.entry, steps)]
 
-        def loss(model: Any, batch: Batch) -> tuple[Tensor, float]:
-            return model(**{k: v.to(device) for k, v in batch.items()}).loss, weight_of(batch)
-
-        steps = -(-LOOK // self.recipe.training.batch_size)
-        start_from_gradients(model, self.adapter.name, islice(self.batches().epoch(), steps), loss)
+    def settle(self) -> None:
+        """After training: remove what the allocation switched off."""
+        if self.recipe.allocation is not None:
+            self.adapter.compact()
 
 
 def run(
@@ -143,13 +154,9 @@ def _run(recipe: Recipe, folder: Path, resume: bool, reporter: Reporter) -> Resu
     state = load_checkpoint(folder / CHECKPOINT) if kept else None
     if state is None:
         begin(folder, recipe)
-    elif state["data"] == job.data_key:
-        log.cut(state["log"])
     else:
-        raise InputError(
-            f"the rows to train on changed since the run in {str(folder)!r} began: bring them "
-            f"back, or delete {str(folder / CHECKPOINT)!r} to start anew"
-        )
+        _check_same(job, state, folder)
+        log.cut(state["log"])
     with followed(recipe, log.past()) as trackers:
         loop, before, after = _trained(job, state, Several(reporter, log, trackers), log)
     for line in samples(job.text, job.adapter, job.test):
@@ -170,7 +177,8 @@ def _trained(
     before = job.measure() if state is None else state["before"]
     if state is None:
         teller.tell({"event": "evaluation", "when": "before", "metrics": before})
-    about = {"before": before, "threads": torch.get_num_threads(), "data": job.data_key}
+    threads = torch.get_num_threads() if state is None else state["threads"]
+    about = {"before": before, "threads": threads, "data": job.data_key, "plan": job.plan_key}
 
     def save(loop_state: dict[str, Any]) -> None:
         save_checkpoint(checkpoint, {**about, "log": log.size, **loop_state})
@@ -181,6 +189,7 @@ def _trained(
         loop.load_state_dict(state)
         teller.tell({"event": "note", "text": _resumed(loop, state)})
     loop.run()
+    job.settle()
     after = job.measure()
     teller.tell({"event": "evaluation", "when": "after", "metrics": after})
     return loop, before, after
@@ -192,8 +201,8 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Job:
     data = load_data(recipe.data)
     model = load_model(recipe, data.train.task, data.train.num_labels)
     model.model.to(choose_device(recipe.training.device))
-    adapter = attach(recipe, model)
     tokens = [tokens_of(recipe, model, part) for part in (data.train, data.test)]
+    adapter = attach(recipe, model, tokens[0])
     notes = [f"dropped {data.dropped} repeated rows"] if data.dropped else []
     notes += [part.report for part in tokens[:1] if part.cut]
     if not recipe.structure.starts_at_zero and adapter.deltas:
@@ -205,7 +214,9 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Job:
     for note in notes:
         reporter.tell({"event": "note", "text": note})
     classes = None if data.train.classes is None else list(data.train.classes)
-    return Job(recipe, model, adapter, tokens[0], tokens[1], classes)
+    job = Job(recipe, model, adapter, tokens[0], tokens[1], classes)
+    job.moments()
+    return job
 
 
 def load_model(recipe: Recipe, task: Task, num_labels: int) -> TextModel:
@@ -222,11 +233,12 @@ def tokens_of(recipe: Recipe, model: TextModel, examples: Examples) -> Tokens:
     return tokenize(model.tokenizer, examples, recipe.training.max_length)
 
 
-def attach(recipe: Recipe, model: TextModel) -> Adapter:
+def attach(recipe: Recipe, model: TextModel, rows: Tokens) -> Adapter:
     """The recipe's adapter on its model; modules that start untrained are trained unless the recipe
-    names others."""
+    names others. `rows` are those to train on, for structures that choose by them."""
     train = model.fresh if recipe.train is None else recipe.train
-    adapter = adapt(model.model, recipe.structure, recipe.targets, train)
+    scores = measured_scores(recipe, model, rows)
+    adapter = adapt(model.model, recipe.structure, recipe.targets, train, scores=scores)
     if not adapter.parameters():
         raise InputError("nothing to train: targets and train are both empty")
     return adapter
@@ -280,6 +292,25 @@ def lineage(recipe: Recipe, metrics: dict[str, float], classes: list[str] | None
     """What adapter.json says of the run that made it."""
     seeds = {"training": recipe.training.seed, "data": recipe.data.seed}
     return lineage_of(recipe.structure, recipe.dump(), metrics, seeds, classes=classes)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _check_same(job: Job, state: dict[str, Any], folder: Path) -> None:
+    """Raise InputError where rows or choices are not those that the checkpoint's run began with."""
+    anew = f"delete {str(folder / CHECKPOINT)!r} to start anew"
+    if state["data"] != job.data_key:
+        raise InputError(
+            f"the rows to train on changed since the run in {str(folder)!r} began: bring them "
+            f"back, or {anew}"
+        )
+    if state["plan"] != job.plan_key:
+        raise InputError(
+            f"{job.recipe.structure.kind} chooses other numbers than when the run in "
+            f"{str(folder)!r} began: try training.threads={state['threads']}, as it had, or {anew}"
+        )
 
 
 def _resumed(loop: Loop, state: dict[str, Any]) -> str:

@@ -1,9 +1,10 @@
 """From texts to batches: tokens, batches of similar length, an order that can be taken up again."""
 
+import dataclasses
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -31,6 +32,11 @@ class Tokens:
     def lengths(self) -> list[int]:
         """The number of tokens of every row, after cutting."""
         return [len(row["input_ids"]) for row in self.rows]
+
+    def take(self, indices: Sequence[int]) -> Self:
+        """The rows `indices` alone."""
+        rows, labels = tuple(self.rows[i] for i in indices), self.labels[list(indices)]
+        return dataclasses.replace(self, rows=rows, labels=labels)
 
     def collate(self, tokenizer: Any, indices: Sequence[int]) -> Batch:
         """The rows `indices` as tensors (rows, longest of them), labels under "labels"."""
@@ -157,8 +163,12 @@ class Batches:
 
 def in_order(tokenizer: Any, tokens: Tokens, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
     """Every row once for evaluation, longest first: (row numbers, batch) pairs."""
+    for rows in longest_first(tokens, batch_size):
+        yield rows, pad(tokenizer, tokens, rows)
+
+
+def longest_first(tokens: Tokens, batch_size: int) -> list[list[int]]:
+    """The row numbers of the batches of `in_order`."""
     lengths = tokens.lengths
     rows = sorted(range(len(tokens)), key=lengths.__getitem__, reverse=True)
-    for start in range(0, len(rows), batch_size):
-        chosen = rows[start : start + batch_size]
-        yield chosen, pad(tokenizer, tokens, chosen)
+    return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]

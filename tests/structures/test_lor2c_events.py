@@ -102,7 +102,7 @@ def test_the_rules_choose_by_the_spectrum():
         _, adapter = adapted()
         for name, values in zip(BLOCKS, (FLAT, FLAT, STEEP, STEEP)):
             spread(adapter.deltas[name], values)
-        events = MergeInject(adapter.entry, 4, merges=1, injects=1, flattest=flattest, fade=0)
+        events = MergeInject(merges=1, injects=1, flattest=flattest, fade=0).begin(adapter.entry, 4)
         events.after_step(1)
         assert [e["event"] for e in events.events] == ["merge", "inject"]
         assert events.events[0]["blocks"] == pair
@@ -113,7 +113,7 @@ def test_the_rules_choose_by_the_spectrum():
 
 def test_events_fall_into_the_first_quarter():
     _, adapter = adapted(depth=12, targets=[f"layer.{i}" for i in range(12)] + BOTH[4:])
-    events = MergeInject(adapter.entry, 80, merges=4, injects=3, fade=0)
+    events = MergeInject(merges=4, injects=3, fade=0).begin(adapter.entry, 80)
     for step in range(1, 81):
         events.after_step(step)
     when = [(e["step"], e["event"]) for e in events.events]
@@ -130,8 +130,8 @@ def test_what_cannot_be_done_is_refused_before_training():
         ({"keep": "last"}, "'last'"),
     ):
         with pytest.raises(InputError, match=told):
-            MergeInject(adapter.entry, 10, **options)
+            MergeInject(**options).begin(adapter.entry, 10)
     for form in (LoR2C(rank=1), fs.LoRA(rank=2)):
         _, other = adapted(form, BLOCKS if form.kind == "lor2c" else ["query"], stir=False)
         with pytest.raises(InputError, match="rank 2 or more"):
-            MergeInject(other.entry, 10, merges=1)
+            MergeInject(merges=1).begin(other.entry, 10)

@@ -25,9 +25,8 @@ class Run:
             width=width, depth=depth, stir=False,
         )  # fmt: skip
         self.optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=0.02)
-        self.events = MergeInject(
-            self.adapter.entry, self.STEPS, self.MERGES, self.INJECTS, fade=5, **options
-        )
+        form = MergeInject(merges=self.MERGES, injects=self.INJECTS, fade=5, **options)
+        self.events = form.begin(self.adapter.entry, self.STEPS)
         self.driver = Driver(self.model, "default", self.optimizer, 1.0, [self.events])
         g = torch.Generator().manual_seed(1)
         self.x = torch.randn(self.STEPS, 16, width, generator=g)
@@ -143,7 +142,8 @@ def test_what_is_left_is_counted(share):
     for injects in (0, 4):
         form = LoR2C(rank=8, share=share)
         _, adapter = adapted(form, [*blocks, "query", "value"], width=768, depth=12)
-        events = MergeInject(adapter.entry, 4, merges=4 - injects // 4, injects=injects, fade=0)
+        form = MergeInject(merges=4 - injects // 4, injects=injects, fade=0)
+        events = form.begin(adapter.entry, 4)
         if injects:
             events.due["merge"] = 4
         events.after_step(1), events.after_step(4)

@@ -402,14 +402,14 @@ def test_what_a_seed_draws_never_changes():
 
 
 @pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize("select", ["weight", "score", "product"])
+@pytest.mark.parametrize("select", ["weight", "activation", "gradient", "product"])
 def test_units_are_those_of_largest_or_smallest_score(select, largest):
     """Weight norm W, activation A or gradient G as scores, and W·A, over all layers of a block."""
     up, down = coupled("up", 20, 6, "out", 10, seed=1), coupled("down", 5, 20, "in", 10, seed=2)
     scores = {"up": inputs(20, seed=3).abs(), "down": inputs(20, seed=4).abs()}
     W = [w.view(10, 2).sum(1) for w in (up.value.square().sum(1), down.value.square().sum(0))]
     S = [scores[n].square().view(10, 2).sum(1) for n in ("up", "down")]
-    total = {"weight": sum(W), "score": sum(S), "product": W[0] * S[0] + W[1] * S[1]}[select]
+    total = {"weight": sum(W), "product": W[0] * S[0] + W[1] * S[1]}.get(select, sum(S))
     wanted = total.topk(3, largest=largest).indices.sort().values.tolist()
     form = S2FT(channels=0.3, select=select, largest=largest)
     for given_scores in (scores, {"up": S[0].sqrt(), "down": S[1].sqrt()}):
@@ -425,7 +425,7 @@ def test_gradients_of_the_base_choose_units():
         return (m(pair[0]) - pair[1]).square().mean()
 
     G = estimate_gradients(model, ["fc1", "fc2"], pairs, loss)
-    form = S2FT(channels=0.1, select="score")
+    form = S2FT(channels=0.1, select="gradient")
     adapter = fs.adapt(model, form, ["fc1", "fc2"], (), scores=G)
     size = G["fc1"].square().sum(1) + G["fc2"].square().sum(0)
     wanted = size.topk(4).indices.sort().values
@@ -439,7 +439,7 @@ def test_activations_of_the_base_choose_units():
     hidden = F.gelu(model.fc1(torch.cat(batches))).abs().mean(0)
     for name in ("fc1", "fc2"):
         torch.testing.assert_close(A[name], hidden.detach())
-    form = S2FT(channels=0.1, select="score", largest=False)
+    form = S2FT(channels=0.1, select="activation", largest=False)
     adapter = fs.adapt(model, form, ["fc1", "fc2"], (), scores=A)
     wanted = hidden.topk(4, largest=False).indices.sort().values
     assert all(torch.equal(d.lines, wanted) for d in adapter.deltas.values())
@@ -450,12 +450,12 @@ def test_what_cannot_be_is_named():
         S2FT(channels=0.0)
     with pytest.raises(InputError, match=r"select='weigth'.*'weight'"):
         S2FT(select="weigth")
-    with pytest.raises(PlanError, match=r"select='score' needs scores"):
-        S2FT(select="score").plan([site(4, 4)])
+    with pytest.raises(PlanError, match=r"select='activation' needs.*mean_activations"):
+        S2FT(select="activation").plan([site(4, 4)])
     with pytest.raises(InputError, match=r"'site' needs scores.*0\.5"):
-        S2FT(select="score").plan([site(4, 6)], {"site": 0.5})
+        S2FT(select="activation").plan([site(4, 6)], {"site": 0.5})
     with pytest.raises(InputError, match=r"'site' are \(4,\), expected \(4, 6\), \(6,\)"):
-        S2FT(select="score").plan([site(4, 6)], {"site": torch.ones(4)})
+        S2FT(select="activation").plan([site(4, 6)], {"site": torch.ones(4)})
 
 
 def test_counts():

@@ -1,0 +1,21 @@
+"""The axis of methods that decide during training which layers get how much."""
+
+from dataclasses import dataclass
+
+from finespun.driver import Moments
+from finespun.hosts import Entry
+from finespun.method import Method, registering
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation(Method):
+    """Hyper-parameters of one way to decide; subclass it beside its `Moments`."""
+
+    def begin(self, entry: Entry, steps: int) -> Moments:
+        """What happens in one run of `steps` steps, for the driver. Raises InputError where the
+        adapter cannot take it; nothing is changed yet."""
+        raise NotImplementedError(f"{type(self).__name__} must say how a run begins")
+
+
+ALLOCATIONS: dict[str, type[Allocation]] = {}
+register = registering(ALLOCATIONS, "an allocation")

@@ -1,0 +1,76 @@
+"""A method of one axis: hyper-parameters under a name, as recipes and files tell them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, TypeVar
+
+from finespun.errors import InputError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What a user chooses of one published method. `kind` names it, `aliases` are other names of
+    its options (PEFT's), `source` is the paper."""
+
+    kind: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    aliases: ClassVar[Mapping[str, str]] = {}
+
+    def options(self) -> dict[str, Any]:
+        """The hyper-parameters as JSON values; `from_options(**options)` restores them."""
+        return {
+            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v
+            for f in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def renamed(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options under the method's own names. Raises InputError for an unknown one."""
+        own = {cls.aliases.get(name, name): value for name, value in options.items()}
+        cls.check_options(own)
+        return own
+
+    @classmethod
+    def check_options(cls, names: Iterable[str]) -> None:
+        """Raise InputError for the name of an option that this method does not have."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in names:
+            if name not in known:
+                other = cls.aliases.get(name)
+                hint = f"it is called {other!r} here" if other else nearest(str(name), known)
+                raise InputError(f"{cls.kind} has no option {name!r}; {hint}")
+
+    @classmethod
+    def from_options(cls, **options: Any) -> Self:
+        """Build from JSON values, PEFT's names included. Raises InputError for an unknown name."""
+        values = cls.renamed(options)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+M = TypeVar("M", bound=Method)
+
+
+def registering(known: dict[str, type[M]], axis: str) -> Callable[[type[M]], type[M]]:
+    """A class decorator that makes methods of an axis known by their `kind`, and lets their
+    `__init__` name the nearest option where it is given one that does not exist."""
+
+    def register(cls: type[M]) -> type[M]:
+        if not cls.kind or cls.kind in known:
+            raise InputError(f"{axis} needs a kind of its own, not {cls.kind!r}")
+        known[cls.kind], plain = cls, cls.__init__
+
+        @functools.wraps(plain)
+        def init(self: M, *values: Any, **options: Any) -> None:
+            fields = dataclasses.fields(cls)
+            if values and all(f.kw_only for f in fields):
+                names = ", ".join(f"{f.name}=..." for f in fields)
+                raise InputError(f"{cls.__name__} takes its options by name: {names}")
+            cls.check_options(options)
+            plain(self, *values, **options)
+
+        cls.__init__ = init  # type: ignore[assignment]
+        return cls
+
+    return register
