@@ -99,10 +99,9 @@ def convert(
 
     No model is loaded and one ΔW is held at a time; where ΔW depends on the base weight (DoRA,
     HiRA, ...), `model` names its folder and single tensors are read from it, as are the sizes that
-    files of PEFT's methods other than LoRA do not tell; kohya's names are
-    compared with those in it, and convolutions have their kernels' sizes from there. Raises
-    InputError where an error exceeds `max_error` or older work stays in the way, FileError for
-    files that are damaged or cannot be written; `dst` is untouched then.
+    files of PEFT's methods other than LoRA do not tell, kohya's names, and the sizes of kernels.
+    Raises InputError where an error exceeds `max_error` or older work stays in the way, FileError
+    for files that are damaged or cannot be written; `dst` is untouched then.
     """
     target = _target(structure, energy, format)
     if refine < 0 or (max_error is not None and not 0 <= max_error < 1):
