@@ -94,16 +94,14 @@ def convert(
     `allow_full` is False; strength is folded in; the source is recorded as the parent. `format`
     "peft", "diffusers" or "kohya" writes a LoRA in that format, of one rank, instead of ours; for
     the last `dst` is a file. `part` says which part of a pipeline ("unet", ...) to take from a
-    file, or to write, where nothing else tells. An older adapter of that format in `dst` is
-    replaced, as by torch.save; `overwrite=False` keeps it, and a run, a model or another format's
-    adapter always stays.
+    file, or to write. An older adapter of that format in `dst` is replaced, as by torch.save;
+    `overwrite=False` keeps it; a run, a model or another format's adapter stays always.
 
     No model is loaded and one ΔW is held at a time; where ΔW depends on the base weight (DoRA,
     HiRA, ...), `model` names its folder and single tensors are read from it, as are the sizes that
-    files of PEFT's methods other than LoRA do not tell; kohya's names are
-    compared with those in it, and convolutions have their kernels' sizes from there. Raises
-    InputError where an error exceeds `max_error` or older work stays in the way, FileError for
-    files that are damaged or cannot be written; `dst` is untouched then.
+    files of PEFT's methods other than LoRA do not tell, kohya's names, and the sizes of kernels.
+    Raises InputError where an error exceeds `max_error` or older work stays in the way, FileError
+    for files that are damaged or cannot be written; `dst` is untouched then.
     """
     target = _target(structure, energy, format)
     if refine < 0 or (max_error is not None and not 0 <= max_error < 1):
@@ -132,9 +130,8 @@ def convert(
         _write_peft(saved, entry, line, Path(src), dst)
     else:
         path = diffusion.write(saved, entry, line, src, dst, format, part, base)
-    stored = sum(t.numel() for k, t in fitted.tensors.items() if k.startswith("delta/"))
-    before = numbers_of(saved)
-    return Converted(path, made, fitted.errors, fitted.predicted, fitted.ranks, before, stored)
+    sizes = numbers_of(saved), sum(t.numel() for t in fitted.tensors.values())
+    return Converted(path, made, fitted.errors, fitted.predicted, fitted.ranks, *sizes)
 
 
 @dataclass
