@@ -69,7 +69,7 @@ def drawn(model: Any, config: Config, shared: Found) -> dict[str, dict[str, Tens
         if config.get(key) not in (None, [], ""):
             raise FileError(f"{key} decides here which layers share the numbers; {ASK}")
     known = modules(model)
-    names = [name for name in known if _means(config.get("target_modules"), name)]
+    names = [name for name in known if means(config.get("target_modules"), name)]
     if not names:
         raise FileError(f"target_modules names no layer of this model; {ASK}")
     hosts, rank = sites(model, names, LoRA()), int(config["r"])
@@ -100,8 +100,8 @@ def _order(total: int, config: Config) -> Tensor:
     return torch.from_numpy(places)
 
 
-def _means(targets: str | Sequence[str] | None, name: str) -> bool:
-    """Whether PEFT's `target_modules` mean a module: an expression for the whole of its name, or a
+def means(targets: str | Sequence[str] | None, name: str) -> bool:
+    """Whether PEFT's `targets` mean a module: an expression for the whole of its name, or a
     list of names and of their ends."""
     if isinstance(targets, str):
         check_pattern(targets, name)
