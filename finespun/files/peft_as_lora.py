@@ -24,6 +24,8 @@ ASK = "save it with save_indices=True"
 
 
 def vera(found: Found, shared: Found, site: SiteShape, config: Config) -> tuple[Tensor, Tensor]:
+    """A' = diag(d)·A, B' = diag(b)·B; a layer takes the first columns and rows of the projections
+    A (r, in), B (out, r)."""
     b, d = found["vera_lambda_b"], found["vera_lambda_d"]
     A, B = shared["vera_A"], shared["vera_B"]
     return d[:, None] * A[:, : site.in_features], b[:, None] * B[: site.out_features]
@@ -42,6 +44,7 @@ def randlora(found: Found, shared: Found, site: SiteShape, config: Config) -> tu
 
 
 def unilora(found: Found, shared: Found, site: SiteShape, config: Config) -> tuple[Tensor, Tensor]:
+    """A[i, j] = scale_ij·θ[index_ij], and B likewise."""
     theta = shared["unilora_theta_d"].float()
     A, B = (
         theta[found[f"unilora_indices_{side}"].long()] * found[f"unilora_scales_{side}"].float()

@@ -170,15 +170,17 @@ def _own(
         with _complete(method, repr(path)):
             own = method.change(held, shape, config)
             mine = dataclasses.replace(made, **method.site(own, shape, config))
-            choices[path] = {**_choice(mine, hosts[path]), **method.choice(own, shape, config)}
+            more = method.choice(own, shape, config)
+            choices[path] = {**_choice(mine, hosts[path], bool(more)), **more}
         tensors |= {f"delta/{path}/{n}": t for n, t in own.items()}
     plan = Plan(tuple(h.shape for h in hosts.values()), choices)
     return plan, {**tensors, **{f"bank/{BANKS[n]}": t for n, t in shared.items()}}
 
 
-def _choice(made: Structure, host: Site) -> dict[str, Any]:
-    """What the plan says of a site; PEFT's ranks have no limit, ours have one for new updates."""
-    if isinstance(made, Ranked) and type(made).choose is Ranked.choose:
+def _choice(made: Structure, host: Site, told: bool) -> dict[str, Any]:
+    """What the plan says of a site beside what the file has told. PEFT's ranks have no limit, ours
+    have one for new updates."""
+    if isinstance(made, Ranked) and (told or type(made).choose is Ranked.choose):
         return {"rank": made.rank, "scale": made.scale}
     return dict(made.plan([host]).choices[host.shape.name])
 
