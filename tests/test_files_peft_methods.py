@@ -28,6 +28,10 @@ CONFIGS = {
     "hira": peft.HiraConfig(r=4),
     # PEFT 0.21 forgets the pattern
     "hira-large": peft.HiraConfig(r=20, rank_pattern={"up": 2}),
+    "hira-conv": peft.HiraConfig(r=2),
+    "hira-table": peft.HiraConfig(r=2),
+    "boft-cores": peft.BOFTConfig(boft_block_size=2),
+    "ia3-cores": peft.IA3Config(feedforward_modules=["down"]),
     "ia3": peft.IA3Config(feedforward_modules=["down"]),
     "loha": peft.LoHaConfig(r=4, alpha=12),
     "loha-conv": peft.LoHaConfig(r=2, alpha=12),
@@ -109,7 +113,21 @@ class Convs(nn.Module):
 
 
 # of PEFT 0.21 a LoKr with cores fails in one dimension
-MODELS = {"conv": lambda: Convs(flat=True), "cores": Convs, "deep": Deep}
+class Table(nn.Module):
+    """A table of rows, two of which each input takes; a linear layer and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.head = nn.Embedding(9, 8), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = (x[:, :2].abs() * 7).long() % 9
+        out: Tensor = self.head(torch.tanh(self.down(self.up(rows).flatten(1))))
+        return out
+
+
+MODELS = {"conv": lambda: Convs(flat=True), "cores": Convs, "deep": Deep, "table": Table}
 
 
 def model_of(name: str) -> nn.Module:
@@ -167,7 +185,7 @@ def changed(folder, tensors=None, **values):
     ("name", "values", "what"),
     [
         ("miss", {"init_weights": "bat"}, r"init_weights=bat is not read: .*W0·M \+ M.*merge it"),
-        ("vblora", {"save_only_topk_weights": True}, r"logits_A_topk_indices' is missing"),
+        ("vblora", {"save_only_topk_weights": True}, r"lacks 'vblora_logits_A_topk_indices'"),
         ("loha", {"rank_pattern": {"up": 2}}, "'up' is of rank 4, the config gives it 2"),
         ("hira", {"bias": "all"}, "bias=all is not read: .*merge it"),
         ("vera", {"bias": "vera_only"}, "bias=vera_only is not read"),
@@ -207,6 +225,16 @@ def test_what_does_not_fit_is_named(tmp_path):
     changed(tmp_path, tensors=lambda key: key.replace("up.hira_C", "top.hira_A"))
     with pytest.raises(TargetError, match=r"'top'"):
         fs.load(Net(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rotated_patches_and_tables_are_refused(tmp_path):
+    written(CONFIGS["oft"], tmp_path / "conv", Convs())
+    with pytest.raises(FileError, match="is a convolution, whose patches PEFT turns"):
+        fs.load(Convs(), tmp_path / "conv")
+    written(CONFIGS["oft"], tmp_path / "table", Table())
+    with pytest.raises(FileError, match=r"up\.oft_embedding_R\.weight' is unknown"):
+        fs.load(Table(), tmp_path / "table")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -64,6 +64,8 @@ def test_inspect_tells_what_a_folder_holds_without_its_model(method, tmp_path, c
     assert found["base"] == "some/base"
     layers = {f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)}
     assert set(told.layers) == (set() if method in ("UNILORA", "PROMPT_TUNING") else layers)
+    if method != "PROMPT_TUNING":
+        assert "target_modules: ['query']" in found["options"]
     if method == "LOHA":
         assert {"r: 2", "alpha: 5"} <= set(found["options"])
         shapes = "hada_w1_a 24 x 2, hada_w1_b 2 x 24, hada_w2_a 24 x 2, hada_w2_b 2 x 24"

@@ -24,6 +24,8 @@ ASK = "save it with save_indices=True"
 
 
 def vera(found: Found, shared: Found, site: SiteShape, config: Config) -> tuple[Tensor, Tensor]:
+    """A' = diag(d)·A, B' = diag(b)·B; a layer takes the first columns and rows of the projections
+    A (r, in), B (out, r)."""
     b, d = found["vera_lambda_b"], found["vera_lambda_d"]
     A, B = shared["vera_A"], shared["vera_B"]
     return d[:, None] * A[:, : site.in_features], b[:, None] * B[: site.out_features]
@@ -42,6 +44,7 @@ def randlora(found: Found, shared: Found, site: SiteShape, config: Config) -> tu
 
 
 def unilora(found: Found, shared: Found, site: SiteShape, config: Config) -> tuple[Tensor, Tensor]:
+    """A[i, j] = scale_ij·θ[index_ij], and B likewise."""
     theta = shared["unilora_theta_d"].float()
     A, B = (
         theta[found[f"unilora_indices_{side}"].long()] * found[f"unilora_scales_{side}"].float()
@@ -69,7 +72,7 @@ def drawn(model: Any, config: Config, shared: Found) -> dict[str, dict[str, Tens
         if config.get(key) not in (None, [], ""):
             raise FileError(f"{key} decides here which layers share the numbers; {ASK}")
     known = modules(model)
-    names = [name for name in known if _means(config.get("target_modules"), name)]
+    names = [name for name in known if means(config.get("target_modules"), name)]
     if not names:
         raise FileError(f"target_modules names no layer of this model; {ASK}")
     hosts, rank = sites(model, names, LoRA()), int(config["r"])
@@ -100,8 +103,8 @@ def _order(total: int, config: Config) -> Tensor:
     return torch.from_numpy(places)
 
 
-def _means(targets: str | Sequence[str] | None, name: str) -> bool:
-    """Whether PEFT's `target_modules` mean a module: an expression for the whole of its name, or a
+def means(targets: str | Sequence[str] | None, name: str) -> bool:
+    """Whether PEFT's `targets` mean a module: an expression for the whole of its name, or a
     list of names and of their ends."""
     if isinstance(targets, str):
         check_pattern(targets, name)

@@ -7,7 +7,8 @@ A' = diag(d)·A, RandLoRA as its bases side by side, Uni-LoRA as its entries of 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def read_method(
     hosts = at(found, STRUCTURES[method.kind]())
     with blame(place), bounded(str(place)):
         if method.factors is None:
+            found = {path: _renamed(method, path, state) for path, state in found.items()}
             made = _structure(method, config, found)
             plan, tensors = _own(method, made, hosts, found, shared, config)
         else:
@@ -147,7 +149,8 @@ def check_options(method: Method, config: Config, strict: bool) -> list[str]:
 
 def _structure(method: Method, config: Config, found: Mapping[str, Found]) -> Structure:
     known = STRUCTURES[method.kind]
-    options = {**config, **method.options(config, found)}
+    with _complete(method, "a layer"):
+        options = {**config, **method.options(config, found)}
     own = {f.name for f in dataclasses.fields(known)} | set(known.aliases)
     taken = {k: v for k, v in options.items() if k in own - {"seed"} and k not in method.unused}
     return structure(method.kind, **taken)
@@ -162,28 +165,39 @@ def _own(
     config: Config,
 ) -> tuple[Plan, dict[str, Tensor]]:
     tensors, choices = dict[str, Tensor](), {}
-    for path, state in found.items():
-        shape, own = hosts[path].shape, _renamed(method, path, state)
-        try:
-            own = method.change(own, shape, config)
+    for path, held in found.items():
+        shape = hosts[path].shape
+        with _complete(method, repr(path)):
+            own = method.change(held, shape, config)
             mine = dataclasses.replace(made, **method.site(own, shape, config))
-            choices[path] = {**_choice(mine, hosts[path]), **method.choice(own, shape, config)}
-        except KeyError as error:
-            lacking = next((k for k, v in method.names.items() if v == error.args[0]), error)
-            raise FileError(f"'{PREFIX}{path}.{lacking}' is missing") from error
+            more = method.choice(own, shape, config)
+            choices[path] = {**_choice(mine, hosts[path], bool(more)), **more}
         tensors |= {f"delta/{path}/{n}": t for n, t in own.items()}
     plan = Plan(tuple(h.shape for h in hosts.values()), choices)
     return plan, {**tensors, **{f"bank/{BANKS[n]}": t for n, t in shared.items()}}
 
 
-def _choice(made: Structure, host: Site) -> dict[str, Any]:
-    """What the plan says of a site; PEFT's ranks have no limit, ours have one for new updates."""
-    if isinstance(made, Ranked) and type(made).choose is Ranked.choose:
+def _choice(made: Structure, host: Site, told: bool) -> dict[str, Any]:
+    """What the plan says of a site beside what the file has told. PEFT's ranks have no limit, ours
+    have one for new updates."""
+    if isinstance(made, Ranked) and (told or type(made).choose is Ranked.choose):
         return {"rank": made.rank, "scale": made.scale}
     return dict(made.plan([host]).choices[host.shape.name])
 
 
-def _renamed(method: Method, path: str, state: Found) -> Found:
+@contextmanager
+def _complete(method: Method, where: str) -> Iterator[None]:
+    """Say in PEFT's words what a layer lacks."""
+    try:
+        yield
+    except KeyError as error:
+        theirs = next((k for k, v in method.names.items() if v == error.args[0]), None)
+        if theirs is None:
+            raise FileError(f"the config lacks {error.args[0]!r}") from error
+        raise FileError(f"{where} lacks {theirs!r}") from error
+
+
+def _renamed(method: Method, path: str, state: Found) -> dict[str, Tensor]:
     own = {}
     for name, tensor in state.items():
         if name not in method.names:

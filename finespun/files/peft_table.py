@@ -15,7 +15,7 @@ from finespun.errors import FileError
 from finespun.files.diffusion import through
 from finespun.files.native import finite_number
 from finespun.files.peft import meant
-from finespun.files.peft_as_lora import randlora, unilora, vera
+from finespun.files.peft_as_lora import means, randlora, unilora, vera
 from finespun.structures import SiteShape
 
 Found = Mapping[str, Tensor]
@@ -61,12 +61,12 @@ class Method:
     needs: str = ""
 
 
+def _matrices(found: Found, site: SiteShape, config: Config) -> Found:
+    return {n: t.flatten(1) for n, t in found.items()}
+
+
 def _gralora(found: Found, site: SiteShape, config: Config) -> Found:
     return {n: t.mT if n in ("A", "B") else t for n, t in found.items()}
-
-
-def _flat(name: str) -> Callable[[Found, SiteShape, Config], Found]:
-    return lambda found, *_: {n: t.flatten() if n == name else t for n, t in found.items()}
 
 
 def _length(option: str, name: str, dim: int = 0) -> Callable[[Found, SiteShape, Config], Options]:
@@ -80,9 +80,24 @@ def _shira(found: Found, site: SiteShape, config: Config) -> Found:
     return {"entries": entries, "v": found["v"][order]}
 
 
+def _feeds(config: Config, name: str, g: Tensor) -> bool:
+    """Whether a gain acts on the input: then it has one row; a convolution's never tells."""
+    told = config.get("feedforward_modules") or []
+    if g.dim() == 2:
+        return len(g) == 1
+    return means(told, name) if isinstance(told, str) else name.endswith(tuple(told))
+
+
 def _ia3(config: Config, found: Mapping[str, Found]) -> Options:
-    """A gain of one row acts on the input."""
-    return {"feedforward_modules": [p for p, t in found.items() if len(t["ia3_l"]) == 1]}
+    return {"feedforward_modules": [p for p, t in found.items() if _feeds(config, p, t["g"])]}
+
+
+def _gains(found: Found, site: SiteShape, config: Config) -> Found:
+    """Of a convolution a channel has one gain, our columns have each their own."""
+    g = found["g"].flatten()
+    if _feeds(config, site.name, found["g"]):
+        g = g.repeat_interleave(site.in_features // len(g))
+    return {"g": g}
 
 
 def _block(count: int) -> int:
@@ -92,7 +107,7 @@ def _block(count: int) -> int:
 
 def _oft(config: Config, found: Mapping[str, Found]) -> Options:
     terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann") else 0
-    size = _block(next(iter(found.values()))["oft_R.weight"].shape[1])
+    size = _block(next(iter(found.values()))["s"].shape[1])
     # PEFT 0.21 takes four terms where three are asked for
     return {"oft_block_size": size, "num_cayley_neumann_terms": 4 if terms == 3 else terms}
 
@@ -100,6 +115,11 @@ def _oft(config: Config, found: Mapping[str, Found]) -> Options:
 def _turned(found: Found, site: SiteShape, config: Config) -> Found:
     """Without its series PEFT turns the other way. COFT keeps ‖S‖ <= eps/√n, shortening what the
     last step of training left longer; of shared blocks there is n = 1 in the file."""
+    if site.kind == "conv":
+        raise FileError(
+            f"{site.name!r} is a convolution, whose patches PEFT turns one by one but merges as one"
+            " weight; an OFT of linear layers is read"
+        )
     s = found["s"]
     if config.get("coft"):
         most = float(config["eps"]) / len(s) ** 0.5
@@ -111,7 +131,7 @@ def _turned(found: Found, site: SiteShape, config: Config) -> Found:
 
 
 def _boft(config: Config, found: Mapping[str, Found]) -> Options:
-    factors, _, size, _ = next(iter(found.values()))["boft_R"].shape
+    factors, _, size, _ = next(iter(found.values()))["X"].shape
     return {"boft_block_size": size, "boft_n_butterfly_factor": factors}
 
 
@@ -140,7 +160,7 @@ def _without_cores(*sides: tuple[str, str, str]) -> Callable[[Found, SiteShape, 
     """Factors A and Bᵀ that meet in a core T, as two; `sides` are (T, A, B)."""
 
     def change(found: Found, site: SiteShape, config: Config) -> Found:
-        made = {n: t.flatten(1) for n, t in found.items()}
+        made = dict(_matrices(found, site, config))
         for core, a, b in sides:
             if made.pop(core, None) is not None:
                 made[a], made[b] = through(found[core], found[a])[0], found[b].T.contiguous()
@@ -188,7 +208,7 @@ METHODS: Mapping[str, Method] = {
     "BOFT": Method(
         "boft",
         {"boft_R": "X", "boft_s": "s"},
-        _flat("s"),
+        lambda found, *_: {"X": found["X"], "s": found["s"].flatten()},
         _boft,
         unused=frozenset(["boft_block_num"]),
     ),
@@ -223,11 +243,12 @@ METHODS: Mapping[str, Method] = {
     ),
     "HIRA": Method(
         "hira",
-        {"hira_A": "A", "hira_B": "B"},
+        {f"hira_{kind}{side}": side for side in "AB" for kind in ("", "embedding_")},
+        _matrices,
         site=_length("rank", "A"),
         unused=frozenset(["rank_pattern"]),
     ),
-    "IA3": Method("ia3", {"ia3_l": "g"}, _flat("g"), _ia3),
+    "IA3": Method("ia3", {"ia3_l": "g"}, _gains, _ia3),
     "LOHA": Method(
         "loha",
         {

@@ -63,7 +63,7 @@ def tell(folder: str | Path) -> Told | None:
             else:
                 layers.setdefault(path, {})[own] = tensor
     known = METHODS.get(method) if isinstance(method, str) else None
-    passed = PASSED | {"peft_type", "modules_to_save"}
+    passed = (PASSED | {"peft_type", "modules_to_save"}) - {"target_modules"}
     return Told(
         str(method)[:60],
         known.kind if known is not None else None,

@@ -27,7 +27,7 @@ class LoKr(Ranked):
     `factor` is u where it divides a side, else a bound on it; -1 splits near the square root,
     smaller part first: 24·32 for 768. Q is one full matrix where r is at least half its larger
     side; with `decompose_both` P = P_b·P_a likewise. P (or P_b) starts at zero, the others uniform
-    with variance 1/(3·columns). c = alpha / r even where nothing has rank r: r may be any.
+    with variance 1/(3·columns). c = alpha / r even where nothing has rank r.
     Source: arXiv 2309.14859.
     """
 
@@ -45,7 +45,7 @@ class LoKr(Ranked):
 
     def choose(self, site: Site) -> dict[str, Any]:
         u, v = self.split(site.shape)
-        return {"rank": self.rank, "scale": self.scale, "u": u, "v": v}
+        return {**super().choose(site), "u": u, "v": v}
 
     def split(self, shape: SiteShape) -> tuple[list[int], list[int]]:
         """(u_out, u_in) and (v_out, v_in)."""

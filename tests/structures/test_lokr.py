@@ -40,7 +40,7 @@ def test_the_factors_are_exact_and_of_rank_r_times_the_smaller_side(shape):
 
 
 @pytest.mark.parametrize("both", [False, True])
-@pytest.mark.parametrize("r", [2, 8, 100])
+@pytest.mark.parametrize("r", [2, 8])
 @pytest.mark.parametrize("factor", [-1, 5])
 def test_outputs_are_pefts(both, r, factor):
     config = LoKrConfig(r=r, alpha=12, decompose_both=both, decompose_factor=factor)
