@@ -6,7 +6,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from benchmarks.measure import ROUNDS, TRIES, WIDE, Line, machine, part, spread, table
+from benchmarks.dry_run import TIMES
+from benchmarks.measure import ROUNDS, TRIES, WIDE, Lines, machine, part, spread, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 PARTS = {
@@ -15,7 +16,9 @@ PARTS = {
     "mixed_rows": "Another adapter for each row",
     "forming": "Forming LSR's factors",
     "merging": "Merging",
+    "switching": "Switching a SHiRA adapter",
     "structures": "A training step of each structure",
+    "dry_run": "What a dry run foretells",
 }
 HEAD = """\
 # Beside PEFT
@@ -29,6 +32,10 @@ turn, {rounds} rounds after one to warm up; the ratio is the median of the ratio
 beside the middle half of them. "At least" is the gate in `benchmarks/gates.toml`. A ratio above 1
 means that Finespun is faster.
 
+The last part has no rival: small recipes are estimated as `finespun train --dry-run` does and then
+carried out, {times} times each. No estimate may be off by more than the factor under "within", up
+or down.
+
 A fixed matrix product is timed in every round. Where it spreads by more than {wide:.0f} % (middle
 half over median) the part is measured anew, at most {tries} times in all, and the calmest is shown.
 
@@ -36,7 +43,7 @@ half over median) the part is measured anew, at most {tries} times in all, and t
 """
 
 
-def page(parts: dict[str, list[Line]], start: str, end: str) -> str:
+def page(parts: dict[str, Lines], start: str, end: str) -> str:
     """The whole page in Markdown."""
     text = HEAD.format(
         rounds=ROUNDS,
@@ -45,6 +52,7 @@ def page(parts: dict[str, list[Line]], start: str, end: str) -> str:
         end=end,
         wide=100 * WIDE,
         tries=TRIES,
+        times=TIMES,
     )
     for name, lines in parts.items():
         text += f"\n## {PARTS[name]}\n\n{table(lines)}\n\n"

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -42,9 +43,8 @@ class Timed:
 
     @property
     def spread(self) -> float:
-        """Width of the middle half of the fixed product's times, over their median."""
-        quarters = statistics.quantiles(self.product, n=4)
-        return (quarters[2] - quarters[0]) / quarters[1]
+        """That of the fixed product."""
+        return width(self.product)
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,20 @@ class Line:
     spread: float
     rival: str = "PEFT"
     note: str = ""
+
+    gates: ClassVar[str] = "gates"
+    head: ClassVar[tuple[str, str]] = (
+        "| what | ours, ms | rival, ms | rival / ours | middle half | at least | met |",
+        "| --- | ---: | ---: | ---: | --- | ---: | --- |",
+    )
+
+    def row(self, gate: float | None) -> str:
+        """The line in Markdown, beside what it must reach."""
+        rival = f"{self.theirs:.3g}" + ("" if self.rival == "PEFT" else f" ({self.rival})")
+        return (
+            f"| {self.name} | {self.ours:.3g} | {rival} | {self.ratio:.2f} | "
+            f"{self.low:.2f} to {self.high:.2f} | {reached(gate, self.ratio)} |"
+        )
 
     @classmethod
     def of(
@@ -78,6 +92,54 @@ class Line:
             rival,
             note,
         )
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """One line about an estimate: seconds estimated and real, one of each a round."""
+
+    name: str
+    estimated: Sequence[float]
+    real: Sequence[float]
+    spread: float
+    note: str = ""
+
+    gates: ClassVar[str] = "within"
+    head: ClassVar[tuple[str, str]] = (
+        "| what | estimated, s | real, s | estimated / real | least and most | within | met |",
+        "| --- | ---: | ---: | ---: | --- | ---: | --- |",
+    )
+
+    @property
+    def ratios(self) -> list[float]:
+        return [a / b for a, b in zip(self.estimated, self.real)]
+
+    def row(self, gate: float | None) -> str:
+        """The line in Markdown, beside the factor that no round may be off by, up or down."""
+        ratios = self.ratios
+        least = None if gate is None else 1 / gate
+        met = min(*ratios, *(1 / r for r in ratios))
+        return (
+            f"| {self.name} | {statistics.median(self.estimated):.3g} | "
+            f"{statistics.median(self.real):.3g} | {statistics.median(ratios):.2f} | "
+            f"{min(ratios):.2f} to {max(ratios):.2f} | {reached(least, met, gate)} |"
+        )
+
+
+Lines = Sequence[Line] | Sequence[Foretold]
+
+
+def reached(least: float | None, found: float, shown: float | None = None) -> str:
+    """The last two cells: the gate, and whether it is met."""
+    if least is None:
+        return " | "
+    return f"{least if shown is None else shown} | {'yes' if found >= least else '**no**'}"
+
+
+def width(seconds: Sequence[float]) -> float:
+    """Width of the middle half of times, over their median."""
+    quarters = statistics.quantiles(seconds, n=4)
+    return (quarters[2] - quarters[0]) / quarters[1]
 
 
 def nothing() -> None:
@@ -100,14 +162,13 @@ def timed(
     repeats = {
         name: 1 if name in undo else _repeats(work, least) for name, work in contestants.items()
     }
-    a, b = torch.randn(512, 768), torch.randn(768, 768)
     found = Timed({name: [] for name in contestants})
     names = list(contestants)
     gc.collect()
     gc.disable()
     try:
         for number in range(-1, rounds):  # the first round warms up
-            product = _seconds(lambda: a @ b, 4)
+            product = fixed_product()
             turned = names[number % len(names) :] + names[: number % len(names)]
             taken = {}
             for name in turned:
@@ -123,6 +184,12 @@ def timed(
     return found
 
 
+def fixed_product() -> float:
+    """Seconds of the product that tells how steady the machine is."""
+    a, b = torch.ones(512, 768), torch.ones(768, 768)
+    return _seconds(lambda: a @ b, 4)
+
+
 def _seconds(work: Work, repeats: int) -> float:
     start = time.process_time()
     for _ in range(repeats):
@@ -136,9 +203,9 @@ def _repeats(work: Work, least: float) -> int:
     return max(1, min(2000, round(least / once)))
 
 
-def gates() -> dict[str, float]:
-    """What each line must reach."""
-    return dict(tomllib.loads(GATES.read_text(encoding="utf-8"))["gates"])
+def gates(kind: str = Line.gates) -> dict[str, float]:
+    """What each line must reach, or be `within`."""
+    return dict(tomllib.loads(GATES.read_text(encoding="utf-8"))[kind])
 
 
 def machine() -> str:
@@ -160,44 +227,32 @@ def machine() -> str:
     )
 
 
-def table(lines: Sequence[Line]) -> str:
-    """The lines in Markdown."""
-    least = gates()
-    rows = [
-        "| what | ours, ms | rival, ms | rival / ours | middle half | at least | met |",
-        "| --- | ---: | ---: | ---: | --- | ---: | --- |",
-    ]
-    for line in lines:
-        gate = least.get(line.name)
-        met = "" if gate is None else "yes" if line.ratio >= gate else "**no**"
-        rival = f"{line.theirs:.3g}" + ("" if line.rival == "PEFT" else f" ({line.rival})")
-        rows.append(
-            f"| {line.name} | {line.ours:.3g} | {rival} | {line.ratio:.2f} | "
-            f"{line.low:.2f} to {line.high:.2f} | {'' if gate is None else gate} | {met} |"
-        )
-    return "\n".join(rows)
+def table(lines: Lines) -> str:
+    """The lines of a part in Markdown."""
+    least = gates(lines[0].gates)
+    return "\n".join([*lines[0].head, *(line.row(least.get(line.name)) for line in lines)])
 
 
-def spread(lines: Sequence[Line]) -> float:
+def spread(lines: Lines) -> float:
     """The widest spread of the fixed product in a part."""
     return max(line.spread for line in lines)
 
 
-def calmest(measure: Callable[[], list[Line]]) -> list[Line]:
+def calmest(measure: Callable[[], Lines]) -> Lines:
     """The part's lines, measured until the fixed product is steady enough."""
-    found: list[list[Line]] = []
+    found: list[Lines] = []
     while len(found) < TRIES and (not found or spread(found[-1]) > WIDE):
         found.append(measure())
         gc.collect()
     return min(found, key=spread)
 
 
-def part(name: str) -> list[Line]:
+def part(name: str) -> Lines:
     """The part benchmarks/`name`.py, in the process that this runs in."""
     return calmest(importlib.import_module(f"benchmarks.{name}").measure)
 
 
-def report(measure: Callable[[], list[Line]]) -> None:
+def report(measure: Callable[[], Lines]) -> None:
     """Print what one module measured."""
     lines = measure()
     print(machine())

@@ -30,7 +30,9 @@ def command(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print what would be trained, memory and time; do nothing."),
+        typer.Option(
+            "--dry-run", help="Print what would be trained, memory and time; write nothing."
+        ),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print progress and result as JSON lines.")

@@ -5,10 +5,13 @@ import re
 
 import pytest
 import torch
+import yaml
+from tiny_run import write_recipe
 
 from benchmarks import __main__ as pages
-from benchmarks import forming, measure, merging, models, training_step
-from benchmarks.measure import Line, Timed, calmest, gates, table
+from benchmarks import dry_run, forming, measure, merging, models, switching, training_step
+from benchmarks.measure import Foretold, Line, Timed, calmest, gates, table
+from finespun.recipe import Recipe
 
 
 def test_ratios_are_medians_of_the_ratios_of_rounds():
@@ -60,6 +63,8 @@ def short(monkeypatch):
     monkeypatch.setattr(merging, "LAYERS", 1)
     monkeypatch.setattr(forming, "WIDTH", 32)
     monkeypatch.setattr(forming, "SITES", 2)
+    monkeypatch.setattr(switching, "WIDTH", 64)
+    monkeypatch.setattr(switching, "CACHE", 64)
 
 
 def test_parts_run_and_leave_their_models_as_they_were(short):
@@ -82,6 +87,56 @@ def test_parts_run_and_leave_their_models_as_they_were(short):
     assert "7 layers of width 64" in text
 
 
+def test_an_estimate_may_be_off_by_a_factor_up_or_down():
+    within = gates(Foretold.gates)
+    name = next(iter(within))
+    factor = within[name]
+
+    def met(*estimated):
+        text = table([Foretold(name, estimated, [2.0] * len(estimated), 0.1)])
+        assert f"| {factor} |" in text
+        return text.endswith("| yes |")
+
+    assert met(2.0 * factor * 0.99, 2.0, 2.0 / factor * 1.01)
+    assert not met(2.0 * factor * 1.01, 2.0, 2.0)
+    assert not met(2.0, 2.0, 2.0 / factor * 0.99)
+    text = table([Foretold("another", [3.0, 4.0, 4.0], [2.0, 2.0, 4.0], 0.1)])
+    assert text.endswith("| another | 4 | 2 | 1.50 | 1.00 to 2.00 |  |  |")
+
+
+def test_switching_is_checked_before_it_is_timed(short):
+    lines = switching.measure()
+    named = {line.name for line in lines}
+    assert {name for name in gates() if "SHiRA" in name} <= named
+    assert all(line.ours > 0 and line.theirs > 0 for line in lines)
+    layer = switching.Switched.of(torch.bfloat16)
+    on, off = switching.library(layer)
+    with pytest.raises(RuntimeError, match="weights switched on differ by"):
+        layer.check(lambda: None, off)
+    with pytest.raises(RuntimeError, match="weights switched off differ by"):
+        layer.check(on, lambda: None)
+
+
+def test_recipes_are_estimated_and_carried_out(tmp_path, monkeypatch):
+    file = write_recipe(tmp_path, epochs=1)
+    tiny = yaml.safe_load(file.read_text())
+    monkeypatch.setattr(dry_run, "RECIPES", {"tiny": tiny})
+    lines = dry_run.measure()
+    assert [line.name for line in lines] == ["steps, tiny", "measuring, tiny"]
+    assert all(len(line.ratios) == dry_run.TIMES for line in lines)
+    assert all(s > 0 for line in lines for s in (*line.estimated, *line.real))
+    assert not (tmp_path / "out").exists()
+    text = pages.page({"dry_run": lines}, "0.1", "0.2")
+    assert "## What a dry run foretells\n\n| what | estimated, s |" in text
+
+
+def test_gates_of_dry_runs_are_those_of_its_recipes():
+    named = {f"{what}, {name}" for name in dry_run.RECIPES for what in ("steps", "measuring")}
+    assert gates(Foretold.gates).keys() == named
+    for values in dry_run.RECIPES.values():
+        assert Recipe.model_validate(values).training.epochs == 1
+
+
 def test_a_part_is_measured_until_it_is_calm():
     found = Timed({"ours": [1.0] * 4, "PEFT": [2.0] * 4}, [1.0] * 4)
     spreads = iter([0.5, 0.3, 0.4, 0.1])
@@ -99,7 +154,7 @@ def test_a_part_is_measured_until_it_is_calm():
 
 def test_the_page_has_a_line_for_every_gate():
     text = pages.PAGE.read_text(encoding="utf-8")
-    for name, least in gates().items():
+    for name, least in {**gates(), **gates(Foretold.gates)}.items():
         (ratio,) = re.findall(
             rf"^\| {re.escape(name)} \|.*\| ([\d.]+) \| .* \| {least} \|", text, re.M
         )
