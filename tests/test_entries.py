@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from suite import DEVICE
 
 from finespun.kernels.entries import (
     Entries,
@@ -16,9 +17,9 @@ from finespun.kernels.entries import (
 
 def case(out, inner, count, rows=(4, 3), dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
-    index = torch.randperm(out * inner, generator=g)[:count].sort().values
-    x = torch.randn(*rows, inner, generator=g, dtype=dtype)
-    v = torch.randn(count, generator=g, dtype=dtype)
+    index = torch.randperm(out * inner, generator=g)[:count].sort().values.to(DEVICE)
+    x = torch.randn(*rows, inner, generator=g, dtype=dtype).to(DEVICE)
+    v = torch.randn(count, generator=g, dtype=dtype).to(DEVICE)
     return Entries(index, (out, inner)), x.requires_grad_(), v.requires_grad_()
 
 
@@ -46,7 +47,7 @@ def test_second_derivatives():
 
 def test_the_gradient_alone():
     at, x, _ = case(30, 50, 100)
-    dy = torch.randn(4, 3, 30, dtype=torch.float64)
+    dy = torch.randn(4, 3, 30, dtype=torch.float64, device=DEVICE)
     whole = torch.einsum("bto,bti->oi", dy, x)
     torch.testing.assert_close(entries_gradient(dy, x, at), whole.flatten()[at.index])
 
@@ -64,10 +65,10 @@ def test_transforms_and_low_precision_take_the_plain_one():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_an_exchange_and_its_return_leave_no_trace(dtype, turned):
     g = torch.Generator().manual_seed(1)
-    W = torch.randn(20, 30, generator=g).to(dtype)
+    W = torch.randn(20, 30, generator=g).to(DEVICE, dtype)
     W = W.T if turned else W
-    before, index = W.clone(), torch.randperm(600, generator=g)[:50].sort().values
-    values = torch.randn(50, generator=g)
+    before, index = W.clone(), torch.randperm(600, generator=g)[:50].sort().values.to(DEVICE)
+    values = torch.randn(50, generator=g).to(DEVICE)
     old = exchange_entries(W, index, values)
     wanted = before.flatten().clone()
     assert torch.equal(old, wanted[index])
