@@ -1,7 +1,7 @@
 # Every target installs what it needs into .venv first; a second run installs nothing.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install check format lint types imports sizes quick slow fuzz docs test demo clean
+.PHONY: help install check format lint types imports sizes quick slow fuzz gpu docs test demo clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORKERS ?= 2
@@ -45,6 +45,9 @@ slow: $(READY)
 
 fuzz: $(READY) ## 10,000 damaged and hostile files: each is read as it should be, or refused by name
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --files 10000
+
+gpu: $(READY) ## what only a GPU can show, claim by claim; needs one
+	$(BIN)/python tests/gpu.py
 
 docs: $(READY) ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -1,5 +1,7 @@
 """How times are taken: one thread, processor time, interleaved rounds, medians of ratios by round.
 
+FINESPUN_DEVICE=cuda runs it all on a GPU: there the clock runs until the device has nothing to do.
+
 A fixed matrix product is timed in every round as well; where its spread is wide the machine was
 too busy for the figures to mean much, and the report says so.
 """
@@ -19,6 +21,9 @@ from typing import ClassVar
 import torch
 
 torch.set_num_threads(1)
+DEVICE = torch.device(os.environ.get("FINESPUN_DEVICE", "cpu"))
+if DEVICE.type != "cpu":
+    torch.set_default_device(DEVICE)
 ROUNDS = 15
 LEAST = 0.02
 WIDE = 0.25
@@ -191,10 +196,18 @@ def fixed_product() -> float:
 
 
 def _seconds(work: Work, repeats: int) -> float:
-    start = time.process_time()
+    start = _clock()
     for _ in range(repeats):
         work()
-    return (time.process_time() - start) / repeats
+    return (_clock() - start) / repeats
+
+
+def _clock() -> float:
+    """Processor time; on another device the time when all that it was asked for is done."""
+    if DEVICE.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize(DEVICE)
+    return time.perf_counter()
 
 
 def _repeats(work: Work, least: float) -> int:
@@ -220,10 +233,12 @@ def machine() -> str:
         if line.startswith("model name")
     ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    place = "" if DEVICE.type == "cpu" else f"{torch.cuda.get_device_name(DEVICE)}; "
     return (
-        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, "
-        f"one thread; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, PEFT {peft.__version__}"
+        f"{place}{names[0] if names else platform.machine()}, {os.cpu_count()} cores, "
+        f"{memory:.0f} GiB, one thread; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"PEFT {peft.__version__}"
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 import finespun as fs
+from benchmarks.measure import DEVICE
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VOCABULARY = 1000
@@ -32,7 +33,8 @@ def llama(width: int, layers: int) -> LlamaModel:
 
 def tokens(rows: int, length: int) -> Tensor:
     """Token numbers (rows, length)."""
-    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+    one = torch.Generator("cpu").manual_seed(1)
+    return torch.randint(VOCABULARY, (rows, length), generator=one, device="cpu").to(DEVICE)
 
 
 def pair(

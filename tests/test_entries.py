@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from suite import DEVICE
 
 from finespun.kernels.entries import (
     Entries,
@@ -17,9 +18,9 @@ from finespun.kernels.entries import (
 
 def case(out, inner, count, rows=(4, 3), dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
-    index = torch.randperm(out * inner, generator=g)[:count].sort().values
-    x = torch.randn(*rows, inner, generator=g, dtype=dtype)
-    v = torch.randn(count, generator=g, dtype=dtype)
+    index = torch.randperm(out * inner, generator=g)[:count].sort().values.to(DEVICE)
+    x = torch.randn(*rows, inner, generator=g, dtype=dtype).to(DEVICE)
+    v = torch.randn(count, generator=g, dtype=dtype).to(DEVICE)
     return Entries(index, (out, inner)), x.requires_grad_(), v.requires_grad_()
 
 
@@ -47,7 +48,7 @@ def test_second_derivatives():
 
 def test_the_gradient_alone():
     at, x, _ = case(30, 50, 100)
-    dy = torch.randn(4, 3, 30, dtype=torch.float64)
+    dy = torch.randn(4, 3, 30, dtype=torch.float64, device=DEVICE)
     whole = torch.einsum("bto,bti->oi", dy, x)
     torch.testing.assert_close(entries_gradient(dy, x, at), whole.flatten()[at.index])
 
@@ -75,11 +76,11 @@ VIEWS = {
 def test_entries_are_read_and_written_wherever_they_lie(dtype, view):
     """What is read and written again leaves no trace, and nothing else ever moves."""
     g = torch.Generator().manual_seed(1)
-    whole = torch.randn(20, 30, generator=g).to(dtype)
+    whole = torch.randn(20, 30, generator=g).to(DEVICE, dtype)
     W = VIEWS[view](whole)
     before, around = W.clone(), whole.clone()
-    index = torch.randperm(W.numel(), generator=g)[:50].sort().values
-    values = torch.randn(50, generator=g)
+    index = torch.randperm(W.numel(), generator=g)[:50].sort().values.to(DEVICE)
+    values = torch.randn(50, generator=g).to(DEVICE)
     old = entries_of(W, index)
     assert torch.equal(old, before.flatten()[index])
     write_entries(W, index, values)

@@ -1,4 +1,5 @@
-"""Quantised bases that run on a CPU: torchao's int8 and 4-bit, bitsandbytes' NF4 and int8."""
+"""Quantised bases: torchao's int8 and 4-bit, bitsandbytes' NF4 and int8, all of which run on a CPU
+too."""
 
 import copy
 import os
@@ -8,6 +9,7 @@ os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
 import bitsandbytes as bnb
 import pytest
 import torch
+from suite import DEVICE
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 
@@ -17,7 +19,11 @@ from finespun.errors import StateError, TargetError
 
 def plain():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(128, 192), nn.ReLU(), nn.Linear(192, 64))
+    return nn.Sequential(nn.Linear(128, 192), nn.ReLU(), nn.Linear(192, 64)).to(DEVICE)
+
+
+def inputs():
+    return torch.randn(4, 128, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 def torchao(config):
@@ -32,7 +38,7 @@ def bits(cls, **options):
         old = model[i]
         model[i] = cls(old.in_features, old.out_features, **options)
         model[i].load_state_dict(old.state_dict())
-    return model.to("cpu")
+    return model.to(DEVICE)
 
 
 BASES = {
@@ -54,7 +60,7 @@ STRUCTURES = {
 @pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 def test_adapts_merges_to_float_and_comes_back_bit_for_bit(base, structure):
-    model, x = base(), torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
+    model, x = base(), inputs()
     y0 = model(x)
     adapter = fs.adapt(model, structure, ["0", "2"])
     if structure.kind == "dora":
@@ -82,7 +88,7 @@ def test_adapts_merges_to_float_and_comes_back_bit_for_bit(base, structure):
 
 
 def test_a_layer_quantised_after_it_was_adapted_acts_and_is_not_merged():
-    model, x = plain(), torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
+    model, x = plain(), inputs()
     adapter = fs.adapt(model, fs.LoRA(rank=4), ["0", "2"])
     with torch.no_grad():
         for p in adapter.parameters():

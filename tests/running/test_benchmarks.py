@@ -40,6 +40,16 @@ def test_every_contestant_runs_once_a_round_and_is_undone():
     assert {calls[0], calls[4]} == {"ours", "PEFT"}
 
 
+def test_on_another_device_the_clock_waits_for_it(monkeypatch):
+    """The device is not asked for anything here: only the order of events is looked at."""
+    events = []
+    monkeypatch.setattr(measure, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: events.append("waited"))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: events.append("read") or 0.0)
+    measure._seconds(lambda: events.append("work"), 2)
+    assert events == ["waited", "read", "work", "work", "waited", "read"]
+
+
 def test_pairs_are_equal_and_a_difference_stops_everything():
     ours, theirs = models.pair(64, 1, 4, ("one", "two"))
     ids = models.tokens(1, 5)
