@@ -8,6 +8,7 @@ import torch
 from structures.peers import Sizes
 from suite import batch, by_definition, bytes_of, draw, net, relative, same, stir
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -133,6 +134,29 @@ def test_parts_transposed_layers_and_convolutions_are_switched():
     adapter.unmerge()
     adapter.detach()
     assert same(bytes_of(model), before)
+
+
+class Ops(TorchDispatchMode):
+    """Names of the operations that read or write entries, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "index" in func.__name__ or "scatter" in func.__name__ or "clone" in func.__name__:
+            self.names.append(func.__name__.partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_each_entry_is_read_once_and_written_once_and_written_back():
+    _, adapter = adapted()
+    with Ops() as on:
+        adapter.merge(undo="entries")
+    assert on.names == ["index_select", "index_copy_"] * len(SITES)
+    with Ops() as off:
+        adapter.unmerge()
+    assert off.names == ["index_copy_"] * len(SITES)
 
 
 def test_half_a_switch_is_taken_back(monkeypatch):
