@@ -23,6 +23,8 @@ from suite import (
 )
 from test_estimate import held_by_a_run
 from tiny_run import write_recipe
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import finespun as fs
 from finespun import hosts
@@ -34,7 +36,24 @@ from finespun.train.loop import adamw
 from finespun.train.run import prepare, run, surroundings
 
 CPU = torch.device("cpu")
+NEED_NUMBERS = {"shira-magnitude": "its mask", "shira-structured": "torch's sparse product"}
+MOVES = (torch.ops.aten._to_copy, torch.ops.aten.copy_)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class OneDevice(TorchDispatchMode):
+    """An operation on tensors of two devices is an error, unless it moves one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        devices = {t.device.type for t in tensors if t.dim()}
+        assert func.overloadpacket in MOVES or len(devices) < 2, (func, devices)
+        return func(*args, **(kwargs or {}))
+
+
+def ours(case):
+    """Whether the structure is the package's own, not one of the tests'."""
+    return type(case.structure).__module__.startswith("finespun.")
 
 
 def from_the_weights(case):
@@ -68,6 +87,24 @@ def test_a_start_is_the_same_on_every_device(case):
             assert torch.equal(there, here), name
 
 
+@every(lambda case: ours(case) and case.name not in NEED_NUMBERS)
+def test_no_structure_mixes_devices(case):
+    """On the device without numbers, which every machine has: whatever is made beside the layer
+    must be made where the layer is."""
+    model, x = net().to("meta"), torch.empty(6, 3, 24, device="meta")
+    with OneDevice():
+        adapter = adapted(case, model, ("head",))[1]
+        for training in (True, False):
+            model.train(training)(x).sum().backward()
+        if case.delta().mergeable:
+            adapter.merge()
+            model(x)
+            adapter.unmerge()
+    for p in adapter.parameters():
+        assert p.is_meta
+        assert p.grad is not None
+
+
 @every()
 def test_a_model_computes_what_its_copy_on_the_cpu_computes(case):
     model, adapter = stirred(case, net(), ("head",))
@@ -86,7 +123,7 @@ def test_a_model_computes_what_its_copy_on_the_cpu_computes(case):
         assert relative(copied.to(DEVICE)(x), model(x)) < 1e-6
 
 
-@one_of_each_kind(lambda case: type(case.structure).__module__.startswith("finespun."))
+@one_of_each_kind(ours)
 def test_files_written_on_a_device_are_those_of_the_cpu(case, tmp_path):
     model, adapter = stirred(case, net(), ("head",))
     adapter.save(tmp_path / "there")

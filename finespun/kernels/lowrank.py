@@ -20,7 +20,7 @@ def plain(*tensors: Tensor) -> bool:
     return (
         all(type(t) in (Tensor, Parameter) and t.dtype == first.dtype for t in tensors)
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(first.device.type)
+        and (first.is_meta or not torch.is_autocast_enabled(first.device.type))
         and not torch._C._functorch.maybe_current_level()
     )
 
