@@ -122,6 +122,46 @@ def as_peft_says(folder: Path, adapter: fs.Adapter) -> None:
         ), path  # fmt: skip
 
 
+BY_PEFT = {
+    "loha": peft.LoHaConfig(r=3, alpha=7, rank_pattern={"blocks.0.up": 2}),
+    "lokr": peft.LoKrConfig(r=2, alpha=7, alpha_pattern={r"blocks\.\d+\.down": 5}),
+    "miss": peft.MissConfig(r=4, mini_r=8, init_weights="mini"),
+    "oft": peft.OFTConfig(oft_block_size=4, block_share=True, coft=True, eps=0.3),
+    "unilora": peft.UniLoraConfig(r=2, theta_d_length=50),
+    "vblora": peft.VBLoRAConfig(
+        r=2, num_vectors=20, vector_length=8, topk=2, save_only_topk_weights=True
+    ),
+    "vera": peft.VeraConfig(r=4),
+}
+
+
+def write_method(folder: Path, kind: str) -> None:
+    config = BY_PEFT[kind]
+    config.target_modules, config.modules_to_save = ["up", "down"], ["head"]
+    theirs = peft.get_peft_model(net(), config)
+    stir([p for p in theirs.parameters() if p.requires_grad])
+    theirs.save_pretrained(folder)
+
+
+def use_method(folder: Path, draw: random.Random) -> None:
+    """Load it and run it; where PEFT reads it too, at the layers of its tensors, both compute the
+    same."""
+    told, model = files.tell(folder), net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fs.load(model, folder, strict=draw.random() < 0.7)
+        ours = model(batch())
+        warnings.simplefilter("error", UserWarning)  # PEFT warns of keys that it misses
+        try:
+            theirs = peft.PeftModel.from_pretrained(net(), folder).eval()(batch())
+        except Exception:
+            return
+    assert told is None or told.numbers
+    named = json.loads((folder / "adapter_config.json").read_text()).get("target_modules")
+    if sorted(named) == ["down", "up"] and ours.isfinite().all() and theirs.isfinite().all():
+        assert relative(ours, theirs) < 1e-4
+
+
 def look(folder: Path, draw: random.Random) -> None:
     """One of the commands that work on files alone."""
     what = draw.choice(["spectra", "lora", "lsr", "peft", "compare", "exact"])
@@ -247,6 +287,10 @@ FORMATS = (
     *(one for kind in KINDS for one in native(kind)),
     Format("PEFT's", write_by_peft, use_adapter, weight=30),
     Format("PEFT's on files", write_by_peft, use_on_files, weight=10),
+    *(
+        Format(f"PEFT's {kind}", functools.partial(write_method, kind=kind), use_method, weight=3)
+        for kind in BY_PEFT
+    ),
     Format("exported", write_export, use_adapter, PEFT, weight=20),
     Format("checkpoint", write_checkpoint, use_checkpoint, STATE, STEP, weight=25),
     Format("run", write_run, use_run, {"adapter.json": "adapter.safetensors"}, weight=6),

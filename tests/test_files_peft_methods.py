@@ -190,6 +190,10 @@ def changed(folder, tensors=None, **values):
         ("hira", {"bias": "all"}, "bias=all is not read: .*merge it"),
         ("vera", {"bias": "vera_only"}, "bias=vera_only is not read"),
         ("hira", {"new": 5}, "new=5 is unknown"),
+        ("oft", {"num_cayley_neumann_terms": 10**9}, "is more than 100"),
+        ("vblora", {"topk": True}, "topk=True must be a whole number"),
+        ("vblora", {"num_vectors": 21}, r"vector_bank' is \(20, 4\), expected \(21, 4\)"),
+        ("loha", {"modules_to_save": []}, r"head\.(weight|bias)' is "),
     ],
 )
 def test_an_option_that_is_not_read_is_named(name, values, what, tmp_path):

@@ -25,7 +25,7 @@ from finespun.files.peft_keys import PREFIX, saved_module
 from finespun.files.peft_table import BANKS, KINDS, METHODS, STARTS, Config, Found, Method
 from finespun.files.safe import read_json, read_tensors
 from finespun.hosts import Entry, FlatState, sites
-from finespun.structures import STRUCTURES, LoRA, Plan, Ranked, Site, Structure, structure
+from finespun.structures import STRUCTURES, Bank, LoRA, Plan, Ranked, Site, Structure, structure
 
 Layers = Callable[[Iterable[str], Structure], Mapping[str, Site]]
 SHARED = "base_model."
@@ -109,6 +109,8 @@ def sort(
             whole.setdefault(module, {})[name.removeprefix(f"{module}.")] = tensor
         else:
             path, own = split(name)
+            if not path:
+                raise FileError(f"{key!r} is no layer's and not under modules_to_save")
             found.setdefault(path, {})[own] = tensor
     return found, shared, whole
 
@@ -153,6 +155,10 @@ def _structure(method: Method, config: Config, found: Mapping[str, Found]) -> St
         options = {**config, **method.options(config, found)}
     own = {f.name for f in dataclasses.fields(known)} | set(known.aliases)
     taken = {k: v for k, v in options.items() if k in own - {"seed"} and k not in method.unused}
+    whole = {f.name for f in dataclasses.fields(known) if f.type is int}
+    for name, value in taken.items():
+        if known.aliases.get(name, name) in whole and type(value) is not int:
+            raise FileError(f"{name}={str(value)[:60]} must be a whole number")
     return structure(method.kind, **taken)
 
 
@@ -174,7 +180,18 @@ def _own(
             choices[path] = {**_choice(mine, hosts[path], bool(more)), **more}
         tensors |= {f"delta/{path}/{n}": t for n, t in own.items()}
     plan = Plan(tuple(h.shape for h in hosts.values()), choices)
-    return plan, {**tensors, **{f"bank/{BANKS[n]}": t for n, t in shared.items()}}
+    return plan, tensors | _bank(made.bank(plan), shared)
+
+
+def _bank(bank: Bank | None, shared: Found) -> dict[str, Tensor]:
+    """The tensors that all sites share, if they are those of our bank."""
+    known = {} if bank is None else bank.state_dict()
+    for name, tensor in shared.items():
+        if name not in BANKS or BANKS[name] not in known:
+            raise FileError(f"'{SHARED}{name}' is unknown; {nearest(name, BANKS)}")
+        if tensor.shape != (size := known[BANKS[name]].shape):
+            raise FileError(f"'{SHARED}{name}' is {tuple(tensor.shape)}, expected {tuple(size)}")
+    return {f"bank/{BANKS[name]}": tensor for name, tensor in shared.items()}
 
 
 def _choice(made: Structure, host: Site, told: bool) -> dict[str, Any]:

@@ -25,6 +25,7 @@ Options = dict[str, Any]
 STARTS = frozenset(["init_weights", "init_ia3_weights", "rank_dropout", "rank_dropout_scale"])
 LYCORIS = frozenset(["rank_pattern", "alpha_pattern", "use_effective_conv2d"])
 CORES = {"use_effective_conv2d=True": "cores of convolutions are multiplied into a factor"}
+MOST_TERMS = 100  # of a series that converges as a geometric one
 FAR = -1e4  # the logit of a vector that is not chosen
 
 
@@ -107,6 +108,8 @@ def _block(count: int) -> int:
 
 def _oft(config: Config, found: Mapping[str, Found]) -> Options:
     terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann") else 0
+    if terms > MOST_TERMS:
+        raise FileError(f"num_cayley_neumann_terms={terms} is more than {MOST_TERMS}")
     size = _block(next(iter(found.values()))["s"].shape[1])
     # PEFT 0.21 takes four terms where three are asked for
     return {"oft_block_size": size, "num_cayley_neumann_terms": 4 if terms == 3 else terms}
@@ -203,6 +206,8 @@ def _lokr_forms(found: Found, site: SiteShape, config: Config) -> Options:
     return {"u": sides[0], "v": sides[1], "ranks": ranks}
 
 
+PROJECTED = frozenset(["r", "projection_prng_key", "save_projection"])
+DRAWN = frozenset(["r", "proj_seed", "theta_d_length", "init_theta_d_bound", "save_indices"])
 SAVE_PROJECTION = "the frozen projections are missing; save it with save_projection=True"
 METHODS: Mapping[str, Method] = {
     "BOFT": Method(
@@ -240,6 +245,7 @@ METHODS: Mapping[str, Method] = {
             "gralora_B_general.weight": "B_hybrid",
         },
         _gralora,
+        site=_length("rank", "A", 1),
     ),
     "HIRA": Method(
         "hira",
@@ -264,13 +270,8 @@ METHODS: Mapping[str, Method] = {
     "LOKR": Method(
         "lokr",
         {
-            "lokr_w1": "P",
-            "lokr_w1_a": "P_b",
-            "lokr_w1_b": "P_a",
-            "lokr_w2": "Q",
-            "lokr_w2_a": "Q_b",
-            "lokr_w2_b": "Q_a",
-            "lokr_t2": "T",
+            **{"lokr_w1": "P", "lokr_w1_a": "P_b", "lokr_w1_b": "P_a"},
+            **{"lokr_w2": "Q", "lokr_w2_a": "Q_b", "lokr_w2_b": "Q_a", "lokr_t2": "T"},
         },
         _without_cores(("T", "Q_a", "Q_b")),
         site=_lokr,
@@ -282,6 +283,7 @@ METHODS: Mapping[str, Method] = {
         "miss",
         {"miss_block": "D"},
         _miss,
+        site=_length("rank", "D"),
         fixed={
             "init_weights": ((True, False, "mini"), "its update is W0·M + M, which no LoRA holds")
         },
@@ -305,8 +307,7 @@ METHODS: Mapping[str, Method] = {
         {},
         factors=randlora,
         needs=SAVE_PROJECTION,
-        unused=frozenset(["r", "randlora_alpha", "projection_prng_key", "save_projection"])
-        | frozenset(["sparse", "very_sparse"]),
+        unused=PROJECTED | {"randlora_alpha", "sparse", "very_sparse"},
     ),
     "SHIRA": Method(
         "shira",
@@ -319,9 +320,7 @@ METHODS: Mapping[str, Method] = {
         {},
         factors=unilora,
         needs="unilora_theta_d is missing",
-        unused=frozenset(
-            ["r", "proj_seed", "theta_d_length", "init_theta_d_bound", "save_indices"]
-        ),
+        unused=DRAWN,
     ),
     "VBLORA": Method(
         "vblora",
@@ -331,6 +330,7 @@ METHODS: Mapping[str, Method] = {
             **{f"vblora_logits_{side}_topk_weights": f"weights_{side}" for side in "AB"},
         },
         _vblora,
+        site=_length("rank", "logits_A"),
         unused=frozenset(["init_logits_std", "save_only_topk_weights"]),
         notes={
             "save_only_topk_weights=True": "only the chosen vectors were saved: their weights can "
@@ -342,7 +342,7 @@ METHODS: Mapping[str, Method] = {
         {},
         factors=vera,
         needs=SAVE_PROJECTION,
-        unused=frozenset(["r", "projection_prng_key", "save_projection", "d_initial"]),
+        unused=PROJECTED | {"d_initial"},
     ),
 }
 BANKS = {"vblora_vector_bank": "vectors"}
