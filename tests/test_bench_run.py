@@ -31,6 +31,7 @@ DEEDS = ("runs", "sleeps", "sings")
 PUBLISHED = {
     "comparison-trec-small": "finespun bench examples/comparison.yaml",
     "structures-trec-small": "finespun bench examples/structures.yaml",
+    "structures-neighbours": "finespun bench examples/structures-neighbours.yaml",
     "comparison-nyt": "finespun bench examples/comparison-nyt.yaml",
     "structures-trec": "finespun bench examples/structures-l6.yaml",
 }
