@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from finespun.cli.app import run
 from finespun.errors import TargetError
+from finespun.kernels.entries import Entries, entries_linear
 from finespun.recipe import Recipe
 from finespun.structures import LoRA
-from finespun.train.estimate import estimate, tried
+from finespun.train.estimate import Held, estimate, tried
 from finespun.train.loop import Loop
 from finespun.train.output import Result
 from finespun.train.run import Job, prepare, surroundings
@@ -219,6 +220,19 @@ def test_as_many_batches_are_tried_as_there_is_patience_for(each: float, calls: 
     assert len(seen) == calls
     assert seen[:2] == [0, 50]
     assert tried(tokens, [[3]], lambda rows: 7.0) == 7.0
+
+
+def test_compressed_rows_are_memory_too() -> None:
+    """The gradient of few entries is made as compressed rows."""
+    x, v = torch.ones(3, 20), torch.ones(4, requires_grad=True)
+    at = Entries(torch.tensor([0, 22, 41, 399]), (20, 20))
+    with Held([x, v]) as held:
+        y = entries_linear(x, v, at)
+        forward = held.now
+        (gradient,) = torch.autograd.grad(y.sum(), v)
+    assert gradient.tolist() == [3.0] * 4
+    assert forward >= y.nbytes
+    assert held.now >= forward + gradient.nbytes
 
 
 def test_what_is_looked_at_before_training_is_part_of_it(file: Path) -> None:

@@ -271,7 +271,8 @@ class Held(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
+                for part in stored_in(tensor):
+                    self._note(part.untyped_storage())
         return made
 
     def _note(self, storage: torch.UntypedStorage) -> None:
@@ -284,6 +285,13 @@ class Held(TorchDispatchMode):
 
     def _release(self, place: int) -> None:
         self.now -= self.live.pop(place)
+
+
+def stored_in(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that have memory of their own: this one, or the parts of compressed rows."""
+    if tensor.layout is torch.sparse_csr:
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return (tensor,)
 
 
 def weights_of(job: Job) -> list[Tensor]:
