@@ -25,8 +25,6 @@ from finespun.recipe_yaml import Document, Quoting, Section
 from finespun.structures import LSR, STRUCTURES, Structure
 
 M = TypeVar("M", bound=Method)
-DEFAULT_RATE = 1e-3
-DEFAULT_RATES = {"lsr": 3e-3}  # Adam moves an LSR factor about 3x less than a LoRA factor
 
 
 def read_method(value: Any, known: Mapping[str, type[M]]) -> M:
@@ -124,7 +122,9 @@ class Training(Section):
     batch_size: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1, description="batches to a step")
     pack: bool = Field(False, description="with a prompt: a batch as one row, without padding")
-    rate: float | None = Field(None, gt=0, description="null: 1e-3, and 3e-3 for LSR")
+    rate: float | None = Field(
+        None, gt=0, description="null: 1e-3; 3e-3 for LSR, 0.1 for FourierFT, 1 for C3A"
+    )
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_share: float = Field(0.06, ge=0, lt=1, description="the share of steps of rising rate")
     weight_decay: float = Field(0.01, ge=0)
@@ -169,7 +169,7 @@ class Recipe(Document):
         """The learning rate: the recipe's, else the default of its structure."""
         if self.training.rate is not None:
             return self.training.rate
-        return DEFAULT_RATES.get(self.structure.kind, DEFAULT_RATE)
+        return self.structure.usual_rate
 
     def changed(self, overrides: Sequence[str]) -> Self:
         """The same recipe with `section.key=value` overrides. Raises InputError."""

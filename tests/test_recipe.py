@@ -37,6 +37,7 @@ def test_the_rate_follows_the_structure_unless_given() -> None:
     recipe = Recipe.parse(TEXT)
     assert recipe.rate == 3e-3
     assert recipe.changed(["structure={kind: lora}"]).rate == 1e-3
+    assert recipe.changed(["structure={kind: c3a}"]).rate == 1.0
     assert recipe.changed(["training.rate=2e-4"]).rate == 2e-4
 
 

@@ -25,13 +25,15 @@ class C3A(Structure):
     w (out/b, in/b, b), zero at the start: out·in/b numbers; every block has rank up to b, the
     update up to full. b = `block_size` must divide in and out. Multiplied by real FFTs of length b:
     y_m = irfft(Σ_n rfft(x_n)·conj(rfft(w_mn))) / in. (The library draws w at random; since ΔW is
-    linear in w, that start with its own update taken away is this one.)
+    linear in w, that start with its own update taken away is this one.) Divided by `in`, w wants
+    learning rates around 1.
     Source: arXiv 2407.19342.
     """
 
     block_size: int = 256
 
     kind = "c3a"
+    usual_rate = 1.0
     source = "arXiv 2407.19342"
 
     def __post_init__(self) -> None:

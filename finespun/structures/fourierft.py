@@ -35,6 +35,7 @@ class FourierFT(Structure):
     draw: Literal["stream", "torch"] = "stream"
 
     kind = "fourierft"
+    usual_rate = 0.1
     source = "arXiv 2405.03003"
     aliases = {"n_frequency": "frequencies", "random_loc_seed": "seed"}
 

@@ -47,6 +47,7 @@ class LSR(Ranked):
     path: Literal["auto", "formed", "factorised"] = "auto"
 
     kind = "lsr"
+    usual_rate = 3e-3
     source = "arXiv 2502.13568"
 
     def __post_init__(self) -> None:

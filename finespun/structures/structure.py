@@ -70,14 +70,16 @@ class Plan:
 class Structure(Method):
     """Hyper-parameters of one way to write ΔW; subclass it beside a Delta.
 
-    `site_kind` is "linear", or "block" for a bypass. `dropout` acts on the input of the update
-    while training; `seed` fixes every random draw.
+    `site_kind` is "linear", or "block" for a bypass; `usual_rate` is AdamW's learning rate where a
+    recipe gives none. `dropout` acts on the input of the update while training; `seed` fixes every
+    random draw.
     """
 
     dropout: float = 0.0
     seed: int = 0
 
     site_kind: ClassVar[str] = "linear"
+    usual_rate: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:

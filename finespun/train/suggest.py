@@ -9,7 +9,7 @@ import polars as pl
 import yaml
 
 from finespun.errors import InputError, nearest
-from finespun.recipe import DEFAULT_RATES, Recipe
+from finespun.recipe import Recipe
 from finespun.structures import LSR
 from finespun.train.tables import MANY_CLASSES, guess_labels, read_table
 from finespun.train.zoo import ZOO, find_model
@@ -73,7 +73,7 @@ def suggest_recipe(data_path: str | Path, model_name: str) -> str:
         "training:",
         f"  epochs: {_epochs(len(table), batch)}",
         f"  batch_size: {batch}",
-        f"  rate: {DEFAULT_RATES[structure.kind]}  # 1e-3 suits lora",
+        f"  rate: {structure.usual_rate}  # 1e-3 suits lora",
         f"  max_length: {_max_length(table, text, pair)}  # tokens; longer rows are cut",
         f"output: {_plain('out/' + Path(data_path).stem)}",
     ]
