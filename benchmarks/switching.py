@@ -1,8 +1,8 @@
 """Switching a SHiRA adapter on and off, against fusing a LoRA in place and taking it out again.
 
 Both change one weight of 4096 x 4096, which is in no cache at the start. Of SHiRA, one entry in a
-hundred is read and written, and written again on the way back: the weight is what it was, bit for
-bit. Of LoRA (rank 32) a product is added and taken away, which leaves traces.
+hundred is read and written, and again on the way back, where it is read to see that nobody edited
+it: the weight is what it was, bit for bit. Of LoRA (rank 32) a product is added and taken away, which leaves traces.
 
 The fuse in bfloat16 rounds the adapter's numbers first. A processor with instructions for bfloat16
 does it in the time of four passes over the weight, and bare reads or writes of the entries, each on

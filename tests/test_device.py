@@ -3,6 +3,7 @@
 FINESPUN_DEVICE names the device; tests/gpu.py runs this and the shared suite on a GPU.
 """
 
+import time
 from itertools import pairwise
 
 import pytest
@@ -31,7 +32,7 @@ from finespun import hosts
 from finespun.kernels.lowrank import low_rank_linear
 from finespun.recipe import Recipe
 from finespun.structures.frozen import DRAWS, Frozen
-from finespun.train.estimate import Passes, estimate
+from finespun.train.estimate import estimate, steps_time
 from finespun.train.loop import adamw
 from finespun.train.run import prepare, run, surroundings
 
@@ -198,12 +199,13 @@ def test_an_estimate_waits_for_a_gpu(tmp_path, monkeypatch):
     """Without one too: the device is only named, and its waiting written down."""
     recipe, events = Recipe.load(write_recipe(tmp_path)), []
     with surroundings(recipe):
-        passes = Passes(prepare(recipe), [0, 1])
-    monkeypatch.setattr(passes, "device", torch.device("cuda"))
-    monkeypatch.setattr(passes, "run", lambda: events.append("run"))
+        job = prepare(recipe)
+        loop = job.loop()
+    monkeypatch.setattr(loop, "device", torch.device("cuda"))
+    monkeypatch.setattr(loop, "take", lambda group: events.append("step"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("waited"))
-    assert passes.seconds() > 0
-    assert events == ["run", "waited"] * 2
+    assert steps_time(job, loop, [[0, 1], [2, 3]], time.perf_counter, whole=True) > 0
+    assert events == ["step", "waited"] * (len(events) // 2) != []
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def _estimate(job: Job, loop: Loop, clock: Clock, looked: float) -> Estimate:
     typical = Passes(job, _few(job, order[(len(order) - 1) // 2]))
     plan, held = adapter.entry.plan, hosts.tensors_of(adapter.entry)
     activations, flops = _activations(job), typical.flops()
-    seconds = looked + epochs * _epoch(job, loop, order, clock, whole=activations <= WHOLE)
+    seconds = looked + epochs * steps_time(job, loop, order, clock, whole=activations <= WHOLE)
     return Estimate(
         targets=plan.sites,
         modules=adapter.entry.trained,
@@ -168,7 +168,9 @@ def _activations(job: Job) -> int:
 
 
 # --- time ----------------------------------------------------------------------------------------
-def _epoch(job: Job, loop: Loop, batches: Sequence[list[int]], clock: Clock, whole: bool) -> float:
+def steps_time(
+    job: Job, loop: Loop, batches: Sequence[list[int]], clock: Clock, whole: bool
+) -> float:
     """Seconds of an epoch of these batches: an optimiser step for each that is tried, `whole` or a
     few rows of it."""
 
