@@ -2,7 +2,8 @@
 
 Both change one weight of 4096 x 4096, which is in no cache at the start. Of SHiRA, one entry in a
 hundred is read and written, and again on the way back, where it is read to see that nobody edited
-it: the weight is what it was, bit for bit. Of LoRA (rank 32) a product is added and taken away, which leaves traces.
+it: the weight is what it was, bit for bit. Of LoRA (rank 32) a product is added and taken away,
+which leaves traces.
 
 The fuse in bfloat16 rounds the adapter's numbers first. A processor with instructions for bfloat16
 does it in the time of four passes over the weight, and bare reads or writes of the entries, each on
