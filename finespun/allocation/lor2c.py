@@ -5,6 +5,7 @@ and the LoRAs inside sleep from the start, so that optimisers built before the e
 """
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -44,11 +45,11 @@ class MergeInject(Allocation):
     source = "arXiv 2503.00572"
 
     def __post_init__(self) -> None:
-        if min(self.merges, self.injects, self.fade) < 0 or self.keep not in get_args(Keep):
+        _check_keep(self.keep)
+        if min(self.merges, self.injects, self.fade) < 0:
             raise InputError(
-                f"merges={self.merges}, injects={self.injects}, fade={self.fade}, "
-                f"keep={self.keep!r}: numbers must not be negative, keep one of 'richer', 'first', "
-                "'svd'"
+                f"merges={self.merges}, injects={self.injects} and fade={self.fade} must not be "
+                "negative"
             )
 
     def begin(self, entry: Entry, steps: int) -> "Events":
@@ -60,10 +61,16 @@ class MergeInject(Allocation):
         pairs = len(neighbours(entry))
         if self.merges > pairs:
             raise InputError(f"merges={self.merges}, but there are {pairs} neighbouring bypasses")
-        if self.injects > (left := len(lone(entry)) - 2 * self.merges):
+        left, rest = len(lone(entry)) - 2 * self.merges, steps - math.ceil(steps / 4)
+        if self.injects and self.injects > left:
             raise InputError(
                 f"injects={self.injects}, but after {self.merges} merges only {max(left, 0)} "
                 "bypasses around one block with targets inside are sure to be left"
+            )
+        if self.injects and self.fade > rest:
+            raise InputError(
+                f"fade={self.fade} does not end in {steps} steps: {rest} of them follow the last "
+                f"injection; try fade={rest // 2}"
             )
         return Events(self, entry, steps)
 
@@ -84,6 +91,13 @@ class Events(Moments):
             wanted = min(self.due[what], 4 * self.due[what] * step // self.steps)
             for _ in range(wanted - sum(e["event"] == what for e in self.events)):
                 self.events.append({"event": what, "step": step, **act(step)})
+
+    def news(self, step: int) -> list[str]:
+        return [
+            f"{e['event']} of {' and '.join(e['blocks'])} after step {step}, sfs {e['sfs']:.3f}"
+            for e in self.events
+            if e["step"] == step
+        ]
 
     def _merge(self, step: int) -> dict[str, Any]:
         """Join the pair that the rule picks."""
@@ -131,7 +145,13 @@ def merge(entry: Entry, first: str, second: str, keep: Keep = "richer") -> None:
 
     It is the one with the flatter spectrum, or the first, or (svd) the best one of the same rank
     for the sum of both, which takes the place of the first's numbers. The other is switched off.
+    Raises InputError unless the second begins right behind the first.
     """
+    _check_keep(keep)
+    if (first, second) not in (known := neighbours(entry)):
+        raise InputError(
+            f"{first!r} and {second!r} are no neighbouring bypasses; there are {known}"
+        )
     one, other = entry.deltas[first], entry.deltas[second]
     richer = keep == "richer" and score(other) > score(one)
     kept, gone = (second, first) if richer else (first, second)
@@ -172,6 +192,11 @@ def inject(entry: Entry, block: str) -> None:
             mask.fill_(True)
         plan = plan.choose(name, asleep=False)
     _settle(entry, plan.choices)
+
+
+def _check_keep(keep: str) -> None:
+    if keep not in get_args(Keep):
+        raise InputError(f"keep={keep!r} is not one of {', '.join(map(repr, get_args(Keep)))}")
 
 
 def neighbours(entry: Entry) -> list[tuple[str, str]]:

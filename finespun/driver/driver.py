@@ -37,6 +37,10 @@ class Moments:
     def after_step(self, step: int) -> None:
         """The optimiser has moved the numbers."""
 
+    def news(self, step: int) -> list[str]:
+        """What happened after this step, in words, for the log."""
+        return []
+
     def end(self) -> None:
         """Training is over."""
 

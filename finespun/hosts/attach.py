@@ -50,6 +50,8 @@ def new_entry(
     board = model.__dict__.get("_finespun_board")
     if isinstance(board, Board) and board.merged:
         raise StateError(f"{', '.join(board.merged)} is merged into the weights; unmerge it first")
+    if scores is not None and structure.wants_scores is None:
+        raise InputError(f"{structure.kind} with these options chooses nothing by scores")
     found = list(sites(model, targets, structure).values())
     check_trained(model, targets, trained)
     plan = structure.plan(found, scores)

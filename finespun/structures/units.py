@@ -45,10 +45,12 @@ def importance(members: Members, values: Sequence[Callable[[Site], Tensor]]) -> 
 
 
 def given(scores: Scores, site: Site) -> Tensor:
-    """The scores of one site. Raises InputError where they are no tensor."""
+    """The scores of one site. Raises InputError where they are no tensor of finite numbers."""
     name = site.shape.name
     found = scores.get(name)
     if isinstance(found, Tensor):
+        if not found.is_meta and not torch.isfinite(found).all():
+            raise InputError(f"scores for {name!r} are not all finite")
         return found
     raise InputError(
         f"{name!r} needs scores of its features or entries, a tensor, not {found!r}; "

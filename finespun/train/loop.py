@@ -121,6 +121,8 @@ class Loop:
         self.optimizer.step()
         self._check(self.driver.grad_norm, "gradient norm", self.step + 1)
         self.losses.append(value)
+        for text in (line for moment in self.driver.moments for line in moment.news(self.step)):
+            self.reporter.tell({"event": "note", "text": text})
         seconds = time.perf_counter() - started
         self.seconds += seconds
         self.reporter.tell(

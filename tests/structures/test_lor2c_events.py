@@ -135,3 +135,40 @@ def test_what_cannot_be_done_is_refused_before_training():
         _, other = adapted(form, BLOCKS if form.kind == "lor2c" else ["query"], stir=False)
         with pytest.raises(InputError, match="rank 2 or more"):
             MergeInject(merges=1).begin(other.entry, 10)
+
+
+def test_merges_alone_need_no_targets_inside():
+    for merges in (1, 3):
+        _, adapter = adapted(targets=BLOCKS)
+        events = MergeInject(merges=merges).begin(adapter.entry, 4)
+        events.after_step(1), events.after_step(4)
+        assert [e["event"] for e in events.events] == ["merge"] * merges
+        told = [*events.news(1), *events.news(4)]
+        assert len(told) == merges
+        assert all("merge of layer." in text and "sfs" in text for text in told)
+    assert events.news(2) == []
+
+
+def test_a_fade_ends_within_the_run():
+    _, adapter = adapted()
+    with pytest.raises(InputError, match=r"fade=16 does not end in 20 steps: 15 of them.*fade=7"):
+        MergeInject(injects=1, fade=16).begin(adapter.entry, 20)
+    MergeInject(injects=1, fade=15).begin(adapter.entry, 20)
+    MergeInject(merges=1, fade=16).begin(adapter.entry, 20)
+
+
+def test_only_neighbours_merge():
+    _, adapter = adapted()
+    before = {n: p.detach().clone() for n, p in adapter.model.named_parameters()}
+    for pair in (
+        ("layer.0", "layer.2"),
+        ("layer.0", "layer.0"),
+        ("layer.1", "layer.0"),
+        ("a", "b"),
+    ):
+        with pytest.raises(InputError, match="are no neighbouring bypasses"):
+            merge(adapter.entry, *pair)
+    with pytest.raises(InputError, match="keep='richest' is not one of 'richer'"):
+        merge(adapter.entry, "layer.0", "layer.1", "richest")
+    assert all(torch.equal(p, before[n]) for n, p in adapter.model.named_parameters())
+    assert len(adapter.entry.plan.choices) == len(adapter.deltas)
