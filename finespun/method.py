@@ -4,7 +4,8 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin
 
 from finespun.errors import InputError, nearest
 
@@ -68,9 +69,45 @@ def registering(known: dict[str, type[M]], axis: str) -> Callable[[type[M]], typ
                 names = ", ".join(f"{f.name}=..." for f in fields)
                 raise InputError(f"{cls.__name__} takes its options by name: {names}")
             cls.check_options(options)
+            for f in fields:
+                if f.name in options and not fits(value := options[f.name], f.type):
+                    raise InputError(
+                        f"{f.name}={value!r} must be {wanted(f.type)}; try {f.default!r}"
+                    )
             plain(self, *values, **options)
 
         cls.__init__ = init  # type: ignore[assignment]
         return cls
 
     return register
+
+
+WORDS = {int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}
+
+
+MANY = {int: "whole numbers", float: "numbers", str: "names"}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an option's type. A truth value is no number; of several words a method
+    says itself which it takes."""
+    origin, parts = get_origin(hint) or hint, get_args(hint)
+    if origin is UnionType:
+        return any(fits(value, part) for part in parts)
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            return False
+        many = parts[:1] * len(value) if parts[1:] == (...,) else parts
+        return len(many) == len(value) and all(map(fits, value, many))
+    if origin in (int, float):
+        return type(value) in (int, origin)
+    return not isinstance(origin, type) or isinstance(value, origin)
+
+
+def wanted(hint: Any) -> str:
+    """An option's type in words."""
+    if get_origin(hint) is UnionType:
+        return " or ".join(map(wanted, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return f"{MANY[get_args(hint)[0]]} in brackets"
+    return WORDS.get(hint, str(getattr(hint, "__name__", hint)))

@@ -301,3 +301,26 @@ def test_gate_and_exact_start_act_on_factors(case):
     x = draw(3, WIDTH)
     wanted = x.double() @ (delta.scale * LowRank(A, B).dense().double()).T
     assert relative(delta(x), wanted) <= case.tolerance
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "says"),
+    [
+        ("lora", {"alpha": "8"}, "alpha='8' must be a number or None"),
+        ("lora", {"dropout": "0.1"}, "dropout='0.1' must be a number; try 0.0"),
+        ("lora", {"seed": 1.5}, "seed=1.5 must be a whole number; try 0"),
+        ("lora", {"rank": True}, "rank=True must be a whole number; try 8"),
+        ("lora", {"rslora": 1}, "rslora=1 must be True or False"),
+        ("lsr", {"rank_split": 4}, "rank_split=4 must be whole numbers in brackets or None"),
+        (
+            "lsr",
+            {"rank_split": (2.0, 2.0)},
+            "rank_split=.* must be whole numbers in brackets or None",
+        ),
+        ("krona", {"factors": "ab"}, "factors='ab' must be whole numbers in brackets or None"),
+        ("s2ft", {"outputs": "up"}, "outputs='up' must be names in brackets"),
+    ],
+)
+def test_options_of_another_type_are_told(kind, options, says):
+    with pytest.raises(InputError, match=says):
+        structure(kind, **options)

@@ -81,9 +81,6 @@ class S2FT(Structure):
                 f"select={self.select!r} needs scores: pass adapt(..., scores=...), made by "
                 f"driver.{measure[self.wants_scores]}, or select='weight'"
             )
-        for end in self.outputs:
-            if not any(f".{s.shape.name}".endswith(f".{end}") for s in sites):
-                raise PlanError(f"outputs: no target is called {end!r}")
         known: Scores = {} if scores is None else scores
         blocks, chosen = units.blocks_of(sites, self.coupling), dict[str, list[int]]()
         for kind, share in (("heads", self.heads), ("channels", self.channels)):

@@ -183,8 +183,6 @@ class Ranked(Structure):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.rank) is not int:
-            raise InputError(f"rank={self.rank!r} must be a whole number; try 8")
         if self.rank < 1:
             raise InputError(f"rank={self.rank} must be at least 1; try 8")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):

@@ -35,9 +35,17 @@ def test_only_the_tokens_named_have_gradients():
     assert rows[1] == 0
 
 
-@pytest.mark.parametrize("tokens", [(), (1, 1), (-1,), (1.5,), (True, "a")])
+@pytest.mark.parametrize("tokens", [(), (1, 1), (-1,)])
 def test_tokens_must_be_rows_each_once(tokens):
     with pytest.raises(InputError, match=r"tokens=.* must be row numbers, each once; try \(0, 1\)"):
+        Tokens(tokens=tokens)
+
+
+@pytest.mark.parametrize("tokens", [(1.5,), (True, "a"), 3])
+def test_tokens_must_be_whole_numbers(tokens):
+    with pytest.raises(
+        InputError, match=r"tokens=.* must be whole numbers in brackets; try \(0,\)"
+    ):
         Tokens(tokens=tokens)
 
 
