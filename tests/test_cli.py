@@ -357,8 +357,8 @@ def test_init_writes_a_recipe_that_trains(tmp_path: Path, capsys: Captured) -> N
     assert run(["init", str(table), str(model), "--out", str(recipe)]) == 0
     assert capsys.readouterr().out == f"{recipe} written. Next: finespun train {recipe}\n"
     assert recipe.read_text() == text
-    fails(["init", str(table), str(model), "--out", str(recipe)], 2, capsys, "--force")
-    assert run(["init", str(table), str(model), "--out", str(recipe), "--force"]) == 0
+    fails(["init", str(table), str(model), "--out", str(recipe)], 2, capsys, "--overwrite")
+    assert run(["init", str(table), str(model), "--out", str(recipe), "--overwrite"]) == 0
     changes = [f"output={tmp_path / 'out'}", "training.epochs=1"]
     assert run(["train", str(recipe), *changes, "-q"]) == 0
     fails(["init", str(tmp_path / "tabel.csv"), str(model)], 3, capsys, "nearest: 'table.csv'")

@@ -182,8 +182,8 @@ def test_a_schema_file_is_written_once(tmp_path: Path, capsys: Captured) -> None
     assert capsys.readouterr().out == f"{out} written\n"
     assert json.loads(out.read_text())["title"] == "Recipe"
     assert run(["schema", "--out", str(out)]) == 2
-    assert "--force" in capsys.readouterr().err
-    assert run(["schema", "--out", str(out), "--force"]) == 0
+    assert "--overwrite" in capsys.readouterr().err
+    assert run(["schema", "--out", str(out), "--overwrite"]) == 0
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,9 @@ def command(
     data: Annotated[str, typer.Argument(help="A .csv, .tsv, .jsonl or .parquet file.")],
     model: Annotated[str, typer.Argument(help="minilm-l6, minilm-l3, a folder or a hub model.")],
     out: Annotated[str | None, typer.Option(help="Write here; without it, print.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that exists.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the recipe, or the file's name, as one object.")
     ] = False,
@@ -24,11 +26,11 @@ def command(
     from finespun.recipe_yaml import read_yaml
     from finespun.train.suggest import suggest_recipe
 
-    if out is not None and Path(out).exists() and not force:
-        raise InputError(f"{out!r} exists; choose another name, or --force to replace it")
+    if out is not None and Path(out).exists() and not overwrite:
+        raise InputError(f"{out!r} exists; choose another name, or --overwrite to replace it")
     text = suggest_recipe(data, model)
     if out is not None:
-        write_new(out, text, force)
+        write_new(out, text, overwrite)
         told = json.dumps({"written": out})
         typer.echo(told if as_json else f"{out} written. Next: finespun train {out}")
     elif as_json:

@@ -21,7 +21,9 @@ class Kind(StrEnum):
 def command(
     kind: Annotated[Kind, typer.Argument(help="recipe, or bench for bench files.")] = Kind.RECIPE,
     out: Annotated[str | None, typer.Option(help="Write here; without it, print.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that exists.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="With --out: tell the file as one JSON object.")
     ] = False,
@@ -35,7 +37,7 @@ def command(
     if out is None:
         typer.echo(text, nl=False)
     else:
-        write_new(out, text, force)
+        write_new(out, text, overwrite)
         typer.echo(json.dumps({"written": out}) if as_json else f"{out} written")
 
 
@@ -50,11 +52,11 @@ def schema_of(kind: Kind) -> dict[str, Any]:
     return {"$schema": DIALECT, **BenchSpec.json_schema()}
 
 
-def write_new(out: str, text: str, force: bool) -> None:
+def write_new(out: str, text: str, overwrite: bool) -> None:
     """Write a file that is not there yet, or replace it. Raises InputError."""
     from finespun.errors import InputError
     from finespun.files import write_file
 
-    if Path(out).exists() and not force:
-        raise InputError(f"{out!r} exists; choose another name, or --force to replace it")
+    if Path(out).exists() and not overwrite:
+        raise InputError(f"{out!r} exists; choose another name, or --overwrite to replace it")
     write_file(out, text)

@@ -72,7 +72,8 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
 
 @alone
 def unmerge(model: nn.Module) -> None:
-    """Put back the very tensors, or single entries, that stood before the merge.
+    """Put back the very tensors, or single entries, that stood before the merge. Tensors are put
+    back whatever was done to the merged ones: such an edit, or a change of dtype, is lost.
 
     Raises StateError, and changes nothing, where somebody has edited entries that the merge wrote;
     an edit of other entries stays.
