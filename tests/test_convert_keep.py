@@ -13,9 +13,9 @@ from suite import relative, same
 import finespun as fs
 from finespun import files
 from finespun.cli.app import run
-from finespun.convert.keep import refuse_to_lose
 from finespun.convert.merge import merge
 from finespun.errors import FileError, InputError
+from finespun.files.keep import refuse_to_lose
 
 TARGETS = ("query", "value")
 
@@ -99,17 +99,76 @@ def test_a_text_of_the_users_own_and_files_in_the_way_are_kept(place, capsys):
     Path("mine").mkdir()
     Path("mine", "README.md").write_text("my own words\n")
     Path("mine", "notes.txt").write_text("more\n")
-    for way in ("convert", "export"):
-        assert write(way, "a", "mine") == 2
-        assert "holds a README.md: --overwrite" in capsys.readouterr().err
-    assert sorted(content(place / "mine")) == ["README.md", "notes.txt"]
     for way in ("convert", "export", "export diffusers", "merge"):
         assert write(way, "a", "mine/notes.txt", "--overwrite") == 3
         assert "is a file; name a folder" in capsys.readouterr().err
-    assert write("merge", "a", "mine") == 0
-    assert Path("mine", "README.md").read_text() == "my own words\n"
+    for i, way in enumerate(("convert", "convert peft", "export", "merge")):
+        shutil.copytree("mine", f"mine{i}")
+        for more in ([], ["--overwrite"]):
+            assert write(way, "a", f"mine{i}", *more) == 0
+            assert Path(f"mine{i}", "README.md").read_text() == "my own words\n"
+    Path("mine0", "README.md").unlink()
+    assert write("convert", "a", "mine0", "--overwrite") == 0
+    card = Path("mine0", "README.md").read_text()
+    assert "# a\n" in card
+    assert write("convert", "b", "mine0", "--overwrite") == 0
+    assert "# b\n" in Path("mine0", "README.md").read_text()
     with pytest.raises(FileError, match="cannot be written"):
         refuse_to_lose("/proc/nowhere", "native")
+
+
+UNKNOWN = {
+    "convert": ["adapter.json", "adapter.safetensors"],
+    "export": ["adapter_config.json", "adapter_model.safetensors"],
+    "export diffusers": ["pytorch_lora_weights.safetensors"],
+    "merge": ["config.json", "model.safetensors", "classifier.safetensors"],
+}
+
+
+@pytest.mark.parametrize("way", UNKNOWN)
+def test_what_only_has_the_name_of_such_a_file_is_never_replaced(place, way, capsys):
+    for i, name in enumerate(UNKNOWN[way]):
+        Path(f"mine{i}").mkdir()
+        Path(f"mine{i}", name).write_text('{"colour": "green"}')
+        for more in ([], ["--overwrite"]):
+            assert write(way, "a", f"mine{i}", *more) == 2
+            assert f"holds {name} but is not known as a" in capsys.readouterr().err
+        assert content(place / f"mine{i}") == {name: b'{"colour": "green"}'}
+
+
+def test_one_file_is_replaced_only_where_it_is_a_lora(place, capsys):
+    shutil.copy("base/model.safetensors", "weights.safetensors")
+    Path("text.safetensors").write_text("words")
+    for name in ("weights.safetensors", "text.safetensors"):
+        before = content(place / name)
+        assert write("export kohya", "a", name, "--overwrite") == 2
+        assert "is a file without a LoRA, which stays" in capsys.readouterr().err
+        assert content(place / name) == before
+
+
+def test_a_pipeline_stays_and_other_settings_are_no_model(place, capsys):
+    Path("pipeline").mkdir()
+    Path("pipeline", "model_index.json").write_text("{}")
+    assert write("merge", "a", "pipeline", "--overwrite") == 2
+    assert "holds a pipeline of diffusers, which stays" in capsys.readouterr().err
+    Path("pipeline", "model_index.json").rename("pipeline/config.json")
+    assert write("convert", "a", "pipeline") == 0
+    Path("out").mkdir()
+    Path("out", "model-mine.safetensors").write_text("mine")
+    assert write("merge", "a", "out") == 0
+    assert Path("out", "model-mine.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize("way", ["convert", "export", "merge"])
+def test_places_that_cannot_be_are_told_before_any_work(place, way, capsys):
+    assert write(way, "a", "") == 2
+    assert "'' is no path" in capsys.readouterr().err
+    assert write(way, "a", ".") == 3
+    assert "holds the folder you are working in" in capsys.readouterr().err
+    assert write(way, "nothere", "b") == 3
+    told = capsys.readouterr().err
+    assert "nothere is no folder and no file" in told
+    assert "'b'" not in told
 
 
 def test_what_a_crash_put_aside_is_kept_too(place):
@@ -133,7 +192,7 @@ def test_nothing_of_an_older_model_stays_in_the_new_one(place):
     older = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     older += ["classifier.safetensors", "1_Pooling/config.json", "config.json"]
     for name in older:
-        Path("out", name).write_text("{}")
+        Path("out", name).write_text('{"model_type": "bert"}')
     Path("out", "table.safetensors").write_text("mine")
     assert write("merge", "a", "out", "--overwrite") == 0
     assert write("merge", "a", "fresh") == 0
@@ -194,6 +253,22 @@ def test_a_base_that_cannot_be_the_one_is_told_in_a_line(place, capsys):
 def test_options_of_a_conversion_are_told_as_they_are_typed(place, capsys):
     assert run(["convert", "a", "out", "--to", "lora", "--set", "rank"]) == 2
     assert "--set rank=8" in capsys.readouterr().err
+    wrong = {
+        "lora rank=0": "rank=0 must be at least 1",
+        "lora rank=four": "rank = 'four' should be a valid integer",
+        "lora alpha=-1": "alpha=-1",
+        "lora dropout=2": "dropout=2",
+        "lora runk=2": "'rank'",
+        "lsr separation_rank=0": "separation_rank=0 must be at least 1",
+        "lsr rank_split=[3,2]": "rank_split=(3, 2) must be",
+    }
+    for typed, told in wrong.items():
+        to, option = typed.split()
+        assert run(["convert", "a", "out", "--to", to, "--set", option]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {to}: structure")
+        assert told in error
+        assert error.count("\n") == 1
     fresh(bert(), fs.structure("shira", rank=2), TARGETS, train=()).save("shira")
     assert write("convert", "shira", "out") == 2
     assert "--set rank=16 or --energy 0.95" in capsys.readouterr().err

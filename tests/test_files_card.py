@@ -44,3 +44,22 @@ def test_it_lies_beside_every_saved_and_exported_adapter_and_is_not_read(tmp_pat
     for name in ("own", "lora"):
         (tmp_path / name / CARD).write_text("something else")
         fs.load(model, tmp_path / name, name)
+
+
+def test_a_text_that_is_no_card_of_ours_stays(tmp_path):
+    adapter = fs.adapt(nn.Sequential(nn.Linear(8, 8)), fs.LoRA(rank=2), ["0"], train=())
+    for name, write in (("own", adapter.save), ("lora", adapter.export)):
+        card = tmp_path / name / CARD
+        write(card.parent)
+        first = card.read_text()
+        card.write_text(first + "changed\n")
+        write(card.parent)
+        assert card.read_text() == first
+        card.write_text("---\nlibrary_name: peft\ntags:\n- lora\n---\nmine\n")
+        write(card.parent)
+        assert card.read_text().endswith("mine\n")
+        card.unlink()
+        card.mkdir()
+        (card / "note").write_text("mine")
+        write(card.parent)
+        assert (card / "note").read_text() == "mine"

@@ -85,6 +85,54 @@ def test_an_adapter_without_a_run_is_not_overwritten(resume: bool, recipe: Recip
         run(recipe, resume)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_never_joins_work_of_another_kind(overwrite: bool, recipe: Recipe) -> None:
+    folder = Path(recipe.output)
+    files = {
+        "adapter_config.json": ("{}", "holds an adapter in PEFT's format, which stays as it is"),
+        "model.safetensors": ("", "holds a model, which stays as it is"),
+        "config.json": ('{"model_type": "bert"}', "holds a model, which stays as it is"),
+        "pytorch_lora_weights.safetensors": ("", "holds an adapter in diffusers' format, which"),
+        "recipe.yaml": ("eggs: 3\n", "holds recipe.yaml but is not known as a run"),
+        "metrics.json": ("{}", "holds metrics.json but is not known as a run"),
+        "metrics.jsonl": ("", "holds metrics.jsonl but is not known as a run"),
+        "checkpoints/mine": ("", "holds checkpoints but is not known as a run"),
+        "adapter.json": ("{}", "holds adapter.json but is not known as an adapter"),
+    }
+    for name, (text, told) in files.items():
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(text)
+        with pytest.raises(InputError, match=told):
+            run(recipe, overwrite=overwrite)
+        assert [p for p in folder.rglob("*") if p.is_file()] == [folder / name]
+        shutil.rmtree(folder)
+
+
+def test_texts_of_the_users_own_stay(recipe: Recipe) -> None:
+    folder = Path(recipe.output)
+    folder.mkdir()
+    (folder / "README.md").write_text("my own words\n")
+    (folder / "config.json").write_text("{}")
+    for overwrite in (False, True):
+        assert run(recipe, overwrite=overwrite).steps == 8
+        assert (folder / "README.md").read_text() == "my own words\n"
+    for path in folder.iterdir():
+        path.unlink()
+    mine = "# mine\n" + recipe.dump()
+    (folder / "recipe.yaml").write_text(mine)
+    with pytest.raises(InputError, match="was not written by a run: --overwrite replaces it"):
+        run(recipe)
+    assert (folder / "recipe.yaml").read_text() == mine
+    assert run(recipe, overwrite=True).steps == 8
+    assert (folder / "README.md").read_text().startswith("---")
+
+
+def test_a_run_that_broke_off_before_any_checkpoint_is_begun_again(recipe: Recipe) -> None:
+    Path(recipe.output).mkdir()
+    Path(recipe.output, "recipe.yaml").write_text(recipe.dump())
+    assert run(recipe).steps == 8
+
+
 def test_resuming_another_recipe_names_the_key(recipe: Recipe) -> None:
     interrupted(recipe)
     with pytest.raises(InputError) as caught:

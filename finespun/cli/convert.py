@@ -80,21 +80,19 @@ def as_one_object(made: "Converted") -> str:
 
 
 def wanted(to: str, options: list[str]) -> Any:
-    """The structure that the options describe; a bare word where there are none."""
+    """The structure that the options describe; a bare word where there are none. Raises
+    InputError."""
+    from finespun.cli.explain import choose
     from finespun.errors import InputError
-    from finespun.recipe import read_structure
-    from finespun.recipe_yaml import apply_override
 
-    values: dict[str, Any] = {}
     for option in options:
         if "=" not in option:
             raise InputError(f"--set {option} gives no value; write --set {option}=8, say")
-        apply_override(values, option)
-    if not values:
+    if not options:
         return to
     if to not in ("lora", "lsr"):
         raise InputError(f"cannot convert to {to!r}; known: 'lora', 'lsr'")
-    return read_structure({"kind": to, **values})
+    return choose(to, options)
 
 
 def base_folder(model: str) -> str:

@@ -52,11 +52,10 @@ def command(
     """Write an adapter as a LoRA folder in PEFT's format, or as one file that diffusers or kohya's
     scripts load, and say how exact it is."""
     from finespun.cli.convert import as_one_object as converted
-    from finespun.convert.keep import refuse_to_lose
     from finespun.errors import InputError
+    from finespun.files import check_source, refuse_to_lose
 
-    if Path(out).expanduser().resolve() == Path(adapter).expanduser().resolve():
-        raise InputError(f"{out!r} is the adapter itself; name another folder")
+    check_source(adapter, out)
     if format != "peft":
         if per_module_rank:
             raise InputError("per_module_rank is for PEFT's format")

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from finespun import files
 from finespun.convert import diffusion
-from finespun.convert.keep import refuse_to_lose
 from finespun.convert.stored import (
     StoredDeltas,
     StoredWeights,
@@ -26,7 +25,6 @@ from finespun.convert.stored import (
 )
 from finespun.errors import InputError, nearest
 from finespun.files import Lineage, Parent, Saved, lineage_of
-from finespun.files.atomic import located
 from finespun.hosts import Entry, FlatState, tensors_of
 from finespun.hosts.mirror import TIE
 from finespun.linalg import LowRank, predicted_error
@@ -106,9 +104,8 @@ def convert(
     target = _target(structure, energy, format)
     if refine < 0 or (max_error is not None and not 0 <= max_error < 1):
         raise InputError(f"refine={refine} must be at least 0, max_error={max_error} in [0, 1)")
-    if located(src) == located(dst):
-        raise InputError(f"{str(dst)!r} is the adapter itself; name another folder")
-    refuse_to_lose(dst, format, overwrite)
+    files.check_source(src, dst)
+    files.refuse_to_lose(dst, format, overwrite)
     base = None if model is None else StoredWeights(model)
     saved = files.read_adapter(src, layers=None if base is None else base.sites)
     if not saved.entry.plan.sites:

@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from finespun import files
 from finespun.adapter import Adapter, load
-from finespun.convert.keep import refuse_to_lose
-from finespun.convert.stored import INDEX, StoredWeights, source_name
+from finespun.convert.stored import StoredWeights, source_name
 from finespun.errors import FileError, InputError
 from finespun.files import Saved, whole_folder
 from finespun.files.atomic import located
+from finespun.files.keep import HEAD, INDEX, SHARDS
 from finespun.hosts import tensors_of
 from finespun.hosts.targets import OWN
 from finespun.train.use import Trained, origin
@@ -27,8 +27,7 @@ from finespun.train.zoo import (
     quiet,
 )
 
-HEAD_FILE = "classifier.safetensors"
-WEIGHT_FILES = ("model*.safetensors", INDEX, HEAD_FILE, POOLING_FILE)
+WEIGHT_FILES = ("model.safetensors", SHARDS, INDEX, HEAD, POOLING_FILE)
 TASKS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -69,12 +68,11 @@ def merge(
     older work stays in the way, StateError where an update cannot be merged (a bypass, a tied
     weight), FileError for files.
     """
-    if located(adapter) == located(out):
-        raise InputError(f"{str(out)!r} is the adapter itself; name another folder")
+    files.check_source(adapter, out)
     source = base_folder(Path(adapter), model)
     if located(source) == located(out):
         raise InputError(f"{str(out)!r} is the base itself; name another folder")
-    refuse_to_lose(out, "model", overwrite)
+    files.refuse_to_lose(out, "model", overwrite)
     held, tokenizer = on_base(Path(adapter), model)
     held.merge(undo="none")
     state = whole_state(held)
@@ -83,7 +81,7 @@ def merge(
         head = {k: v.contiguous() for k, v in state.items() if k.startswith("classifier.")}
         state = {k.removeprefix("encoder."): v for k, v in state.items() if k not in head}
         body = body.encoder
-        notes.append(f"mean pooling and the head are no transformers class: {HEAD_FILE} holds it")
+        notes.append(f"mean pooling and the head are no transformers class: {HEAD} holds it")
     if not isinstance(body, PreTrainedModel):
         raise InputError(f"{type(body).__name__} is no transformers model: merge it in Python")
     size = sum(tensor.nbytes for tensor in state.values())
@@ -92,7 +90,7 @@ def merge(
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         if head:
-            save_file(head, work / HEAD_FILE)
+            save_file(head, work / HEAD)
             (work / POOLING_FILE).parent.mkdir()
             (work / POOLING_FILE).write_bytes((Path(source) / POOLING_FILE).read_bytes())
         new = {path.relative_to(work) for path in work.rglob("*")}

@@ -23,7 +23,6 @@ from finespun.structures import Bank, Delta, SiteShape, Structure
 # transformers' families whose Conv1D layers store (in, out)
 TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
 LARGEST = 1e18  # the norm whose square float32 can still hold
-INDEX = "model.safetensors.index.json"
 
 
 class StoredWeights:

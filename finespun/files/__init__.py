@@ -11,11 +11,12 @@ from finespun.files.checkpoint import (
 from finespun.files.export import Exported, Format, export
 from finespun.files.fingerprint import Fingerprint, check_base, fingerprint
 from finespun.files.fitting import check_fit, register_saved, settle
+from finespun.files.keep import refuse_to_lose
 from finespun.files.lineage import Lineage, Parent, lineage_of
 from finespun.files.lora_folder import lora_config, write_lora
 from finespun.files.native import Saved, save, write
 from finespun.files.peft_told import Told, tell
-from finespun.files.reading import offering_lenience, read_adapter, read_for
+from finespun.files.reading import check_source, offering_lenience, read_adapter, read_for
 
 __all__ = [
     "Exported",
@@ -27,6 +28,7 @@ __all__ = [
     "Told",
     "check_base",
     "check_fit",
+    "check_source",
     "check_writable",
     "checkpoints",
     "export",
@@ -38,6 +40,7 @@ __all__ = [
     "random_state",
     "read_adapter",
     "read_for",
+    "refuse_to_lose",
     "register_saved",
     "save",
     "save_checkpoint",

@@ -42,11 +42,7 @@ def whole_folder(path: str | os.PathLike[str], bytes_needed: int = 0) -> Iterato
     target = located(path)
     if target.exists() and not target.is_dir():
         raise FileError(f"{target} is a file; name a folder")
-    if target in (Path.cwd(), *Path.cwd().parents):
-        raise FileError(
-            f"{target} holds the folder you are working in; name a folder of its own, such as "
-            f"{target / 'adapter'}"
-        )
+    check_own_folder(target)
     check_writable(target, bytes_needed)
     with _told(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +80,15 @@ def write_file(path: str | os.PathLike[str], data: bytes | str) -> None:
         _flush(target.parent)
 
 
+def check_own_folder(target: Path) -> None:
+    """Raise FileError for the folder one is in and those above: they cannot step aside."""
+    if target in (Path.cwd(), *Path.cwd().parents):
+        raise FileError(
+            f"{target} holds the folder you are working in; name a folder of its own, such as "
+            f"{target / 'adapter'}"
+        )
+
+
 def check_writable(path: str | os.PathLike[str], bytes_needed: int = 0) -> None:
     """Raise FileError now if writing `path` later would fail: no permission, a read-only file
     system, a file where a folder should be, or less than `bytes_needed` bytes free."""
@@ -107,6 +112,8 @@ def located(path: str | os.PathLike[str]) -> Path:
     FileError for a name that the file system does not take."""
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"{path!r} is no path; give one as text, such as 'out/adapter'")
+    if not os.fspath(path):
+        raise InputError("'' is no path; the folder you are in is '.'")
     try:
         target = Path(path).expanduser().resolve()
         with _told(target):

@@ -1,13 +1,33 @@
 """The model card that lies beside an adapter: what it is, how it was made, what it reached."""
 
+import os
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
+from finespun.files.atomic import settled, write_file
 from finespun.files.fingerprint import Fingerprint
 from finespun.files.lineage import Lineage
 
 CARD = "README.md"
+OWN = re.compile(rb"---\r?\nlibrary_name: \w+\r?\ntags: \[finespun, ")  # how `model_card` begins
+
+
+def write_card(work: Path, folder: str | Path, card: str) -> None:
+    """Put a card into `work`, which is to become `folder`. A README.md there that is no card of
+    ours stays, and the adapter goes without one."""
+    older = settled(folder) / CARD
+    if not os.path.lexists(older) or _is_own(older):
+        write_file(work / CARD, card)
+
+
+def _is_own(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return OWN.match(file.read(1024)) is not None
 
 
 def model_card(

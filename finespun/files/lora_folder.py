@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from finespun.files.atomic import whole_folder, write_file
-from finespun.files.card import CARD, model_card
+from finespun.files.atomic import whole_folder
+from finespun.files.card import model_card, write_card
 from finespun.files.fingerprint import Fingerprint
 from finespun.files.lineage import Lineage
 from finespun.files.peft import CONFIG, SIDE, TENSORS
@@ -103,4 +103,4 @@ def write_lora(
         side = {"format": 1, "name": name, "sha256": digest, "relative_error": error}
         side["base"] = None if base is None else base.as_json()
         write_json(work / SIDE, {**side, "lineage": lineage.as_json()})
-        write_file(work / CARD, model_card(name, tensors, base, lineage, "peft"))
+        write_card(work, folder, model_card(name, tensors, base, lineage, "peft"))

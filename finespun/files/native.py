@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from finespun.errors import FileError, InputError, StateError, StrictError, nearest
-from finespun.files.atomic import located, settled, whole_folder, write_file
-from finespun.files.card import CARD, model_card
+from finespun.files.atomic import located, settled, whole_folder
+from finespun.files.card import model_card, write_card
 from finespun.files.fingerprint import Fingerprint, fingerprint
 from finespun.files.lineage import Lineage, lineage_of
 from finespun.files.safe import check_finite, read_json, read_tensors, write_json, write_tensors
@@ -93,7 +93,7 @@ def write(
     with whole_folder(folder, sum(t.nbytes for t in tensors.values()) + (1 << 20)) as work:
         content["sha256"] = write_tensors(work / TENSORS, tensors, {"format": "finespun"})
         write_json(work / CONFIG, content)
-        write_file(work / CARD, model_card(entry.name, tensors, base, lineage))
+        write_card(work, folder, model_card(entry.name, tensors, base, lineage))
     return content
 
 

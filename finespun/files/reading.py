@@ -6,12 +6,35 @@ from pathlib import Path
 
 from torch import nn
 
-from finespun.errors import FileError, StrictError
+from finespun.errors import FileError, InputError, StrictError
 from finespun.files import diffusion, native, peft
-from finespun.files.atomic import settled
+from finespun.files.atomic import located, settled
 from finespun.files.diffusion_names import Unplaced, layers_of, place_on
 from finespun.files.native import Saved
 from finespun.files.peft_methods import Layers, read_method
+
+NAMES = native.CONFIG, peft.CONFIG, diffusion.WEIGHTS
+
+
+def find_adapter(folder: str | Path) -> Path:
+    """The file or folder to read an adapter from. Raises FileError where there is none."""
+    place = settled(folder)
+    if place.is_file() or any((place / name).is_file() for name in NAMES):
+        return place
+    if not place.is_dir():
+        raise FileError(f"{place} is no folder and no file")
+    below = sorted(p.name for p in place.iterdir() if any((p / n).is_file() for n in NAMES))
+    hint = f"; its folders {', '.join(below[:5])} do" if below else ""
+    if single := sorted(p.name for p in place.glob("*.safetensors")):
+        hint += f"; for an adapter in one file name the file, such as {place / single[0]}"
+    raise FileError(f"{place} holds neither {NAMES[0]} nor {NAMES[1]}{hint}")
+
+
+def check_source(src: str | Path, dst: str | Path) -> None:
+    """Raise FileError where `src` holds no adapter, InputError where `dst` is the same place."""
+    find_adapter(src)
+    if located(src) == located(dst):
+        raise InputError(f"{str(dst)!r} is the adapter itself; name another folder")
 
 
 def read_adapter(
@@ -23,23 +46,14 @@ def read_adapter(
     PEFT's methods other than LoRA are read with `layers`, those of the model. Where several lie in
     one folder, the first of these is read. Raises FileError where there is none.
     """
-    place = settled(folder)
+    place = find_adapter(folder)
     if place.is_file():
         return diffusion.read_diffusion(place, strict)
     if (place / native.CONFIG).is_file():
         return native.read(place, strict)
     if (place / peft.CONFIG).is_file():
         return read_method(place, layers, strict) or peft.read_peft(place, strict)
-    if (place / diffusion.WEIGHTS).is_file():
-        return diffusion.read_diffusion(place / diffusion.WEIGHTS, strict)
-    if not place.is_dir():
-        raise FileError(f"{place} is no folder and no file")
-    names = native.CONFIG, peft.CONFIG, diffusion.WEIGHTS
-    below = sorted(p.name for p in place.iterdir() if any((p / n).is_file() for n in names))
-    hint = f"; its folders {', '.join(below[:5])} do" if below else ""
-    if single := sorted(p.name for p in place.glob("*.safetensors")):
-        hint += f"; for an adapter in one file name the file, such as {place / single[0]}"
-    raise FileError(f"{place} holds neither {names[0]} nor {names[1]}{hint}")
+    return diffusion.read_diffusion(place / diffusion.WEIGHTS, strict)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import yaml
 from finespun import hosts
 from finespun.adapter import Adapter
 from finespun.errors import FileError, InputError
-from finespun.files import check_writable, checkpoints, write_file
+from finespun.files import check_writable, checkpoints, refuse_to_lose, write_file
 from finespun.files.atomic import recover
 from finespun.files.safe import read_json
 from finespun.recipe import Recipe
@@ -79,7 +79,8 @@ def claim(
     """Look at the output folder before anything is loaded; no work in it is lost.
 
     Returns the result if the run to resume has ended already. Raises FileError if the folder cannot
-    be written, InputError if it holds a run or an adapter that would be lost, or another recipe's.
+    be written, InputError if it holds a run or an adapter that would be lost, work of another kind,
+    or another recipe's.
     """
     if resume and overwrite:
         raise InputError("resume goes on with a run and overwrite starts anew: choose one")
@@ -91,10 +92,10 @@ def claim(
             f"output={recipe.output!r} cannot be written ({error.strerror}); name another folder"
         ) from error
     began, ended = (folder / RECIPE).exists(), (folder / RESULT).exists()
-    if overwrite:
-        return None
     if not (resume and began):
-        refuse_to_lose(folder, ended)
+        refuse_to_lose(folder, "run", overwrite=True)
+        if not overwrite:
+            refuse_to_replace(folder, ended)
         return None
     check_same(recipe, folder / RECIPE)
     if not ended:
@@ -103,8 +104,9 @@ def claim(
     return Result.read(folder)
 
 
-def refuse_to_lose(folder: Path, ended: bool) -> None:
-    """Raise InputError naming what a new run would take the place of: a run or an adapter."""
+def refuse_to_replace(folder: Path, ended: bool) -> None:
+    """Raise InputError naming what a new run would take the place of: a run, an adapter or a
+    recipe that somebody wrote."""
     another = "--overwrite replaces it, output=FOLDER keeps both"
     if ended:
         raise InputError(
@@ -114,6 +116,9 @@ def refuse_to_lose(folder: Path, ended: bool) -> None:
         raise InputError(f"{str(folder)!r} holds an unfinished run: --resume goes on, {another}")
     if any((folder / name).exists() for name in ADAPTER):
         raise InputError(f"{str(folder)!r} holds an adapter: {another}")
+    path = folder / RECIPE
+    if path.exists() and Recipe.load(path).dump() != path.read_text(encoding="utf-8"):
+        raise InputError(f"{str(path)!r} was not written by a run: {another}")
 
 
 def check_same(recipe: Recipe, path: Path) -> None:
