@@ -304,6 +304,11 @@ def test_a_power_needs_numbers_known_before_training(
         ("members=[{structure: {kind: lora}}, {structure: {kind: lora}}]", "two members are"),
         ("members=[{structure: {kind: lora, rank: 64}}]", "rank=64 exceeds"),
         ("members=[{structure: {kind: lora}, targets: [vlue]}]", "nearest: 'value'"),
+        (
+            "members=[{structure: {kind: lor2c}, numbers: [600], "
+            "targets: [encoder.layer.0, encoder.layer.1, query, value]}]",
+            "numbers = 600: 4 layers, 'bert.*query' first, would sleep .* leave them out",
+        ),
         ("metric=acuracy", "metric 'acuracy' is none for classification; nearest: 'accuracy'"),
     ],
 )
