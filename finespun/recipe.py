@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     PlainSerializer,
     TypeAdapter,
+    ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
@@ -22,7 +24,7 @@ from finespun.allocation import ALLOCATIONS, Allocation
 from finespun.errors import InputError, nearest
 from finespun.method import Method
 from finespun.recipe_yaml import Document, Quoting, Section
-from finespun.structures import LSR, STRUCTURES, Structure
+from finespun.structures import LSR, STRUCTURES, SHiRA, Structure
 
 M = TypeVar("M", bound=Method)
 
@@ -58,10 +60,34 @@ def read_allocation(value: Any) -> Allocation | None:
     return None if value is None else read_method(value, ALLOCATIONS)
 
 
+def trainable(structure: Structure) -> Structure:
+    """The structure. Raises InputError where a run cannot set it up by itself."""
+    if isinstance(structure, SHiRA) and structure.mask == "given":
+        raise InputError(
+            "mask='given' waits for a mask that only Python can hand over, by `select`; "
+            "try 'random', 'magnitude' or 'gradient'"
+        )
+    return structure
+
+
+def suited(allocation: Allocation | None, info: ValidationInfo) -> Allocation | None:
+    """The allocation. Raises InputError where it is not for the structure beside it."""
+    if allocation is not None and "structure" in info.data:
+        allocation.suits(info.data["structure"])
+    return allocation
+
+
 _WRITTEN = PlainSerializer(lambda method: method and write_method(method))
 _SCHEMA = WithJsonSchema({"type": "object"})
 AnyStructure = Annotated[Structure, BeforeValidator(read_structure), _WRITTEN, _SCHEMA]
-AnyAllocation = Annotated[Allocation | None, BeforeValidator(read_allocation), _WRITTEN, _SCHEMA]
+RunStructure = Annotated[AnyStructure, AfterValidator(trainable)]
+AnyAllocation = Annotated[
+    Allocation | None,
+    BeforeValidator(read_allocation),
+    AfterValidator(suited),
+    _WRITTEN,
+    _SCHEMA,
+]
 
 
 TABLE = frozenset(("file", "test_file", "text", "pair", "label", "labels", "test_share"))
@@ -142,7 +168,7 @@ class Recipe(Document):
 
     model: str = Field(description="minilm-l6, minilm-l3, smollm2-135m, a folder or a hub model")
     data: Data
-    structure: AnyStructure = Field(LSR(), description="how the update is written")
+    structure: RunStructure = Field(LSR(), description="how the update is written")
     targets: Annotated[str, Field(min_length=1)] | tuple[str, ...] = Field(
         "all-linear", description="layers by name or suffix, a regex, all-linear, or [] for none"
     )

@@ -75,6 +75,19 @@ def test_a_bench_file_is_read_whole() -> None:
         ("members=[{numbers: [9]}]", "member 1: structure is missing; targets"),
         ("members=[{structure: {kind: lora, rnk: 3}}]", "lora has no option 'rnk'; .*'rank'"),
         ("members=[{structure: {kind: lora}, numbes: [3]}]", "member 1: numbes .*'numbers'"),
+        (
+            "members=[{structure: {kind: lora}, allocation: {kind: merge_inject, merges: 1}}]",
+            "member 1: allocation: merge_inject needs LoR2C of rank 2 or more, not lora",
+        ),
+        (
+            "members=[{structure: {kind: lor2c}, numbers: [9216], "
+            "allocation: {kind: merge_inject, merges: 1}}]",
+            r"member 1: numbers = \[9216\] beside an allocation: .* structure's options instead",
+        ),
+        (
+            "members=[{structure: {kind: shira, mask: given}}]",
+            "member 1: structure: mask='given' waits for a mask that only Python can hand over",
+        ),
         ("members=[{structure: {kind: lora}, numbers: [0]}]", "greater than or equal to 1"),
         ("members=[4]", "member 1: 4 needs a structure"),
         ("rates=[1e-3, 3e-3]", "2 rates are too few: .* a neighbour on both sides"),
@@ -117,6 +130,9 @@ def test_the_examples_are_lawful(name: str) -> None:
         ("rate: 1e-3, rates: [1e-3, 2e-3, 3e-3]", "rate and rates exclude each other"),
         ("rate: 1e-3, rate_of: other", "rate and rate_of exclude each other"),
         ("rate_power: 0.5", "rate_power needs rate_of"),
+        ("rate_of: a, rate_power: 1e6", r"member 1: rate_power = 1000000.0 .* less .* to 4"),
+        ("rate_of: a, rate_power: -5", r"member 1: rate_power = -5 .* greater .* to -4"),
+        ("rate_of: a, rate_power: .nan", r"member 1: rate_power = nan .* finite"),
     ],
 )
 def test_a_member_says_in_one_way_where_its_rate_comes_from(more: str, message: str) -> None:
@@ -393,6 +409,24 @@ def test_members_at_one_budget_are_paired_by_seed() -> None:
     assert (gap.budget, gap.first, gap.second) == (36_864, "LSR r=16", "LoRA r=8")
     assert gap.mean == pytest.approx(0.01)
     assert gap.half == pytest.approx(half_interval([0.01, 0.015, 0.005]))
+
+
+def test_rows_are_paired_by_what_was_trained() -> None:
+    """A row that has lost more than half of what it was fitted to is not at that budget."""
+    for trained, gaps in ((36_864, 1), (18_432, 1), (18_431, 0), (36_865, 0)):
+        other = row("LSR r=16", (0.8, 0.8, 0.8), update_numbers=trained)
+        assert len(summary(LORA, other).differences) == gaps
+
+
+def test_a_rate_carried_over_is_refused_by_the_name_of_its_source() -> None:
+    source = row("LoRA r=1", (0.8, 0.8, 0.8), rate=3e-2, at_edge=True)
+    same = {"at_edge": True, "rate_of": "LoRA r=1"}
+    one = row("LoRA r=4", (0.8, 0.8, 0.8), rate=1.5e-2, **same)
+    two = row("LoRA r=8", (0.8, 0.8, 0.8), rate=1.06e-2, **same)
+    assert summary(source, one, two).refusal == (
+        "no ranking: the best rate lies at the edge of its grid "
+        "(LoRA r=1: 0.03 of 0.001 to 0.03, carried over to LoRA r=4, LoRA r=8); widen rates"
+    )
 
 
 def test_a_ranking_only_where_no_best_rate_lies_at_an_edge() -> None:

@@ -243,7 +243,8 @@ def test_a_rate_is_carried_to_another_size_by_its_power(place: Path, tmp_path: P
         "[{name: a, structure: {kind: lora, rank: 1}, rates: [1e-3, 2e-3, 4e-3]},"
         " {name: b, structure: {kind: lora, rank: 4}, rate_of: a, rate_power: 0.5},"
         " {name: c, structure: {kind: lora, rank: 4}, rate_of: a},"
-        " {name: d, structure: {kind: lora, rank: 4}, rate: 7e-3}]"
+        " {name: d, structure: {kind: lora, rank: 4}, rate: 7e-3},"
+        " {name: e, structure: {kind: lora, rank: 4}, rate_of: d}]"
     )
     bench = Bench(spec(place, tmp_path / "out", f"members={members}"), "c")
     contenders = bench.contenders()
@@ -255,11 +256,45 @@ def test_a_rate_is_carried_to_another_size_by_its_power(place: Path, tmp_path: P
 
     bench.search = search  # type: ignore[method-assign]
     rates = {name: choice.rate for name, choice in bench.choices(contenders).items()}
-    assert rates == {"a": 2e-3, "d": 7e-3, "b": 1e-3, "c": 2e-3}
+    assert rates == {"a": 2e-3, "d": 7e-3, "b": 1e-3, "c": 2e-3, "e": 7e-3}
     assert asked == ["a", "d"]
     wrong = members.replace("rate_of: a}", "rate_of: aa}")
-    with pytest.raises(InputError, match=r"'c' takes the rate of 'aa'.*nearest: 'a'"):
+    with pytest.raises(InputError, match=r"'c' .* of 'aa', .* a rate or a search .*: 'a'"):
         Bench(spec(place, tmp_path / "out", f"members={wrong}"), "c").contenders()
+
+
+LOR2C = (
+    "structure: {kind: lor2c, rank: 4}, targets: [encoder.layer.0, encoder.layer.1, query, value]"
+)
+CARRIED = [
+    ("{targets: []}", "{name: b, structure: {kind: lora}, rate_of: head only%s}", "'head only'"),
+    ("{name: a, structure: {kind: lora}}", "{targets: [], name: b, rate_of: a%s}", "'b'"),
+    (
+        "{name: a, structure: {kind: lora}}",
+        f"{{name: b, {LOR2C}, allocation: {{kind: merge_inject, merges: 1}}, rate_of: a%s}}",
+        "'b'",
+    ),
+    (
+        f"{{name: a, {LOR2C}, allocation: {{kind: merge_inject, merges: 1}}}}",
+        "{name: b, structure: {kind: lora}, rate_of: a%s}",
+        "'a'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("source", "follower", "named"), CARRIED)
+def test_a_power_needs_numbers_known_before_training(
+    place: Path, tmp_path: Path, source: str, follower: str, named: str
+) -> None:
+    """Refused before the search; without a power the rate is the source's own."""
+    power = f"members=[{source}, {follower % ', rate_power: 0.5'}]"
+    why = "trains no numbers but the head's" if "[]" in power else "has an allocation"
+    with pytest.raises(InputError, match=f"rate_power = 0.5 of 'b' .* but {named} {why}"):
+        Bench(spec(place, tmp_path / "out", power), "c").run()
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+    bench = Bench(spec(place, tmp_path / "out", f"members=[{source}, {follower % ''}]"), "c")
+    bench.search = lambda one: Choice(2e-3, one.rates, False)  # type: ignore[method-assign]
+    assert bench.choices(bench.contenders())["b"].rate == 2e-3
 
 
 @pytest.mark.parametrize(
@@ -269,6 +304,11 @@ def test_a_rate_is_carried_to_another_size_by_its_power(place: Path, tmp_path: P
         ("members=[{structure: {kind: lora}}, {structure: {kind: lora}}]", "two members are"),
         ("members=[{structure: {kind: lora, rank: 64}}]", "rank=64 exceeds"),
         ("members=[{structure: {kind: lora}, targets: [vlue]}]", "nearest: 'value'"),
+        (
+            "members=[{structure: {kind: lor2c}, numbers: [600], "
+            "targets: [encoder.layer.0, encoder.layer.1, query, value]}]",
+            "numbers = 600: 4 layers, 'bert.*query' first, would sleep .* leave them out",
+        ),
         ("metric=acuracy", "metric 'acuracy' is none for classification; nearest: 'accuracy'"),
     ],
 )

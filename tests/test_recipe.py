@@ -57,6 +57,14 @@ def test_options_reach_the_structure_under_its_own_and_pefts_names() -> None:
         (("lsr", "lsx"), "x.yaml, line 3: structure: kind 'lsx' is not known; nearest: 'lsr'"),
         (("kind: lsr", "seed: 1"), "line 3: structure: .* needs a kind, one of .*'lsr'"),
         (("rank: 4", "rank: four"), "x.yaml, line 5: structure.rank = 'four' .* valid integer"),
+        (
+            ("kind: lsr", "kind: shira\n  mask: given"),
+            r"line 3: structure: mask='given' waits .* only Python can hand over.*try 'random'",
+        ),
+        (
+            ("targets:", "allocation: {kind: merge_inject, merges: 1}\ntargets:"),
+            r"line 6: allocation: merge_inject needs LoR2C of rank 2 or more, not lsr",
+        ),
         (("rank: 4", "rank: -4"), "line 3: structure: rank=-4 must be at least 1"),
         (("rank: 4", "start: balancd"), "line 5: structure.start = 'balancd' .*: 'balanced'"),
         (("epochs: 3", "rate: -1"), "line 8: training.rate = -1 should be greater than 0"),

@@ -176,8 +176,10 @@ def test_a_run_with_events_is_resumed_exactly(recipe: Recipe, after: int) -> Non
     [
         (
             ["structure={kind: lora}", "targets=[query]"],
-            "merge_inject needs LoR2C of rank 2 or more",
+            "allocation: merge_inject needs LoR2C of rank 2 or more, not lora",
         ),
+        (["structure.rank=1"], "merge_inject needs LoR2C of rank 2 or more, not rank 1"),
+        (["structure={kind: shira, mask: given}"], "structure: mask='given' waits for a mask"),
         (["allocation.merges=2"], r"merges=2, but there are 1 neighbouring"),
         (["allocation.merges=-1"], r"allocation: merges=-1.*must not be negative"),
         (["allocation.merge=1"], r"merge_inject has no option 'merge'; nearest: 'merges'"),
@@ -213,5 +215,7 @@ def test_members_of_a_bench_have_allocations_of_their_own(recipe: Recipe, tmp_pa
     assert numbers["chosen"] == 2 * (6 * (16 + 16) + 8 * 16)
     with pytest.raises(InputError, match="recipe must not set allocation; a bench has members"):
         BenchSpec.parse(text, ["recipe.allocation={kind: merge_inject}"])
+    with pytest.raises(InputError, match=r"member 2: numbers = \[128\] beside an allocation"):
+        BenchSpec.parse(text.replace("name: merging", "name: merging, numbers: [128]"))
     with pytest.raises(InputError, match="merges=5, but there are 1"):
         Bench(BenchSpec.parse(text.replace("merges: 1", "merges: 5")), "test").run()

@@ -5,11 +5,16 @@ from dataclasses import dataclass
 from finespun.driver import Moments
 from finespun.hosts import Entry
 from finespun.method import Method, registering
+from finespun.structures import Structure
 
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation(Method):
     """Hyper-parameters of one way to decide; subclass it beside its `Moments`."""
+
+    def suits(self, structure: Structure) -> None:
+        """Raise InputError where this is not for such a structure; any will do unless a method
+        says otherwise."""
 
     def begin(self, entry: Entry, steps: int) -> Moments:
         """What happens in one run of `steps` steps, for the driver. Raises InputError where the

@@ -16,7 +16,7 @@ from finespun.allocation.allocation import Allocation, register
 from finespun.driver import Moments
 from finespun.errors import InputError
 from finespun.hosts import Entry, link
-from finespun.structures import Bypass, Delta, LoR2C, module_group
+from finespun.structures import Bypass, Delta, LoR2C, Structure, module_group
 from finespun.structures.lor2c import spectrum_score
 
 Keep = Literal["richer", "first", "svd"]
@@ -52,12 +52,15 @@ class MergeInject(Allocation):
                 "negative"
             )
 
+    def suits(self, structure: Structure) -> None:
+        if not isinstance(structure, LoR2C) or structure.rank < 2:
+            seen = "rank 1" if isinstance(structure, LoR2C) else structure.kind
+            raise InputError(f"merge_inject needs LoR2C of rank 2 or more, not {seen}")
+
     def begin(self, entry: Entry, steps: int) -> "Events":
-        form = entry.structure
-        if not isinstance(form, LoR2C) or form.rank < 2 or steps < 1:
-            raise InputError(
-                f"merge_inject needs LoR2C of rank 2 or more and a step, not {form} in {steps}"
-            )
+        self.suits(entry.structure)
+        if steps < 1:
+            raise InputError(f"merge_inject needs at least one step, not {steps}")
         pairs = len(neighbours(entry))
         if self.merges > pairs:
             raise InputError(f"merges={self.merges}, but there are {pairs} neighbouring bypasses")

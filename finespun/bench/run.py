@@ -136,13 +136,7 @@ class Bench:
         for name in names:
             if names.count(name) > 1:
                 raise InputError(f"two members are called {name!r}; give one of them a name")
-        searched = [one.name for one in found if one.rate_of is None]
-        for one in found:
-            if one.rate_of is not None and one.rate_of not in searched:
-                raise InputError(
-                    f"{one.name!r} takes the rate of {one.rate_of!r}, which no member with a "
-                    f"search is called; {nearest(one.rate_of, searched)}"
-                )
+        must_carry(found)
         return found
 
     def choices(self, contenders: Sequence[Contender]) -> dict[str, Choice]:
@@ -151,9 +145,9 @@ class Bench:
         numbers = {one.name: one.numbers for one in contenders}
         for one in contenders:
             if one.rate_of is not None:
-                source = found[one.rate_of]
-                ratio = numbers[one.rate_of] / one.numbers
-                rate = source.rate and rounded(source.rate * ratio**one.rate_power)
+                source, p = found[one.rate_of], one.rate_power
+                factor = (numbers[one.rate_of] / one.numbers) ** p if p else 1.0
+                rate = source.rate and rounded(source.rate * factor)
                 found[one.name] = Choice(rate, source.rates, source.at_edge)
         return found
 
@@ -163,7 +157,15 @@ class Bench:
         if budget is None:
             member.structure.plan(sites, Unmeasured())
             return member.structure
-        return fit(member.structure, member.given, sites, budget)
+        found = fit(member.structure, member.given, sites, budget)
+        choices = found.plan(sites, Unmeasured()).choices
+        if asleep := [name for name, choice in choices.items() if choice.get("asleep")]:
+            raise InputError(
+                f"numbers = {budget:,}: {len(asleep)} layers, {asleep[0]!r} first, would sleep "
+                f"until an allocation wakes them; leave them out of the targets of {found.kind}, "
+                "or give options and an allocation instead of numbers"
+            )
+        return found
 
     def name(self, member: Member, structure: Structure, budget: int | None) -> str:
         """The member's name, its size added where it has several."""
@@ -237,4 +239,28 @@ class Bench:
             or (None,) * len(self.spec.seeds),
             seconds=mean("seconds"),
             cpu_seconds=mean("cpu_seconds"),
+            rate_of=one.rate_of,
         )
+
+
+def must_carry(contenders: Sequence[Contender]) -> None:
+    """Raise InputError where a `rate_of` names no one, or a `rate_power` has no numbers to go by:
+    those of a head alone are none, those beside an allocation are known after the run only."""
+    sources = {one.name: one for one in contenders if one.rate_of is None}
+    for one in contenders:
+        if one.rate_of is None:
+            continue
+        if one.rate_of not in sources:
+            raise InputError(
+                f"{one.name!r} takes the rate of {one.rate_of!r}, which no member with a rate or a "
+                f"search is called; {nearest(one.rate_of, sources)}"
+            )
+        for other in (one, sources[one.rate_of]) if one.rate_power else ():
+            why = "trains no numbers but the head's" if not other.numbers else ""
+            if other.recipe.allocation is not None:
+                why = "has an allocation, so that its numbers are known after the run only"
+            if why:
+                raise InputError(
+                    f"rate_power = {one.rate_power:g} of {one.name!r} scales by numbers, but "
+                    f"{other.name!r} {why}; leave rate_power out, or give {one.name!r} a rate"
+                )

@@ -15,11 +15,12 @@ from pydantic import (
 )
 
 from finespun.errors import InputError
-from finespun.recipe import AnyAllocation, AnyStructure, Recipe, add_methods
+from finespun.recipe import AnyAllocation, Recipe, RunStructure, add_methods
 from finespun.recipe_yaml import Document, Section, explain
 from finespun.structures import LSR, Structure
 
 FEWEST_RATES = 3
+MOST_POWER = 4
 
 
 class Grid(Section):
@@ -77,18 +78,26 @@ class Member(Section):
     `targets: []` and nothing else is the frozen model with its head trained.
     """
 
-    structure: AnyStructure = LSR()
+    structure: RunStructure = LSR()
     allocation: AnyAllocation = Field(None, description="what changes while it trains")
     numbers: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (), description="budgets of trained numbers; options that are not given are fitted to each"
+        (),
+        description="budgets of trained numbers; options that are not given are fitted to each; "
+        "not beside an allocation",
     )
     name: str | None = Field(None, min_length=1, description="null: made from the options")
     targets: str | tuple[str, ...] | None = Field(None, description="null: the recipe's")
     rates: Rates | None = Field(None, description="null: the bench's")
     rate: float | None = Field(None, gt=0, description="known from elsewhere; no search")
-    rate_of: str | None = Field(None, description="a member whose best rate is taken; no search")
+    rate_of: str | None = Field(
+        None, description="a member with a rate or a search, whose rate is taken; no search"
+    )
     rate_power: float = Field(
-        0.0, description="p: the rate of `rate_of` is multiplied by (its numbers / these numbers)^p"
+        0.0,
+        ge=-MOST_POWER,
+        le=MOST_POWER,
+        description="p: the rate of `rate_of` is multiplied by (its numbers / these numbers)^p; "
+        "numbers are those trained in the layers, which without an allocation are known before",
     )
     _given: frozenset[str] = PrivateAttr(frozenset())
 
@@ -104,6 +113,11 @@ class Member(Section):
             raise InputError("targets: [] trains the head alone, without structure or numbers")
         if member.targets != () and "structure" not in values:
             raise InputError("structure is missing; targets: [] would train the head alone")
+        if member.numbers and member.allocation is not None:
+            raise InputError(
+                f"numbers = {list(member.numbers)} beside an allocation: how many it leaves is "
+                "known after the run only; give the structure's options instead"
+            )
         given = [k for k in ("rate", "rates", "rate_of") if getattr(member, k) is not None]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} exclude each other; leave one in")
@@ -152,6 +166,13 @@ class Search(Section):
     rows: float = Field(0.2, gt=0, lt=1)
 
 
+def keys_of(section: Any) -> Mapping[str, Any]:
+    """What a section sets, whether it was read already or not."""
+    if isinstance(section, Section):
+        return {key: getattr(section, key) for key in section.model_fields_set}
+    return section if isinstance(section, Mapping) else {}
+
+
 class BenchSpec(Document):
     """A comparison, whole. Every member is trained at its own best rate with every seed.
 
@@ -169,14 +190,21 @@ class BenchSpec(Document):
     metric: str | None = Field(None, description="null: accuracy for classes, pearson for numbers")
     output: str = Field("out/bench", min_length=1, description="the folder that the bench writes")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, values: Any) -> Any:
+        # before the recipe is read: what is not its own should not be judged there
+        recipe = keys_of(values).get("recipe")
+        sections = [(recipe, key) for key in ("structure", "allocation", "output")]
+        for section, key in (*sections, (keys_of(recipe).get("training"), "rate")):
+            if key in keys_of(section):
+                other = {"output": "output", "rate": "rates"}.get(key, "members")
+                raise InputError(f"recipe must not set {key}; a bench has {other} of its own")
+        return values
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         recipe = self.recipe
-        sections = [(recipe, key) for key in ("structure", "allocation", "output")]
-        for section, key in (*sections, (recipe.training, "rate")):
-            if key in section.model_fields_set:
-                other = {"output": "output", "rate": "rates"}.get(key, "members")
-                raise InputError(f"recipe must not set {key}; a bench has {other} of its own")
         if recipe.trackers:
             raise InputError("recipe must not set trackers: a bench keeps its trials itself")
         rungs = (*self.search.epochs, recipe.training.epochs)

@@ -7,6 +7,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
+from finespun.bench.budget import LEAST_SHARE
 from finespun.structures import Structure
 
 LEVEL = 0.95
@@ -15,7 +16,8 @@ LEVEL = 0.95
 @dataclass(frozen=True)
 class Row:
     """One member at one size. `scores`: the metric for every seed, None where the run diverged.
-    `seconds` and `cpu_seconds`: mean over the seeds, in training steps and of the whole process."""
+    `seconds` and `cpu_seconds`: mean over the seeds, in training steps and of the whole process.
+    `rate_of`: the row whose rate was carried over to this one."""
 
     name: str
     structure: Structure
@@ -30,6 +32,15 @@ class Row:
     scores: tuple[float | None, ...]
     seconds: float
     cpu_seconds: float
+    rate_of: str | None = None
+
+    @property
+    def paired_at(self) -> int | None:
+        """The budget, where what was trained in the end meets it; else None."""
+        if self.budget is None:
+            return None
+        meets = LEAST_SHARE * self.budget <= self.update_numbers <= self.budget
+        return self.budget if meets else None
 
     @property
     def mean(self) -> float | None:
@@ -69,15 +80,18 @@ class Summary:
     @property
     def refusal(self) -> str | None:
         """Why no ranking may be drawn from these rows, or None."""
-        edges = [row for row in self.rows if row.at_edge]
+        edges = [row for row in self.rows if row.at_edge and row.rate_of is None]
         if edges:
-            told = "; ".join(
-                f"{row.name}: {row.rate:g} of {row.rates[0]:g} to {row.rates[-1]:g}"
-                for row in edges
-            )
+            told = "; ".join(map(self._edge, edges))
             return f"no ranking: the best rate lies at the edge of its grid ({told}); widen rates"
         failed = [row.name for row in self.rows if row.mean is None]
         return f"no ranking: runs diverged ({', '.join(failed)})" if failed else None
+
+    def _edge(self, row: Row) -> str:
+        """A best rate, its grid, and the rows that it was carried over to."""
+        text = f"{row.name}: {row.rate:g} of {row.rates[0]:g} to {row.rates[-1]:g}"
+        followers = [other.name for other in self.rows if other.rate_of == row.name]
+        return text + (f", carried over to {', '.join(followers)}" if followers else "")
 
     @property
     def ranking(self) -> tuple[Row, ...]:
@@ -88,11 +102,12 @@ class Summary:
 
     @property
     def differences(self) -> tuple[Difference, ...]:
-        """For every budget that several members were fitted to: each against the first of them."""
+        """For every budget that several members were fitted to, and that what they trained in the
+        end meets: each against the first of them."""
         groups: dict[int, list[Row]] = {}
         for row in self.rows:
-            if row.budget is not None and row.mean is not None:
-                groups.setdefault(row.budget, []).append(row)
+            if row.paired_at is not None and row.mean is not None:
+                groups.setdefault(row.paired_at, []).append(row)
         return tuple(
             compare(other, rows[0], budget)
             for budget, rows in sorted(groups.items(), reverse=True)
