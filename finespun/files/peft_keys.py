@@ -44,7 +44,7 @@ class Pair:
 @dataclass
 class Parts:
     """What lies in the file, by path: pairs, rows of tables, biases, whole modules (module -> name
-    -> tensor), and weights of the base that the file repeats."""
+    -> tensor), and numbers of the base that the file repeats, by their names in the model."""
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     tokens: dict[str, Tensor] = field(default_factory=dict)
@@ -95,8 +95,10 @@ def _take_other(parts: Parts, key: str, name: str, tensor: Tensor) -> bool:
             raise FileError(f"{key!r} is {tuple(tensor.shape)}, not (tokens, width)")
         parts.tokens[found["path"]] = tensor.float()
     elif found := _BASE.fullmatch(name):
-        held = parts.base if found["leaf"] == "weight" else parts.biases
-        held[found["path"]] = tensor
+        if found["leaf"] == "weight":
+            parts.base[f"{found['path']}.weight"] = tensor
+        else:
+            parts.biases[found["path"]] = tensor
     else:
         return False
     return True
@@ -110,8 +112,6 @@ def _take_whole(
     if bias and leaf == "bias" and path.endswith((".original_module", ".modules_to_save")):
         return  # bias="all" writes a saved module's bias three times
     module = saved_module(name, saved)
-    if module is None and leaf == "weight" and path.rpartition(".")[2] in EMBEDDINGS:
-        module = path
     if module is not None:
         parts.whole.setdefault(module, {})[name.removeprefix(f"{module}.")] = tensor
     elif bias and leaf == "bias" and path:
@@ -121,13 +121,22 @@ def _take_whole(
 
 
 def saved_module(name: str, saved: Sequence[str]) -> str | None:
-    """The module that a key belongs to: PEFT takes every one whose path ends like a name listed."""
+    """The module that a key belongs to: PEFT takes every one whose path ends like a name listed,
+    and tables of its own accord."""
     parts = name.split(".")
     for end in range(1, len(parts)):
         path = ".".join(parts[:end])
         if any((PREFIX + path).endswith(one) for one in saved):
             return path
-    return None
+    tables = tuple(f".{table}.weight" for table in EMBEDDINGS)
+    return name.removesuffix(".weight") if f".{name}".endswith(tables) else None
+
+
+def repeated(name: str) -> str | None:
+    """The number of the base that a key repeats, by its name in the model: PEFT saves the weight
+    and bias of an adapted table along, unless save_embedding_layers=False."""
+    found = _BASE.fullmatch(name)
+    return None if found is None else f"{found['path']}.{found['leaf']}"
 
 
 def _check(parts: Parts, lengths: Mapping[str, Tensor], dora: bool) -> None:

@@ -21,7 +21,7 @@ from finespun.files.budget import bounded
 from finespun.files.native import Saved, blame, named_after
 from finespun.files.peft import CONFIG, PASSED, TENSORS
 from finespun.files.peft_as_lora import drawn
-from finespun.files.peft_keys import PREFIX, saved_module
+from finespun.files.peft_keys import PREFIX, repeated, saved_module
 from finespun.files.peft_table import BANKS, KINDS, METHODS, STARTS, Config, Found, Method
 from finespun.files.safe import read_json, read_tensors
 from finespun.hosts import Entry, FlatState, sites
@@ -62,7 +62,7 @@ def read_method(
     with blame(place), bounded(str(place)):
         notes = check_options(method, config, strict)
         saved = config.get("modules_to_save") or []
-        found, shared, whole = sort(held.tensors, [str(n) for n in saved])
+        found, shared, whole, base = sort(held.tensors, [str(n) for n in saved])
         if kind == "UNILORA" and not found:
             found = drawn(layers, config, shared)
             notes.append(f"its places in {len(found)} layers are drawn again from proj_seed")
@@ -81,7 +81,7 @@ def read_method(
     entry = Entry(
         named_after(folder), made, plan, trained=tuple(whole), flat=FlatState.pack(tensors)
     )
-    return Saved(entry, None, None, held.sha256, tuple(notes))
+    return Saved(entry, None, None, held.sha256, tuple(notes), base)
 
 
 def split(name: str) -> tuple[str, str]:
@@ -93,11 +93,18 @@ def split(name: str) -> tuple[str, str]:
 
 def sort(
     tensors: Found, saved: list[str]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Tensors by site, those that all sites share, and modules saved whole."""
+) -> tuple[
+    dict[str, dict[str, Tensor]],
+    dict[str, Tensor],
+    dict[str, dict[str, Tensor]],
+    dict[str, Tensor],
+]:
+    """Tensors by site, those that all sites share, modules saved whole, and numbers of the base
+    that the file repeats."""
     found: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
+    base: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         module = saved_module(name, saved)
@@ -107,12 +114,14 @@ def sort(
             shared[key.removeprefix(SHARED)] = tensor
         elif module is not None:
             whole.setdefault(module, {})[name.removeprefix(f"{module}.")] = tensor
+        elif (number := repeated(name)) is not None:
+            base[number] = tensor
         else:
             path, own = split(name)
             if not path:
                 raise FileError(f"{key!r} is no layer's and not under modules_to_save")
             found.setdefault(path, {})[own] = tensor
-    return found, shared, whole
+    return found, shared, whole, base
 
 
 def check_options(method: Method, config: Config, strict: bool) -> list[str]:
