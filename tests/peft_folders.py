@@ -39,10 +39,10 @@ def gpt2() -> nn.Module:
         return GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=50)).eval()
 
 
-def llama(tied: bool = True) -> nn.Module:
+def llama(tied: bool = True, layers: int = 2) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=50, hidden_size=24, intermediate_size=36, num_hidden_layers=2,
+        vocab_size=50, hidden_size=24, intermediate_size=36, num_hidden_layers=layers,
         num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied,
         pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip

@@ -7,13 +7,14 @@ import peft
 import pytest
 import torch
 from peft import get_peft_model
-from peft_folders import PREFIX, llama, logits, weights
+from peft_folders import PREFIX, gpt2, llama, logits, weights
 from safetensors.torch import save_file
 from suite import relative, stir
 from torch import nn
 from transformers import PhiConfig, PhiForCausalLM
 
 import finespun as fs
+from finespun.cli.app import run
 from finespun.errors import BaseMismatch, FileError
 from finespun.files import tell
 from finespun.files.peft_table import METHODS
@@ -134,6 +135,31 @@ def test_what_is_told_without_the_model_counts_no_number_of_the_base(tmp_path):
     assert told is not None
     assert set(told.layers) == {"lm_head", "model.layers.0.self_attn.q_proj"}
     assert told.numbers == sum(t.numel() for k, t in held.items() if "base_layer" not in k)
+
+
+@pytest.mark.parametrize(("kind", "targets"), [("LOKR", HEAD), ("OFT", HEAD), ("HIRA", TABLE)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_with_the_base_named(kind, targets, tied, tmp_path, capsys):
+    llama(tied).save_pretrained(tmp_path / "base")
+    theirs = by_peft(tmp_path / "theirs", kind, llama(tied), targets)
+    base = ["--model", str(tmp_path / "base")]
+    assert run(["inspect", str(tmp_path / "theirs"), *base, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    adapter = agrees(tmp_path / "theirs", theirs, llama(tied))
+    assert [one["name"] for one in found["spectra"]] == list(adapter.entry.deltas)
+    for one in found["spectra"]:
+        delta = adapter.entry.deltas[one["name"]]
+        update = delta.delta(delta.base_weight())
+        assert one["norm"] == pytest.approx(float(update.norm()), rel=1e-4)
+
+
+def test_the_head_of_a_family_that_stores_its_layers_transposed(tmp_path, capsys):
+    gpt2().save_pretrained(tmp_path / "base")
+    theirs = by_peft(tmp_path / "theirs", "VERA", gpt2(), ["lm_head", "c_attn"])
+    named = ["--model", str(tmp_path / "base")]
+    assert run(["inspect", str(tmp_path / "theirs"), *named]) == 0
+    assert "lm_head (50 x 24)" in capsys.readouterr().out
+    agrees(tmp_path / "theirs", theirs, gpt2())
 
 
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])

@@ -8,11 +8,13 @@ trainable_tokens_delta (tokens, width), biases, modules saved whole, and weights
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
 from finespun.errors import FileError
 
+T = TypeVar("T")
 PREFIX = "base_model.model."
 # modules that PEFT saves on its own account when they were resized or adapted
 EMBEDDINGS = (
@@ -128,8 +130,12 @@ def saved_module(name: str, saved: Sequence[str]) -> str | None:
         path = ".".join(parts[:end])
         if any((PREFIX + path).endswith(one) for one in saved):
             return path
-    tables = tuple(f".{table}.weight" for table in EMBEDDINGS)
-    return name.removesuffix(".weight") if f".{name}".endswith(tables) else None
+    return name.removesuffix(".weight") if is_table(name) else None
+
+
+def is_table(name: str) -> bool:
+    """Whether a tensor's name is that of a model's input or output table."""
+    return f".{name}".endswith(tuple(f".{table}.weight" for table in EMBEDDINGS))
 
 
 def repeated(name: str) -> str | None:
@@ -137,6 +143,15 @@ def repeated(name: str) -> str | None:
     and bias of an adapted table along, unless save_embedding_layers=False."""
     found = _BASE.fullmatch(name)
     return None if found is None else f"{found['path']}.{found['leaf']}"
+
+
+def in_order(held: Mapping[str, T]) -> dict[str, T]:
+    """By name, the numbers in names by their size: layer 2 before layer 10."""
+
+    def key(name: str) -> list[tuple[int, str]]:
+        return [(int(p) if p.isdecimal() else -1, p) for p in name.split(".")]
+
+    return {name: held[name] for name in sorted(held, key=key)}
 
 
 def _check(parts: Parts, lengths: Mapping[str, Tensor], dora: bool) -> None:
@@ -151,8 +166,8 @@ def _check(parts: Parts, lengths: Mapping[str, Tensor], dora: bool) -> None:
         if path not in parts.pairs or not dora:
             where = "beside no lora_A" if dora else "there although use_dora is false"
             raise FileError(f"'{PREFIX}{path}.lora_magnitude_vector' is {where}")
-    parts.pairs = dict(sorted(parts.pairs.items()))
-    parts.biases = {p: t.float() for p, t in sorted(parts.biases.items())}
+    parts.pairs = in_order(parts.pairs)
+    parts.biases = {p: t.float() for p, t in in_order(parts.biases).items()}
     if not parts.pairs and not parts.tokens:
         raise FileError("there is no lora_A and lora_B")
 

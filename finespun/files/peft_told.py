@@ -10,7 +10,7 @@ from torch import Tensor
 from finespun.files.atomic import settled
 from finespun.files.native import blame
 from finespun.files.peft import CONFIG, PASSED, TENSORS
-from finespun.files.peft_keys import PREFIX, repeated, saved_module
+from finespun.files.peft_keys import PREFIX, in_order, repeated, saved_module
 from finespun.files.peft_methods import OFF, SHARED, split
 from finespun.files.peft_table import METHODS
 from finespun.files.safe import read_json, read_tensors
@@ -53,7 +53,7 @@ def tell(folder: str | Path) -> Told | None:
     modules: dict[str, int] = {}
     with blame(place):
         saved = [str(name) for name in config.get("modules_to_save") or []]
-        for key, tensor in sorted(held.tensors.items()):
+        for key, tensor in in_order(held.tensors).items():
             name = key.removeprefix(PREFIX)
             path, own = split(name)
             if (module := saved_module(name, saved)) is not None:
