@@ -14,6 +14,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 import finespun as fs
@@ -35,6 +37,16 @@ def gpt2() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=50)).eval()
+
+
+def llama(tied: bool = True, layers: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=36, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied,
+        pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
 
 
 WORDS = torch.arange(14).view(2, 7)

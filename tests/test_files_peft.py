@@ -156,7 +156,10 @@ REFUSALS = {
     "no dropout": ({"lora_dropout": None}, "lora_dropout must be a finite number"),
     "no alpha of a layer": ({"alpha_pattern": {"query": None}}, "query': alpha must be a finite"),
     "pattern": ({"rank_pattern": {"(": 2}}, "'(' is no regular expression"),
-    "patterns": ({"rank_pattern": [1]}, "is damaged: AttributeError"),
+    "patterns": (
+        {"rank_pattern": [1]},
+        "rank_pattern must be a table of expressions and numbers, as {'q_proj': 4}, got [1]",
+    ),
     "saved": ({"modules_to_save": "classifier"}, "must be a list of names"),
 }
 

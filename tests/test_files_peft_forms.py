@@ -8,12 +8,11 @@ import peft
 import pytest
 import torch
 from peft_both import by_peft, loaded, out, shapes, silence
-from peft_folders import PREFIX, config, edit, fresh, gpt2, logits, weights
+from peft_folders import PREFIX, config, edit, fresh, gpt2, llama, logits, weights
 from peft_kinds import CASES, IDS, KINDS, Kinds
 from safetensors.torch import load_file, save_file
 from suite import relative, stir
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import finespun as fs
 from finespun.errors import BaseMismatch, FileError, InputError, TargetError
@@ -74,16 +73,6 @@ def test_every_minor_version_is_there():
 
 
 # --- real models -------------------------------------------------------------------------------
-def llama(tied: bool = True) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=24, intermediate_size=36, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied,
-        pad_token_id=None, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
 def both_ways(tmp_path: Path, make, **options) -> fs.Adapter:
     """PEFT to us to PEFT on a transformers model, nothing said by anybody."""
     theirs = by_peft(tmp_path / "theirs", make(), **options)
@@ -131,7 +120,9 @@ def test_weights_of_the_base_in_the_file_must_be_the_models(tmp_path):
     assert key in held
     save_file({**held, key: held[key] + 1}, tmp_path / "theirs" / "adapter_model.safetensors")
     model = llama(tied=False)
-    with pytest.raises(BaseMismatch, match=r"repeats the base's 'model.embed_tokens', \(50, 24\)"):
+    with pytest.raises(
+        BaseMismatch, match=r"repeats the base's 'model.embed_tokens.weight', \(50, 24\)"
+    ):
         fs.load(model, tmp_path / "theirs")
     assert "_finespun_board" not in model.__dict__
     with pytest.warns(UserWarning, match="repeats the base's"):

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from peft import get_peft_model
-from peft_folders import bert, edit, gpt2, logits, weights
+from peft_folders import bert, edit, gpt2, llama, logits, weights
 from suite import relative
 from torch import nn
 
@@ -121,6 +121,23 @@ def test_with_its_base_named_it_is_inspected_converted_and_merged(name, tmp_path
     assert relative(logits(merged), theirs) < 1e-5
     assert run(["compare", src, str(tmp_path / "lora"), *base, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["distance"] < 1e-5
+
+
+@pytest.mark.parametrize("kind", [peft.LoHaConfig, peft.LoraConfig])
+def test_layers_are_listed_by_their_numbers(kind, tmp_path, capsys):
+    base = llama(layers=11)
+    base.save_pretrained(tmp_path / "base")
+    by_peft(tmp_path / "a", kind(r=2, target_modules=["up_proj", "q_proj"]), base)
+    wanted = [
+        f"model.layers.{i}.{name}"
+        for i in range(11)
+        for name in ("mlp.up_proj", "self_attn.q_proj")
+    ]
+    found = inspected([str(tmp_path / "a"), "--model", str(tmp_path / "base")], capsys)
+    assert [line.split()[0] for line in found["layers"]] == wanted
+    assert [one["name"] for one in found["spectra"]] == wanted
+    if (told := tell(tmp_path / "a")) is not None:
+        assert list(told.layers) == wanted
 
 
 def test_without_its_base_the_way_is_told(tmp_path, capsys):

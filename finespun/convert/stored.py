@@ -1,7 +1,7 @@
 """Updates of an adapter that lies in files, one layer at a time and without a model."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from finespun.files import Saved
 from finespun.files.budget import bounded
 from finespun.files.diffusion_names import Layer
 from finespun.files.native import DAMAGED, check_scale
+from finespun.files.peft_keys import is_table
 from finespun.files.safe import read_json
 from finespun.hosts import tensors_of
 from finespun.linalg import LowRank
@@ -79,8 +80,11 @@ class StoredWeights:
                 found[name] = Layer(shape, size[1:] if kind == "conv" else ())
         return found
 
-    def sites(self, names: Iterable[str], structure: Structure) -> "dict[str, StoredSite]":
-        """The layers of these names, by the shapes of their weights. Raises FileError."""
+    def sites(
+        self, names: Iterable[str], structure: Structure, tables: Collection[str] = ()
+    ) -> "dict[str, StoredSite]":
+        """The layers of these names, by the shapes of their weights; `tables` are embeddings among
+        them. Raises FileError."""
         found = {}
         for name in names:
             key = self._key(f"{name}.weight")
@@ -89,7 +93,9 @@ class StoredWeights:
             if len(size) < 2:
                 raise FileError(f"{self.folder}: {key!r} is {size}, no layer's weight")
             kind = "linear" if len(size) == 2 else "conv"
-            if kind == "linear" and self.transposed:
+            if name in tables:
+                kind = "embedding"
+            if kind == "embedding" or (kind == "linear" and self.transposed and not is_table(key)):
                 size = size[::-1]
             found[name] = StoredSite(SiteShape(name, size[0], math.prod(size[1:]), kind), self)
         return found
@@ -111,6 +117,8 @@ class StoredWeights:
             if shorter in self.files:
                 return shorter
         longer = [key for key in self.files if key.endswith("." + name)]
+        if not longer and name.endswith("lm_head.weight"):  # tied to the only table
+            longer = [key for key in self.files if is_table(key)]
         return longer[0] if len(longer) == 1 else None
 
 

@@ -109,12 +109,15 @@ def _is_norm(module: nn.Module | None) -> bool:
 
 
 def _check_repeated(model: nn.Module, repeated: Mapping[str, Tensor], force: bool) -> Iterable[str]:
-    """Weights of the base that a file repeats must be the model's."""
+    """Numbers of the base that a file repeats must be the model's."""
     known = modules(model)
     for name, theirs in repeated.items():
-        own = getattr(known.get(name), "weight", None)
+        module, _, leaf = name.rpartition(".")
+        own = getattr(known.get(module), leaf, None)
         if not isinstance(own, Tensor):
-            raise TargetError(f"no module is called {name!r}; {nearest(name, known)}")
+            raise TargetError(
+                f"no module with a {leaf} is called {module!r}; {nearest(module, known)}"
+            )
         same = own.shape == theirs.shape and torch.allclose(
             own.detach().float().cpu(), theirs.float(), rtol=1e-2, atol=1e-3
         )

@@ -38,7 +38,7 @@ class Saved:
     """An adapter read from files: a flat entry that no model knows yet, and what is told of it.
 
     `notes` are things that a person should hear; `sha256` is that of the file of tensors;
-    `repeated` are weights of the base, by module, that lie in the file as well.
+    `repeated` are numbers of the base, by name, that lie in the file as well.
     """
 
     entry: Entry

@@ -280,7 +280,7 @@ def meant(
 ) -> tuple[list[Any], list[Any]]:
     """The ranks and the alphas that the config may mean at a path. Of PEFT 0.13's patterns the
     first that matches, of either kind, decides both."""
-    told = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    told = _pattern(config, "rank_pattern"), _pattern(config, "alpha_pattern")
     if dotted:
         keys = {key: key for patterns in told for key in patterns}
         first = (_matching(keys, path, dotted) or [path])[0]
@@ -290,11 +290,21 @@ def meant(
     return found[0] or [config.get("r", 8)], found[1] or [config.get("lora_alpha", 8)]
 
 
-def _matching(patterns: Any, path: str, dotted: bool = False) -> list[Any]:
+def _pattern(config: Mapping[str, Any], option: str) -> dict[str, Any]:
+    value = config.get(option) or {}
+    if not isinstance(value, dict):
+        raise FileError(
+            f"{option} must be a table of expressions and numbers, as {{'q_proj': 4}}, got "
+            f"{str(value)[:60]}"
+        )
+    return value
+
+
+def _matching(patterns: dict[str, Any], path: str, dotted: bool = False) -> list[Any]:
     """What the keys that match the end of the path say, in their order. PEFT takes the first, but
     sorts the keys when it saves: the one it trained with may be another, which shapes betray."""
     found = []
-    for key, value in (patterns or {}).items():
+    for key, value in patterns.items():
         check_pattern(key, path)
         if re.match(rf".*\.{key}$" if dotted else rf"(.*\.)?({key})$", path):
             found.append(value)

@@ -8,11 +8,13 @@ trainable_tokens_delta (tokens, width), biases, modules saved whole, and weights
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
 from finespun.errors import FileError
 
+T = TypeVar("T")
 PREFIX = "base_model.model."
 # modules that PEFT saves on its own account when they were resized or adapted
 EMBEDDINGS = (
@@ -44,7 +46,7 @@ class Pair:
 @dataclass
 class Parts:
     """What lies in the file, by path: pairs, rows of tables, biases, whole modules (module -> name
-    -> tensor), and weights of the base that the file repeats."""
+    -> tensor), and numbers of the base that the file repeats, by their names in the model."""
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     tokens: dict[str, Tensor] = field(default_factory=dict)
@@ -95,8 +97,10 @@ def _take_other(parts: Parts, key: str, name: str, tensor: Tensor) -> bool:
             raise FileError(f"{key!r} is {tuple(tensor.shape)}, not (tokens, width)")
         parts.tokens[found["path"]] = tensor.float()
     elif found := _BASE.fullmatch(name):
-        held = parts.base if found["leaf"] == "weight" else parts.biases
-        held[found["path"]] = tensor
+        if found["leaf"] == "weight":
+            parts.base[f"{found['path']}.weight"] = tensor
+        else:
+            parts.biases[found["path"]] = tensor
     else:
         return False
     return True
@@ -110,8 +114,6 @@ def _take_whole(
     if bias and leaf == "bias" and path.endswith((".original_module", ".modules_to_save")):
         return  # bias="all" writes a saved module's bias three times
     module = saved_module(name, saved)
-    if module is None and leaf == "weight" and path.rpartition(".")[2] in EMBEDDINGS:
-        module = path
     if module is not None:
         parts.whole.setdefault(module, {})[name.removeprefix(f"{module}.")] = tensor
     elif bias and leaf == "bias" and path:
@@ -121,13 +123,35 @@ def _take_whole(
 
 
 def saved_module(name: str, saved: Sequence[str]) -> str | None:
-    """The module that a key belongs to: PEFT takes every one whose path ends like a name listed."""
+    """The module that a key belongs to: PEFT takes every one whose path ends like a name listed,
+    and tables of its own accord."""
     parts = name.split(".")
     for end in range(1, len(parts)):
         path = ".".join(parts[:end])
         if any((PREFIX + path).endswith(one) for one in saved):
             return path
-    return None
+    return name.removesuffix(".weight") if is_table(name) else None
+
+
+def is_table(name: str) -> bool:
+    """Whether a tensor's name is that of a model's input or output table."""
+    return f".{name}".endswith(tuple(f".{table}.weight" for table in EMBEDDINGS))
+
+
+def repeated(name: str) -> str | None:
+    """The number of the base that a key repeats, by its name in the model: PEFT saves the weight
+    and bias of an adapted table along, unless save_embedding_layers=False."""
+    found = _BASE.fullmatch(name)
+    return None if found is None else f"{found['path']}.{found['leaf']}"
+
+
+def in_order(held: Mapping[str, T]) -> dict[str, T]:
+    """By name, the numbers in names by their size: layer 2 before layer 10."""
+
+    def key(name: str) -> list[tuple[int, str]]:
+        return [(int(p) if p.isdecimal() else -1, p) for p in name.split(".")]
+
+    return {name: held[name] for name in sorted(held, key=key)}
 
 
 def _check(parts: Parts, lengths: Mapping[str, Tensor], dora: bool) -> None:
@@ -142,8 +166,8 @@ def _check(parts: Parts, lengths: Mapping[str, Tensor], dora: bool) -> None:
         if path not in parts.pairs or not dora:
             where = "beside no lora_A" if dora else "there although use_dora is false"
             raise FileError(f"'{PREFIX}{path}.lora_magnitude_vector' is {where}")
-    parts.pairs = dict(sorted(parts.pairs.items()))
-    parts.biases = {p: t.float() for p, t in sorted(parts.biases.items())}
+    parts.pairs = in_order(parts.pairs)
+    parts.biases = {p: t.float() for p, t in in_order(parts.biases).items()}
     if not parts.pairs and not parts.tokens:
         raise FileError("there is no lora_A and lora_B")
 

@@ -7,9 +7,8 @@ A' = diag(d)·A, RandLoRA as its bases side by side, Uni-LoRA as its entries of 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,14 @@ from finespun.files.budget import bounded
 from finespun.files.native import Saved, blame, named_after
 from finespun.files.peft import CONFIG, PASSED, TENSORS
 from finespun.files.peft_as_lora import drawn
-from finespun.files.peft_keys import PREFIX, saved_module
+from finespun.files.peft_keys import PREFIX, in_order, repeated, saved_module
 from finespun.files.peft_table import BANKS, KINDS, METHODS, STARTS, Config, Found, Method
 from finespun.files.safe import read_json, read_tensors
 from finespun.hosts import Entry, FlatState, sites
 from finespun.structures import STRUCTURES, Bank, LoRA, Plan, Ranked, Site, Structure, structure
 
-Layers = Callable[[Iterable[str], Structure], Mapping[str, Site]]
+# the sites of these names for a structure, some of which the file says are tables
+Layers = Callable[[Iterable[str], Structure, Collection[str]], Mapping[str, Site]]
 SHARED = "base_model."
 OFF: tuple[Any, ...] = (None, False, 0, 0.0, "none", "", {}, [])
 BIAS = "trained biases lie in the base's own layers"
@@ -57,18 +57,21 @@ def read_method(
             f"{place}: {kind} is read with its model only, whose layers tell the sizes: name the "
             "base (model=..., on the command line --model), or load it by fs.load(model, folder)"
         )
-    at: Layers = partial(sites, layers) if isinstance(layers, nn.Module) else layers
     held, method = read_tensors(place / TENSORS), METHODS[kind]
     with blame(place), bounded(str(place)):
         notes = check_options(method, config, strict)
         saved = config.get("modules_to_save") or []
-        found, shared, whole = sort(held.tensors, [str(n) for n in saved])
+        found, shared, whole, base = sort(held.tensors, [str(n) for n in saved])
         if kind == "UNILORA" and not found:
             found = drawn(layers, config, shared)
             notes.append(f"its places in {len(found)} layers are drawn again from proj_seed")
         if not found:
             raise FileError(f"{TENSORS} holds no layer's tensors")
-    hosts = at(found, STRUCTURES[method.kind]())
+    made = STRUCTURES[method.kind]()
+    if isinstance(layers, nn.Module):
+        hosts: Mapping[str, Site] = sites(layers, found, made)
+    else:
+        hosts = layers(found, made, [p for p, own in found.items() if any(map(_of_table, own))])
     with blame(place), bounded(str(place)):
         if method.factors is None:
             found = {path: _renamed(method, path, state) for path, state in found.items()}
@@ -81,7 +84,11 @@ def read_method(
     entry = Entry(
         named_after(folder), made, plan, trained=tuple(whole), flat=FlatState.pack(tensors)
     )
-    return Saved(entry, None, None, held.sha256, tuple(notes))
+    return Saved(entry, None, None, held.sha256, tuple(notes), base)
+
+
+def _of_table(name: str) -> bool:
+    return "_embedding_" in name
 
 
 def split(name: str) -> tuple[str, str]:
@@ -93,11 +100,18 @@ def split(name: str) -> tuple[str, str]:
 
 def sort(
     tensors: Found, saved: list[str]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Tensors by site, those that all sites share, and modules saved whole."""
+) -> tuple[
+    dict[str, dict[str, Tensor]],
+    dict[str, Tensor],
+    dict[str, dict[str, Tensor]],
+    dict[str, Tensor],
+]:
+    """Tensors by site, those that all sites share, modules saved whole, and numbers of the base
+    that the file repeats."""
     found: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
+    base: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         module = saved_module(name, saved)
@@ -107,12 +121,14 @@ def sort(
             shared[key.removeprefix(SHARED)] = tensor
         elif module is not None:
             whole.setdefault(module, {})[name.removeprefix(f"{module}.")] = tensor
+        elif (number := repeated(name)) is not None:
+            base[number] = tensor
         else:
             path, own = split(name)
             if not path:
                 raise FileError(f"{key!r} is no layer's and not under modules_to_save")
             found.setdefault(path, {})[own] = tensor
-    return found, shared, whole
+    return in_order(found), shared, whole, base
 
 
 def check_options(method: Method, config: Config, strict: bool) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from finespun.files.atomic import settled
 from finespun.files.native import blame
 from finespun.files.peft import CONFIG, PASSED, TENSORS
-from finespun.files.peft_keys import PREFIX, saved_module
+from finespun.files.peft_keys import PREFIX, in_order, repeated, saved_module
 from finespun.files.peft_methods import OFF, SHARED, split
 from finespun.files.peft_table import METHODS
 from finespun.files.safe import read_json, read_tensors
@@ -19,8 +19,8 @@ from finespun.files.safe import read_json, read_tensors
 @dataclass(frozen=True)
 class Told:
     """The method and the structure that reads it (None: not read), PEFT's options that say
-    something, tensors by layer, those that all layers share, modules saved whole by their sizes,
-    the base's name, and the size and digest of the file of tensors."""
+    something, tensors by layer (none of the base's own), those that all layers share, modules saved
+    whole by their sizes, the base's name, and the size and digest of the file of tensors."""
 
     method: str
     kind: str | None
@@ -53,14 +53,14 @@ def tell(folder: str | Path) -> Told | None:
     modules: dict[str, int] = {}
     with blame(place):
         saved = [str(name) for name in config.get("modules_to_save") or []]
-        for key, tensor in sorted(held.tensors.items()):
+        for key, tensor in in_order(held.tensors).items():
             name = key.removeprefix(PREFIX)
             path, own = split(name)
             if (module := saved_module(name, saved)) is not None:
                 modules[module] = modules.get(module, 0) + tensor.numel()
             elif name == key or not path:
                 shared[key.removeprefix(SHARED)] = tensor
-            else:
+            elif repeated(name) is None:
                 layers.setdefault(path, {})[own] = tensor
     known = METHODS.get(method) if isinstance(method, str) else None
     passed = (PASSED | {"peft_type", "modules_to_save"}) - {"target_modules"}
