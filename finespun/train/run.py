@@ -114,8 +114,8 @@ class Job:
         return [allocation.begin(self.adapter.entry, steps)]
 
     def settle(self) -> None:
-        """After training: remove what the allocation switched off."""
-        if self.recipe.allocation is not None:
+        """After training: remove what is switched off, or never woke."""
+        if any(delta.masks() for delta in self.adapter.deltas.values()):
             self.adapter.compact()
 
 
