@@ -216,9 +216,9 @@ class Adapter:
     # --- files ------------------------------------------------------------------------------------
     def save(self, folder: str | Path, lineage: files.Lineage | None = None) -> None:
         """Write adapter.safetensors and adapter.json, whole or not at all: an adapter that is there
-        is replaced, as by torch.save; other files in the folder stay. `lineage` says who made the
-        adapter; without it, that of the file it came from. Raises FileError where the folder cannot
-        be written, StateError for NaN."""
+        is replaced, as by torch.save; other files stay, a README.md of your own too. `lineage` says
+        who made the adapter; without it, that of the file it came from. Raises FileError where the
+        folder cannot be written, StateError for NaN."""
         files.save(self.model, self.name, folder, lineage or self.lineage)
 
     def export(

@@ -127,6 +127,16 @@ def test_texts_of_the_users_own_stay(recipe: Recipe) -> None:
     assert (folder / "README.md").read_text().startswith("---")
 
 
+def test_the_folder_one_is_in_is_told_before_any_work(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(running, "prepare", None)
+    with pytest.raises(FileError, match="holds the folder you are working in"):
+        run(recipe.changed(["output=."]))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_that_broke_off_before_any_checkpoint_is_begun_again(recipe: Recipe) -> None:
     Path(recipe.output).mkdir()
     Path(recipe.output, "recipe.yaml").write_text(recipe.dump())

@@ -32,9 +32,9 @@ def find_adapter(folder: str | Path) -> Path:
 
 def check_source(src: str | Path, dst: str | Path) -> None:
     """Raise FileError where `src` holds no adapter, InputError where `dst` is the same place."""
-    find_adapter(src)
     if located(src) == located(dst):
         raise InputError(f"{str(dst)!r} is the adapter itself; name another folder")
+    find_adapter(src)
 
 
 def read_adapter(

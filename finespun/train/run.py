@@ -130,7 +130,8 @@ def run(
 
     With `resume` an interrupted run goes on from its last checkpoint and ends with the adapter, bit
     for bit, of a run that was never interrupted; a finished one is not repeated. `overwrite` starts
-    anew where the folder holds a run or an adapter, which is refused otherwise. What can be wrong
+    anew where the folder holds a run or an adapter, which is refused otherwise; a model or another
+    format's adapter is always refused, and a README.md of the user's own stays. What can be wrong
     is looked for before training. Raises InputError, FileError, TrainingError; Interrupted
     after Ctrl-C.
     """
