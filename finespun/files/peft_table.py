@@ -123,7 +123,7 @@ def _turned(found: Found, site: SiteShape, config: Config) -> Found:
             f"{site.name!r} is a convolution, whose patches PEFT turns one by one but merges as one"
             " weight; an OFT of linear layers is read"
         )
-    s = found["s"]
+    s = found["s"].float()
     if config.get("coft"):
         most = float(config["eps"]) / len(s) ** 0.5
         lengths = 2**0.5 * torch.linalg.vector_norm(s, dim=1, keepdim=True)

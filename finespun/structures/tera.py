@@ -88,6 +88,9 @@ class TeRADelta(Delta):
     def __init__(self, site: Site, choice: Mapping[str, Any], seed: int) -> None:
         super().__init__(site)
         R, sizes, shape = choice["modes"], choice["sizes"], site.shape
+        if sizes[0] * sizes[1] < shape.out_features or sizes[2] * sizes[3] < shape.in_features:
+            least = f"{shape.out_features}x{shape.in_features}"
+            raise PlanError(f"sizes {sizes} of {shape.name!r} are less than its {least}")
         self.scale = choice["scale"]
         owner = f"{shape.out_features}x{shape.in_features}"
         self.U = [

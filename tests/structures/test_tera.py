@@ -109,3 +109,12 @@ def test_large_rates_are_needed():
     torch.manual_seed(0)
     assert fit(form, target, rate=1e-2, steps=800, rows=32) < 0.02
     assert fit(form, target, rate=1e-3, steps=800, rows=32) > 0.9
+
+
+def test_sizes_below_the_layers_are_refused():
+    """As a damaged file may tell them."""
+    form, shape = TeRA(rank=8), site(64, 64)
+    plan = form.plan([shape])
+    wrong = plan.choose(shape.shape.name, sizes=[4, 8, 8, 8])
+    with pytest.raises(PlanError, match=r"sizes \[4, 8, 8, 8\] of .* are less than its 64x64"):
+        form.build(shape, wrong)
