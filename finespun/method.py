@@ -1,7 +1,6 @@
 """A method of one axis: hyper-parameters under a name, as recipes and files tell them."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import UnionType
@@ -18,6 +17,18 @@ class Method:
     kind: ClassVar[str] = ""
     source: ClassVar[str] = ""
     aliases: ClassVar[Mapping[str, str]] = {}
+
+    def __new__(cls, *values: Any, **options: Any) -> Self:
+        """Raise InputError for options that are not given by name, unknown or of another type."""
+        fields = dataclasses.fields(cls)
+        if values and all(f.kw_only for f in fields):
+            names = ", ".join(f"{f.name}=..." for f in fields)
+            raise InputError(f"{cls.__name__} takes its options by name: {names}")
+        cls.check_options(options)
+        for f in fields:
+            if f.name in options and not fits(value := options[f.name], f.type):
+                raise InputError(f"{f.name}={value!r} must be {wanted(f.type)}; try {f.default!r}")
+        return super().__new__(cls)
 
     def options(self) -> dict[str, Any]:
         """The hyper-parameters as JSON values; `from_options(**options)` restores them."""
@@ -54,37 +65,18 @@ M = TypeVar("M", bound=Method)
 
 
 def registering(known: dict[str, type[M]], axis: str) -> Callable[[type[M]], type[M]]:
-    """A class decorator that makes methods of an axis known by their `kind`, and lets their
-    `__init__` name the nearest option where it is given one that does not exist."""
+    """A class decorator that makes methods of an axis known by their `kind`."""
 
     def register(cls: type[M]) -> type[M]:
         if not cls.kind or cls.kind in known:
             raise InputError(f"{axis} needs a kind of its own, not {cls.kind!r}")
-        known[cls.kind], plain = cls, cls.__init__
-
-        @functools.wraps(plain)
-        def init(self: M, *values: Any, **options: Any) -> None:
-            fields = dataclasses.fields(cls)
-            if values and all(f.kw_only for f in fields):
-                names = ", ".join(f"{f.name}=..." for f in fields)
-                raise InputError(f"{cls.__name__} takes its options by name: {names}")
-            cls.check_options(options)
-            for f in fields:
-                if f.name in options and not fits(value := options[f.name], f.type):
-                    raise InputError(
-                        f"{f.name}={value!r} must be {wanted(f.type)}; try {f.default!r}"
-                    )
-            plain(self, *values, **options)
-
-        cls.__init__ = init  # type: ignore[assignment]
+        known[cls.kind] = cls
         return cls
 
     return register
 
 
 WORDS = {int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}
-
-
 MANY = {int: "whole numbers", float: "numbers", str: "names"}
 
 

@@ -24,7 +24,7 @@ from finespun.allocation import ALLOCATIONS, Allocation
 from finespun.errors import InputError, nearest
 from finespun.method import Method
 from finespun.recipe_yaml import Document, Quoting, Section
-from finespun.structures import LSR, STRUCTURES, SHiRA, Structure
+from finespun.structures import LSR, STRUCTURES, Structure
 
 M = TypeVar("M", bound=Method)
 
@@ -62,11 +62,8 @@ def read_allocation(value: Any) -> Allocation | None:
 
 def trainable(structure: Structure) -> Structure:
     """The structure. Raises InputError where a run cannot set it up by itself."""
-    if isinstance(structure, SHiRA) and structure.mask == "given":
-        raise InputError(
-            "mask='given' waits for a mask that only Python can hand over, by `select`; "
-            "try 'random', 'magnitude' or 'gradient'"
-        )
+    if structure.needs_python:
+        raise InputError(structure.needs_python)
     return structure
 
 
@@ -148,9 +145,7 @@ class Training(Section):
     batch_size: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1, description="batches to a step")
     pack: bool = Field(False, description="with a prompt: a batch as one row, without padding")
-    rate: float | None = Field(
-        None, gt=0, description="null: 1e-3; 3e-3 for LSR, 0.1 for FourierFT, 1 for C3A"
-    )
+    rate: float | None = Field(None, gt=0, description="null: the structure's own, 1e-3 for most")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_share: float = Field(0.06, ge=0, lt=1, description="the share of steps of rising rate")
     weight_decay: float = Field(0.01, ge=0)

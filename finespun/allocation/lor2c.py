@@ -18,6 +18,7 @@ from finespun.errors import InputError
 from finespun.hosts import Entry, link
 from finespun.structures import Bypass, Delta, LoR2C, Structure, module_group
 from finespun.structures.lor2c import spectrum_score
+from finespun.structures.structure import must_be_one_of
 
 Keep = Literal["richer", "first", "svd"]
 _NUMBER = re.compile(r"(.*?)(\d+)")
@@ -45,7 +46,7 @@ class MergeInject(Allocation):
     source = "arXiv 2503.00572"
 
     def __post_init__(self) -> None:
-        _check_keep(self.keep)
+        must_be_one_of("keep", self.keep, get_args(Keep))
         if min(self.merges, self.injects, self.fade) < 0:
             raise InputError(
                 f"merges={self.merges}, injects={self.injects} and fade={self.fade} must not be "
@@ -150,7 +151,7 @@ def merge(entry: Entry, first: str, second: str, keep: Keep = "richer") -> None:
     for the sum of both, which takes the place of the first's numbers. The other is switched off.
     Raises InputError unless the second begins right behind the first.
     """
-    _check_keep(keep)
+    must_be_one_of("keep", keep, get_args(Keep))
     if (first, second) not in (known := neighbours(entry)):
         raise InputError(
             f"{first!r} and {second!r} are no neighbouring bypasses; there are {known}"
@@ -195,11 +196,6 @@ def inject(entry: Entry, block: str) -> None:
             mask.fill_(True)
         plan = plan.choose(name, asleep=False)
     _settle(entry, plan.choices)
-
-
-def _check_keep(keep: str) -> None:
-    if keep not in get_args(Keep):
-        raise InputError(f"keep={keep!r} is not one of {', '.join(map(repr, get_args(Keep)))}")
 
 
 def neighbours(entry: Entry) -> list[tuple[str, str]]:

@@ -19,9 +19,8 @@ from finespun.files.atomic import settled
 from finespun.files.budget import bounded
 from finespun.files.native import Saved, blame, named_after
 from finespun.files.peft import CONFIG, PASSED, TENSORS
-from finespun.files.peft_as_lora import drawn
 from finespun.files.peft_keys import PREFIX, in_order, repeated, saved_module
-from finespun.files.peft_table import BANKS, KINDS, METHODS, STARTS, Config, Found, Method
+from finespun.files.peft_table import BANKS, KINDS, METHODS, STARTS, Config, Found, Reading
 from finespun.files.safe import read_json, read_tensors
 from finespun.hosts import Entry, FlatState, sites
 from finespun.structures import STRUCTURES, Bank, LoRA, Plan, Ranked, Site, Structure, structure
@@ -62,8 +61,8 @@ def read_method(
         notes = check_options(method, config, strict)
         saved = config.get("modules_to_save") or []
         found, shared, whole, base = sort(held.tensors, [str(n) for n in saved])
-        if kind == "UNILORA" and not found:
-            found = drawn(layers, config, shared)
+        if method.drawn is not None and not found:
+            found = method.drawn(layers, config, shared)
             notes.append(f"its places in {len(found)} layers are drawn again from proj_seed")
         if not found:
             raise FileError(f"{TENSORS} holds no layer's tensors")
@@ -131,7 +130,7 @@ def sort(
     return in_order(found), shared, whole, base
 
 
-def check_options(method: Method, config: Config, strict: bool) -> list[str]:
+def check_options(method: Reading, config: Config, strict: bool) -> list[str]:
     """Raise FileError for options that change what the adapter does and are not read, and if strict
     for unknown ones; returns notes on what else a person should hear."""
     own = {f.name for f in dataclasses.fields(STRUCTURES[method.kind])}
@@ -165,7 +164,7 @@ def check_options(method: Method, config: Config, strict: bool) -> list[str]:
     return notes
 
 
-def _structure(method: Method, config: Config, found: Mapping[str, Found]) -> Structure:
+def _structure(method: Reading, config: Config, found: Mapping[str, Found]) -> Structure:
     known = STRUCTURES[method.kind]
     with _complete(method, "a layer"):
         options = {**config, **method.options(config, found)}
@@ -179,7 +178,7 @@ def _structure(method: Method, config: Config, found: Mapping[str, Found]) -> St
 
 
 def _own(
-    method: Method,
+    method: Reading,
     made: Structure,
     hosts: Mapping[str, Site],
     found: Mapping[str, Found],
@@ -219,7 +218,7 @@ def _choice(made: Structure, host: Site, told: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def _complete(method: Method, where: str) -> Iterator[None]:
+def _complete(method: Reading, where: str) -> Iterator[None]:
     """Say in PEFT's words what a layer lacks."""
     try:
         yield
@@ -230,7 +229,7 @@ def _complete(method: Method, where: str) -> Iterator[None]:
         raise FileError(f"{where} lacks {theirs!r}") from error
 
 
-def _renamed(method: Method, path: str, state: Found) -> dict[str, Tensor]:
+def _renamed(method: Reading, path: str, state: Found) -> dict[str, Tensor]:
     own = {}
     for name, tensor in state.items():
         if name not in method.names:
@@ -241,7 +240,7 @@ def _renamed(method: Method, path: str, state: Found) -> dict[str, Tensor]:
 
 
 def _as_lora(
-    method: Method,
+    method: Reading,
     hosts: Mapping[str, Site],
     found: Mapping[str, Found],
     shared: Found,

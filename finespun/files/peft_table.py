@@ -15,7 +15,7 @@ from finespun.errors import FileError
 from finespun.files.diffusion import through
 from finespun.files.native import finite_number
 from finespun.files.peft import meant
-from finespun.files.peft_as_lora import means, randlora, unilora, vera
+from finespun.files.peft_as_lora import drawn, means, randlora, unilora, vera
 from finespun.structures import SiteShape
 
 Found = Mapping[str, Tensor]
@@ -38,7 +38,7 @@ def _nothing(*given: Any) -> Options:
 
 
 @dataclass(frozen=True)
-class Method:
+class Reading:
     """How one of PEFT's methods is read: our `kind`, our name of each tensor (None: not needed),
     and what has to be done to tensors and options.
 
@@ -47,6 +47,7 @@ class Method:
     the only values that are read, and why no other is; `unused` are those that the tensors tell;
     `notes` say what a person should know of OPTION=VALUE. `factors` reads the method as a LoRA,
     from the site's tensors and those that all share; without these, `needs` says what to do.
+    `drawn` makes, for a model, the tensors of sites that a file leaves to PEFT's generator.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Method:
     unused: frozenset[str] = frozenset()
     notes: Mapping[str, str] = field(default_factory=dict)
     factors: Callable[[Found, Found, SiteShape, Config], tuple[Tensor, Tensor]] | None = None
+    drawn: Callable[[Any, Config, Found], dict[str, dict[str, Tensor]]] | None = None
     needs: str = ""
 
 
@@ -140,9 +142,8 @@ def _boft(config: Config, found: Mapping[str, Found]) -> Options:
 
 def _miss(found: Found, site: SiteShape, config: Config) -> Found:
     """The "mini" form repeats a narrow D over the outputs."""
-    repeats = (
-        site.out_features // found["D"].shape[1] if config.get("init_weights") == "mini" else 1
-    )
+    mini = config.get("init_weights") == "mini"
+    repeats = site.out_features // found["D"].shape[1] if mini else 1
     return {"D": found["D"].repeat(1, repeats)}
 
 
@@ -209,34 +210,34 @@ def _lokr_forms(found: Found, site: SiteShape, config: Config) -> Options:
 PROJECTED = frozenset(["r", "projection_prng_key", "save_projection"])
 DRAWN = frozenset(["r", "proj_seed", "theta_d_length", "init_theta_d_bound", "save_indices"])
 SAVE_PROJECTION = "the frozen projections are missing; save it with save_projection=True"
-METHODS: Mapping[str, Method] = {
-    "BOFT": Method(
+METHODS: Mapping[str, Reading] = {
+    "BOFT": Reading(
         "boft",
         {"boft_R": "X", "boft_s": "s"},
         lambda found, *_: {"X": found["X"], "s": found["s"].flatten()},
         _boft,
         unused=frozenset(["boft_block_num"]),
     ),
-    "C3A": Method(
+    "C3A": Reading(
         "c3a",
         {"c3a_kernel": "w"},
         site=_length("block_size", "w", -1),
         unused=frozenset(["block_size_pattern"]),
     ),
-    "DELORA": Method(
+    "DELORA": Reading(
         "delora",
         {"delora_A": "A", "delora_B": "B", "delora_lambda": "strength", "delora_w_norm": None},
         site=_length("rank", "A"),
         unused=frozenset(["rank_pattern", "lambda_pattern"]),
     ),
-    "FOURIERFT": Method(
+    "FOURIERFT": Reading(
         "fourierft",
         {"fourierft_spectrum": "c"},
         options=lambda config, found: {"draw": "torch"},
         site=_length("frequencies", "c"),
         unused=frozenset(["n_frequency_pattern"]),
     ),
-    "GRALORA": Method(
+    "GRALORA": Reading(
         "gralora",
         {
             "gralora_A": "A",
@@ -247,15 +248,15 @@ METHODS: Mapping[str, Method] = {
         _gralora,
         site=_length("rank", "A", 1),
     ),
-    "HIRA": Method(
+    "HIRA": Reading(
         "hira",
         {f"hira_{kind}{side}": side for side in "AB" for kind in ("", "embedding_")},
         _matrices,
         site=_length("rank", "A"),
         unused=frozenset(["rank_pattern"]),
     ),
-    "IA3": Method("ia3", {"ia3_l": "g"}, _gains, _ia3),
-    "LOHA": Method(
+    "IA3": Reading("ia3", {"ia3_l": "g"}, _gains, _ia3),
+    "LOHA": Reading(
         "loha",
         {
             **{f"hada_w{side}_a": f"B{side}" for side in "12"},
@@ -267,7 +268,7 @@ METHODS: Mapping[str, Method] = {
         unused=LYCORIS,
         notes=CORES,
     ),
-    "LOKR": Method(
+    "LOKR": Reading(
         "lokr",
         {
             **{"lokr_w1": "P", "lokr_w1_a": "P_b", "lokr_w1_b": "P_a"},
@@ -279,7 +280,7 @@ METHODS: Mapping[str, Method] = {
         unused=LYCORIS,
         notes=CORES,
     ),
-    "MISS": Method(
+    "MISS": Reading(
         "miss",
         {"miss_block": "D"},
         _miss,
@@ -290,7 +291,7 @@ METHODS: Mapping[str, Method] = {
         unused=frozenset(["mini_r"]),
         notes={"init_weights=mini": "the repeated columns move apart when it is trained on"},
     ),
-    "OFT": Method(
+    "OFT": Reading(
         "oft",
         {"oft_R.weight": "s"},
         _turned,
@@ -302,27 +303,23 @@ METHODS: Mapping[str, Method] = {
             "block_share=True": "every block turns on its own when it is trained on",
         },
     ),
-    "RANDLORA": Method(
+    "RANDLORA": Reading(
         "lora",
         {},
         factors=randlora,
         needs=SAVE_PROJECTION,
         unused=PROJECTED | {"randlora_alpha", "sparse", "very_sparse"},
     ),
-    "SHIRA": Method(
+    "SHIRA": Reading(
         "shira",
         {"shira_weight": "v", "shira_indices": "entries"},
         _shira,
         lambda config, found: {"mask_type": "given", "random_seed": 0},
     ),
-    "UNILORA": Method(
-        "lora",
-        {},
-        factors=unilora,
-        needs="unilora_theta_d is missing",
-        unused=DRAWN,
+    "UNILORA": Reading(
+        "lora", {}, factors=unilora, drawn=drawn, needs="unilora_theta_d is missing", unused=DRAWN
     ),
-    "VBLORA": Method(
+    "VBLORA": Reading(
         "vblora",
         {
             **{f"vblora_logits_{side}": f"logits_{side}" for side in "AB"},
@@ -337,7 +334,7 @@ METHODS: Mapping[str, Method] = {
             "be trained on, the choice stays"
         },
     ),
-    "VERA": Method(
+    "VERA": Reading(
         "lora",
         {},
         factors=vera,

@@ -102,6 +102,4 @@ def _upper(n: int) -> int:
 
 
 def _macs(shape: SiteShape, p_out: int, p_in: int) -> int:
-    rows, columns = shape.out_features // p_out, shape.in_features // p_in
-    first, second = (kron_macs(1, p_out, rows, p_in, columns, o) for o in ("first", "second"))
-    return min(first, second)
+    return kron_macs(1, p_out, shape.out_features // p_out, p_in, shape.in_features // p_in)

@@ -78,7 +78,7 @@ class LoKr(Ranked):
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
         """Q_a, P, Q_b one after the other; forming P once where it has factors."""
         u, v = self.split(shape)
-        per_row = min(kron_macs(1, u[0], v[0], u[1], v[1], o) for o in ("first", "second"))
+        per_row = kron_macs(1, u[0], v[0], u[1], v[1])
         if self.low(v):
             per_row = self.rank * (math.prod(u) + shape.in_features + shape.out_features)
         forming = math.prod(u) * self.rank if self.decompose_both and self.low(u) else 0

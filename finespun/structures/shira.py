@@ -50,6 +50,15 @@ class SHiRA(Ranked):
             raise InputError(f"skip={self.skip} needs mask='magnitude' and may not be negative")
 
     @property
+    def needs_python(self) -> str:
+        if self.mask != "given":
+            return ""
+        return (
+            "mask='given' waits for a mask that only Python can hand over, by `select`; "
+            "try 'random', 'magnitude' or 'gradient'"
+        )
+
+    @property
     def wants_gradient(self) -> bool:
         return self.mask in ("gradient", "snip")
 

@@ -93,6 +93,12 @@ class Structure(Method):
         return True
 
     @property
+    def needs_python(self) -> str:
+        """Why only Python can set this up, by a call between `adapt` and training; "" where a
+        recipe can."""
+        return ""
+
+    @property
     def wants_gradient(self) -> bool:
         """Whether training must begin with `Delta.start_from` at every site."""
         return False

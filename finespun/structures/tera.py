@@ -1,7 +1,7 @@
 """TeRA: a frozen random tensor network between four trained vectors, of high rank (2509.03234)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finespun.errors import PlanError
-from finespun.kernels.kron import kron_apply, kron_sum
+from finespun.kernels.kron import kron_apply, kron_macs, kron_sum
 from finespun.linalg import choose_factors
 from finespun.structures.delta import Bank, Delta, Factors
 from finespun.structures.frozen import Frozen
@@ -65,9 +65,7 @@ class TeRA(Ranked):
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
         """Mode by mode, each side in its cheaper order."""
-        sizes, R = split(shape), self.modes
-        sides = sum(cheapest(sizes[i : i + 2], R[i : i + 2]) for i in (0, 2))
-        return 2 * tokens * (sides + math.prod(R))
+        return 2 * tokens * (both_sides(split(shape), self.modes) + math.prod(self.modes))
 
 
 def split(shape: SiteShape) -> tuple[int, int, int, int]:
@@ -76,10 +74,10 @@ def split(shape: SiteShape) -> tuple[int, int, int, int]:
     return *out, *inner
 
 
-def cheapest(sizes: tuple[int, ...], modes: tuple[int, ...]) -> int:
-    """Multiply-adds a row for (I1 x R1) ⊗ (I2 x R2), or its transpose, in the better order."""
-    (I1, I2), (R1, R2) = sizes, modes
-    return min(R1 * I2 * (I1 + R2), R2 * I1 * (I2 + R1))
+def both_sides(sizes: Sequence[int], modes: Sequence[int]) -> int:
+    """Multiply-adds a row for (U1 ⊗ U2) and (U3 ⊗ U4)ᵀ, each in the better order."""
+    (I1, I2, I3, I4), (R1, R2, R3, R4) = sizes, modes
+    return kron_macs(1, I1, I2, R1, R2) + kron_macs(1, R3, R4, I3, I4)
 
 
 class TeRADelta(Delta):
@@ -88,11 +86,9 @@ class TeRADelta(Delta):
     def __init__(self, site: Site, choice: Mapping[str, Any], seed: int) -> None:
         super().__init__(site)
         R, sizes, shape = choice["modes"], choice["sizes"], site.shape
+        self.scale, owner = choice["scale"], f"{shape.out_features}x{shape.in_features}"
         if sizes[0] * sizes[1] < shape.out_features or sizes[2] * sizes[3] < shape.in_features:
-            least = f"{shape.out_features}x{shape.in_features}"
-            raise PlanError(f"sizes {sizes} of {shape.name!r} are less than its {least}")
-        self.scale = choice["scale"]
-        owner = f"{shape.out_features}x{shape.in_features}"
+            raise PlanError(f"sizes {sizes} of {shape.name!r} are less than its {owner}")
         self.U = [
             Frozen("normal", seed, (owner, f"tera U{n}"), (I, r))
             for n, (I, r) in enumerate(zip(sizes, R), start=1)
@@ -127,7 +123,7 @@ class TeRADelta(Delta):
         if self.adjusted:
             return False
         sizes, R = zip(*(U.shape for U in self.U))
-        mine = sum(cheapest(sizes[i : i + 2], R[i : i + 2]) for i in (0, 2)) + math.prod(R)
+        mine = both_sides(sizes, R) + math.prod(R)
         shape = self.site.shape
         factors = min(self.G.shape) * (shape.out_features + shape.in_features)
         side = shape.out_features if self.G.shape[0] >= self.G.shape[1] else shape.in_features

@@ -168,7 +168,7 @@ def test_only_neighbours_merge():
     ):
         with pytest.raises(InputError, match="are no neighbouring bypasses"):
             merge(adapter.entry, *pair)
-    with pytest.raises(InputError, match="keep='richest' is not one of 'richer'"):
+    with pytest.raises(InputError, match="keep='richest' is not known; try 'richer'"):
         merge(adapter.entry, "layer.0", "layer.1", "richest")
     assert all(torch.equal(p, before[n]) for n, p in adapter.model.named_parameters())
     assert len(adapter.entry.plan.choices) == len(adapter.deltas)
