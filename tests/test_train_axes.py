@@ -148,6 +148,7 @@ def test_events_happen_and_what_they_removed_is_gone(recipe: Recipe) -> None:
     merged = run(events(recipe, merges=1, fade=0))
     assert merged.update_numbers == 2 * 16 * 4
     recipe = events(recipe.changed([f"output={recipe.output}-2"]), injects=1, fade=2)
+    assert estimate(recipe).update_numbers == 2 * 2 * 16 * 4, "what sleeps is not counted"
     result = run(recipe, reporter=(heard := Events()))
     assert result.update_numbers == 2 * 16 * 4 + 2 * (16 + 16) * 2
     assert "inject of encoder.encoder.layer." in heard.notes()

@@ -108,7 +108,7 @@ def _estimate(job: Job, loop: Loop, clock: Clock, looked: float) -> Estimate:
     return Estimate(
         targets=plan.sites,
         modules=adapter.entry.trained,
-        update_numbers=adapter.num_parameters,
+        update_numbers=job.recipe.structure.total(plan),
         module_numbers=adapter.num_trained,
         adapter_bytes=len(save(held, {"format": "finespun"})),
         train_rows=len(job.train),
