@@ -8,9 +8,9 @@ import time
 from typing import Any
 
 from benchmarks.measure import Foretold, fixed_product, report, width
-from finespun.recipe import Recipe
-from finespun.train.estimate import estimate
-from finespun.train.run import prepare, surroundings
+from finespun.recipes.recipe import Recipe
+from finespun.training.estimate import estimate
+from finespun.training.run import prepare, surroundings
 
 TIMES = 3
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 import finespun as fs
 from benchmarks.measure import Line, report, timed
 from benchmarks.models import same
-from finespun.structures import Delta
+from finespun.contract import Delta
 
 WIDTH, SITES, RANK, TERMS = 768, 28, 16, 16
 RIVAL = "torch.kron"

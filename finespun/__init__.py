@@ -1,16 +1,15 @@
-"""Finespun: adapt pretrained models with very few trained numbers."""
+"""Finespun: adapt pretrained models with very few trained parameters."""
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finespun.adapter import Adapter, adapt, load
-    from finespun.convert.convert import convert
+    from finespun.contract import Structure
     from finespun.errors import FinespunError
     from finespun.hosts import activate, disabled, evict, rows
-    from finespun.structures import LSR, STRUCTURES, LoRA, Structure, structure
+    from finespun.lifecycle.conversion.adapter import convert
+    from finespun.methods.structures import LSR, STRUCTURES, LoRA, structure
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -31,40 +30,32 @@ __all__ = [
 ]
 _NAMES = {
     "adapter": ("Adapter", "adapt", "load"),
-    "convert.convert": ("convert",),
+    "contract": ("Structure",),
     "errors": ("FinespunError",),
     "hosts": ("activate", "disabled", "evict", "rows"),
-    "structures": ("LSR", "STRUCTURES", "LoRA", "Structure", "structure"),
+    "lifecycle.conversion.adapter": ("convert",),
+    "methods.structures": ("LSR", "STRUCTURES", "LoRA", "structure"),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
 
-class _Package(ModuleType):
-    """This package, whose names and subpackages are imported when they are first asked for: the
-    command line shows its help, and completes a word, without loading torch."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _HOMES:
-            found = getattr(import_module(f"finespun.{_HOMES[name]}"), name)
-        elif name.startswith("_"):
-            raise AttributeError(f"finespun has no {name!r}")
-        else:
-            try:
-                found = import_module(f"finespun.{name}")
-            except ModuleNotFoundError as error:
-                if error.name != f"finespun.{name}":
-                    raise
-                raise AttributeError(f"finespun has no {name!r}") from error
-        super().__setattr__(name, found)
-        return found
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Importing the package finespun.convert does not put it in the place of `fs.convert`."""
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+def __getattr__(name: str) -> Any:
+    """A name or subpackage, imported when it is first asked for: the command line shows its help,
+    and completes a word, without loading torch."""
+    if name in _HOMES:
+        found = getattr(import_module(f"finespun.{_HOMES[name]}"), name)
+    elif name.startswith("_"):
+        raise AttributeError(f"finespun has no {name!r}")
+    else:
+        try:
+            found = import_module(f"finespun.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"finespun.{name}":
+                raise
+            raise AttributeError(f"finespun has no {name!r}") from error
+    globals()[name] = found
+    return found
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

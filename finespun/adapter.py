@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from finespun import files, hosts
+from finespun.adapters.compact import compact
+from finespun.contract import Delta, Scores, Structure, calculus
 from finespun.errors import InputError, StateError, TargetError
 from finespun.hosts.targets import Targets
 from finespun.linalg import LowRank
-from finespun.structures import Delta, Scores, Structure, calculus
-from finespun.structures.compact import compact
 
 
 def adapt(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finespun.structures import STRUCTURES
+from finespun.methods.structures import STRUCTURES
 
 torch.set_num_threads(1)
 

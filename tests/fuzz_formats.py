@@ -25,10 +25,11 @@ from torch import Tensor
 
 import finespun as fs
 from finespun import files, hosts
-from finespun.convert.facts import compare, spectra
-from finespun.convert.stored import StoredWeights
-from finespun.structures import STRUCTURES, SiteShape
-from finespun.train.use import Trained
+from finespun.contract import SiteShape
+from finespun.lifecycle.conversion.facts import compare, spectra
+from finespun.lifecycle.stored import StoredWeights
+from finespun.methods.structures import STRUCTURES
+from finespun.training.inference import Trained
 
 Use = Callable[[Path, random.Random], None]
 TARGETS = r"blocks\.\d\.(up|down)"

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from finespun import structures
-from finespun.structures import Bank, Delta, Plan, Ranked, Site, SiteShape, Structure
+from finespun import contract
+from finespun.contract import Bank, Delta, Plan, Ranked, Site, SiteShape, Structure
 
 
 def factor_pair(delta: Delta, structure: Ranked, purpose: str = "A") -> None:
@@ -201,7 +201,7 @@ class Bypass(Ranked):
         return 2 * tokens * self.numbers(shape)
 
 
-class BypassDelta(structures.Bypass):
+class BypassDelta(contract.Bypass):
     """A (r, d) and B (d, r)."""
 
     def low_rank(self) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import finespun as fs
-from finespun import structures
-from finespun.structures import Delta, Structure, TensorSite
+from finespun import contract
+from finespun.contract import Delta, Structure, TensorSite
+from finespun.methods import structures
 
 DEVICE = torch.device(os.environ.get("FINESPUN_DEVICE", "cpu"))
 WIDTH, INNER, CLASSES = 24, 40, 5
@@ -257,7 +258,7 @@ def by_definition(plain: Net, adapter: fs.Adapter, x: Tensor, strength: float = 
     trained numbers; `plain` is the net before it was adapted."""
     changed, around = {}, {}
     for name, delta in adapter.deltas.items():
-        if isinstance(delta, structures.Bypass):
+        if isinstance(delta, contract.Bypass):
             A, B = delta.factors()
             around[name] = strength * delta.scale * (B @ A)
             continue

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finespun.structures import STRUCTURES
+from finespun.methods.structures import STRUCTURES
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "capabilities.md").read_text(encoding="utf-8")

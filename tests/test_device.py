@@ -30,11 +30,11 @@ from torch.utils._pytree import tree_leaves
 import finespun as fs
 from finespun import hosts
 from finespun.kernels.lowrank import low_rank_linear
-from finespun.recipe import Recipe
-from finespun.structures.frozen import DRAWS, Frozen
-from finespun.train.estimate import estimate, steps_time
-from finespun.train.loop import adamw
-from finespun.train.run import prepare, run, surroundings
+from finespun.methods.structures.pieces.frozen import DRAWS, Frozen
+from finespun.recipes.recipe import Recipe
+from finespun.training.estimate import estimate, steps_time
+from finespun.training.loop import adamw
+from finespun.training.run import prepare, run, surroundings
 
 CPU = torch.device("cpu")
 NEED_NUMBERS = {"shira-magnitude": "its mask", "shira-structured": "torch's sparse product"}

@@ -31,7 +31,7 @@ from pathlib import Path
 import pytest
 
 from finespun.cli.app import run
-from finespun.recipe import Recipe
+from finespun.recipes.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -26,12 +26,14 @@ def test_a_name_is_loaded_when_it_is_asked_for():
     assert "finespun.hosts" in modules_after("import finespun; finespun.hosts.find")
 
 
-def test_the_package_convert_does_not_hide_the_function():
-    for statement in ("import finespun.convert.facts", "from finespun.convert import Converted"):
-        modules_after(
-            f"{statement}; import finespun as fs; assert fs.convert.__name__ == 'convert'"
-        )
-        modules_after(f"import finespun as fs; {statement}; assert callable(fs.convert)")
+def test_no_folder_hides_a_function():
+    for statement in (
+        "import finespun.lifecycle.conversion.facts",
+        "from finespun.lifecycle.conversion import Converted",
+    ):
+        named = "import finespun as fs; assert fs.convert.__name__ == 'convert'"
+        modules_after(f"{statement}; {named}")
+        modules_after(f"{named}; {statement}; assert callable(fs.convert)")
 
 
 def test_names_that_are_not_there_are_attribute_errors():

@@ -131,8 +131,8 @@ def test_the_command_is_installed(installed: Path, tmp_path: Path) -> None:
     assert "Usage: finespun" in called(command, "--help", cwd=tmp_path, **place)
 
 
-def shape() -> finespun.structures.SiteShape:
-    return finespun.structures.SiteShape("0", 8, 8)
+def shape() -> finespun.contract.SiteShape:
+    return finespun.contract.SiteShape("0", 8, 8)
 
 
 # --- an environment of its own -------------------------------------------------------------------

@@ -11,8 +11,9 @@ from methods import IA3, Bypass, DoRA, HiRA, UniLoRA
 from torch import nn
 
 import finespun
-from finespun import structures
-from finespun.structures import STRUCTURES, Delta
+from finespun import contract
+from finespun.contract import Delta
+from finespun.methods.structures import STRUCTURES
 
 ROOT = Path(finespun.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -90,4 +91,4 @@ def test_a_structure_is_frozen_and_has_few_options(form):
         form().seed = 3
     assert set(form.aliases.values()) <= {f.name for f in fields}
     assert form.kind
-    assert issubclass(form, structures.Structure)
+    assert issubclass(form, contract.Structure)

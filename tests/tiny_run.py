@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from finespun.train.progress import Reporter
+from finespun.training.progress import Reporter
 
 WORDS = ("the", "a", "cat", "dog", "ship", "train", "runs", "sleeps", "stops", "today", "soon")
 GOOD, BAD = ("fine", "bright", "lovely"), ("grim", "dull", "broken")
@@ -107,7 +107,7 @@ def carry_out(arguments: list[str], kill: tuple[str, int] | None, errors: str) -
     """For a process of its own: run the command line; die by SIGKILL when the `kill[1]`-th event
     called `kill[0]` is told, or at the `kill[1]`-th call of os.rename or os.replace."""
     from finespun.cli.app import run
-    from finespun.train.progress import JsonLines
+    from finespun.training.progress import JsonLines
 
     torch.set_num_threads(1)
     for stream, path in ((sys.stdout, os.devnull), (sys.stderr, errors)):

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import finespun as fs
+from finespun.contract import SiteShape
 from finespun.kernels.kron import kron_rearrange, kron_sum
-from finespun.structures import SiteShape
 
 INK, GREY = "#1f2933", "#8a94a0"
 TERMS, R1, R2, P1, P2 = 3, 2, 2, 6, 4

@@ -24,8 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 import finespun as fs
+from finespun.contract import Structure
 from finespun.errors import FinespunError
-from finespun.structures import STRUCTURES, Structure
+from finespun.methods.structures import STRUCTURES
 
 PAGE = Path(__file__).parent.parent / "capabilities.md"
 IN, OUT = 32, 48

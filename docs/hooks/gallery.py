@@ -8,7 +8,7 @@ from mkdocs.structure.files import File, Files
 
 from finespun.report.bench import bench_page
 from finespun.report.run import run_page
-from finespun.train.output import LOG, Result
+from finespun.training.output import LOG, Result
 
 RESULTS = Path(__file__).parent.parent / "results"
 MARK = "<!-- gallery -->"

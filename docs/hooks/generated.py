@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from finespun.cli.app import app
 from finespun.cli.methods import facts
-from finespun.recipe import Recipe
-from finespun.structures import STRUCTURES
+from finespun.methods.structures import STRUCTURES
+from finespun.recipes.recipe import Recipe
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -5,8 +5,9 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Sequence
 from math import log2
 
+from finespun.contract import Site, Structure, Unmeasured
 from finespun.errors import InputError
-from finespun.structures import LoRA, Site, Structure, Unmeasured
+from finespun.methods.structures import LoRA
 
 LEAST_SHARE = 0.5  # of a budget; a member that uses less is not a member at that budget
 MOST_RANK = 64

@@ -17,10 +17,10 @@ from finespun.bench.summary import Row, Summary
 from finespun.bench.tables import csv_text, markdown
 from finespun.bench.trials import Outcome, Results, Trial
 from finespun.bench.workbench import Workbench
+from finespun.contract import Structure, Unmeasured
 from finespun.errors import InputError, nearest
-from finespun.files.atomic import write_file
-from finespun.recipe import Recipe
-from finespun.structures import Structure, Unmeasured
+from finespun.recipes.recipe import Recipe
+from finespun.storage.atomic import write_file
 
 METRICS = {"classification": ("accuracy", "macro_f1"), "regression": ("pearson", "spearman")}
 TABLE, SHEET, PICTURE = "table.md", "table.csv", "picture"

@@ -14,10 +14,11 @@ from pydantic import (
     model_validator,
 )
 
+from finespun.contract import Structure
 from finespun.errors import InputError
-from finespun.recipe import AnyAllocation, Recipe, RunStructure, add_methods
-from finespun.recipe_yaml import Document, Section, explain
-from finespun.structures import LSR, Structure
+from finespun.methods.structures import LSR
+from finespun.recipes.recipe import AnyAllocation, Recipe, RunStructure, add_methods
+from finespun.recipes.yaml import Document, Section, explain
 
 FEWEST_RATES = 3
 MOST_POWER = 4
@@ -238,7 +239,7 @@ class BenchSpec(Document):
 def describe(structure: Structure) -> str:
     """A short name: the kind and every option that is not its default, sizes first.
 
-    >>> from finespun.structures import LSR
+    >>> from finespun.methods.structures import LSR
     >>> describe(LSR(rank=4, separation_rank=16))
     'LSR r=4 s=16'
     """

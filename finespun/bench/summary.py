@@ -8,7 +8,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from finespun.bench.budget import LEAST_SHARE
-from finespun.structures import Structure
+from finespun.contract import Structure
 
 LEVEL = 0.95
 

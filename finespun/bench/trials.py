@@ -13,9 +13,9 @@ import yaml
 from pydantic import ValidationError
 
 from finespun.errors import FileError, InputError
-from finespun.recipe import Recipe
-from finespun.recipe_yaml import explain
-from finespun.train.progress import as_json
+from finespun.recipes.recipe import Recipe
+from finespun.recipes.yaml import explain
+from finespun.training.progress import as_json
 
 FILE = "results.jsonl"
 Record = Mapping[str, Any]

@@ -9,14 +9,14 @@ from torch import nn
 from finespun import hosts
 from finespun.adapter import Adapter
 from finespun.bench.trials import Outcome, Trial
+from finespun.contract import Site, Structure
 from finespun.errors import TrainingError
-from finespun.recipe import Data, Recipe
-from finespun.structures import Site, Structure
-from finespun.train.metrics import evaluate
-from finespun.train.run import Job, attach, choose_device, load_data, surroundings
-from finespun.train.tables import Examples, split
-from finespun.train.text import Tokens, tokenize
-from finespun.train.zoo import TextModel, load_text_model
+from finespun.models.zoo import TextModel, load_text_model
+from finespun.recipes.recipe import Data, Recipe
+from finespun.tasks.metrics import evaluate
+from finespun.tasks.tables import Examples, split
+from finespun.tasks.text import Tokens, tokenize
+from finespun.training.run import Job, attach, choose_device, load_data, surroundings
 
 
 class Workbench:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from finespun.convert.facts import Comparison
+    from finespun.lifecycle.conversion.facts import Comparison
 
 EXAMPLE = "finespun compare out/trec-lsr-small out/squeezed"
 COLUMNS = ("norm_a", "norm_b", "cosine", "distance", "inputs", "outputs")
@@ -28,8 +28,8 @@ def command(
     they read and write, 1 where the smaller lies in the larger. No model is loaded.
     """
     from finespun.cli.convert import base_folder
-    from finespun.convert.facts import compare
-    from finespun.train.progress import as_json as line
+    from finespun.lifecycle.conversion.facts import compare
+    from finespun.training.progress import as_json as line
 
     found = compare(a, b, None if model is None else base_folder(model))
     metrics = run_table(a, b)
@@ -41,7 +41,7 @@ def command(
 
 def run_table(a: str, b: str) -> dict[str, list[Any]]:
     """Name -> the figure of either run; empty unless both folders hold a finished run."""
-    from finespun.train.output import RESULT, Result
+    from finespun.training.output import RESULT, Result
 
     if not all((Path(folder) / RESULT).is_file() for folder in (a, b)):
         return {}

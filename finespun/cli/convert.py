@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 if TYPE_CHECKING:
-    from finespun.convert import Converted
+    from finespun.lifecycle.conversion import Converted
 
 EXAMPLE = "finespun convert out/trec-lsr-small out/squeezed --to lora --set rank=2"
 
@@ -47,7 +47,7 @@ def command(
 
     No model is loaded.
     """
-    from finespun.convert import convert
+    from finespun.lifecycle.conversion import convert
 
     made = convert(
         src,
@@ -97,6 +97,6 @@ def wanted(to: str, options: list[str]) -> Any:
 
 def base_folder(model: str) -> str:
     """The folder of a model by name. Raises FileError."""
-    from finespun.train.zoo import find_model
+    from finespun.models.zoo import find_model
 
     return find_model(model)

@@ -16,8 +16,8 @@ def command(
 ) -> None:
     """Measure an adapter on the rows that its recipe held out, or on another table."""
     from finespun.cli.train import shown
-    from finespun.train.progress import as_json as line
-    from finespun.train.use import Trained
+    from finespun.training.inference import Trained
+    from finespun.training.progress import as_json as line
 
     metrics = Trained.open(adapter).evaluate(file)
     if as_json:

@@ -10,7 +10,7 @@ import typer
 from finespun.errors import InputError
 
 if TYPE_CHECKING:
-    from finespun.structures import Site, Structure
+    from finespun.contract import Site, Structure
 
 EXAMPLE = "finespun explain lsr rank=8 --shape 3072x768 --shape 768x3072 --layers 12"
 SHAPE = re.compile(r"([1-9]\d*)[x×]([1-9]\d*)")
@@ -49,8 +49,8 @@ def choose(method: str, options: Sequence[str]) -> "Structure":
     """The structure with its options set. Raises InputError naming a wrong one."""
     from pydantic import ValidationError
 
-    from finespun.recipe import AnyStructure
-    from finespun.recipe_yaml import Section, apply_override, explain
+    from finespun.recipes.recipe import AnyStructure
+    from finespun.recipes.yaml import Section, apply_override, explain
 
     class Choice(Section):
         """What was typed, as the part of a recipe that it would be."""
@@ -81,7 +81,8 @@ def facts(
 
     `flops` are added to the forward passes over `tokens` rows, `base_flops` the layers' own.
     """
-    from finespun.structures import LoRA, Unmeasured
+    from finespun.contract import Unmeasured
+    from finespun.methods.structures import LoRA
 
     groups = [sites(i, shape, layers, one.site_kind) for i, shape in enumerate(shapes)]
     every = [site for group in groups for site in group]
@@ -115,7 +116,7 @@ def sites(group: int, shape: tuple[int, int], layers: int, kind: str) -> "list[S
     """Layers of one shape, whose weights are on the meta device: shapes without numbers."""
     import torch
 
-    from finespun.structures import TensorSite
+    from finespun.contract import TensorSite
 
     weight = torch.empty(shape, device="meta")
     return [TensorSite(f"shape.{group}.layer.{i}", weight, kind=kind) for i in range(layers)]

@@ -82,7 +82,7 @@ def as_option(text: str) -> str:
 
 def with_model(adapter: Path, model: str | None) -> "Adapter":
     """The adapter on its base: `model`, or the one that its recipe names."""
-    from finespun.convert.merge import base_folder, on_base
+    from finespun.lifecycle.export import base_folder, on_base
 
     base_folder(adapter, model)
     return on_base(adapter, model)[0]
@@ -101,8 +101,8 @@ def without_model(
 ) -> Any:
     """The conversion from files to a file; no model is loaded."""
     from finespun.cli.convert import base_folder
-    from finespun.convert import convert
-    from finespun.structures import LoRA
+    from finespun.lifecycle.conversion import convert
+    from finespun.methods.structures import LoRA
 
     target = "lora" if rank is None else LoRA(rank=rank)
     base = None if model is None else base_folder(model)

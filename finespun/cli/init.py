@@ -23,8 +23,8 @@ def command(
     """Write a commented recipe for a table: columns, labels, targets and sizes are guessed."""
     from finespun.cli.schema import write_new
     from finespun.errors import InputError
-    from finespun.recipe_yaml import read_yaml
-    from finespun.train.suggest import suggest_recipe
+    from finespun.recipes.suggest import suggest_recipe
+    from finespun.recipes.yaml import read_yaml
 
     if out is not None and Path(out).exists() and not overwrite:
         raise InputError(f"{out!r} exists; choose another name, or --overwrite to replace it")

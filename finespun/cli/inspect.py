@@ -45,8 +45,8 @@ def command(
 
 def all_facts(adapter: str, model: str | None, as_json: bool) -> dict[str, Any]:
     """Name -> value of all that the files tell, with those of the base in folder `model`."""
-    from finespun.convert.stored import StoredWeights
     from finespun.files import read_adapter
+    from finespun.lifecycle.stored import StoredWeights
 
     layers = None if model is None else StoredWeights(model).sites
     saved = read_adapter(adapter, strict=False, layers=layers)
@@ -83,8 +83,10 @@ def facts_without_model(told: "Told") -> dict[str, Any]:
 
 def origin(folder: Path, saved: "Saved") -> dict[str, Any]:
     """What kind of folder it is; of one that we exported, from what and how exactly."""
-    from finespun.files import native, peft, settled
-    from finespun.files.safe import read_json
+    from finespun.files import native
+    from finespun.files.peft import read as peft
+    from finespun.storage.atomic import settled
+    from finespun.storage.safe_io import read_json
 
     place = settled(folder)
     if (place / native.CONFIG).is_file():
@@ -103,7 +105,7 @@ def printable(text: str) -> str:
 
 def facts(saved: "Saved") -> dict[str, Any]:
     """Name -> value of all that a person may want to know."""
-    from finespun.convert.stored import numbers_of
+    from finespun.lifecycle.stored import numbers_of
 
     entry, plan = saved.entry, saved.entry.plan
     held = {} if entry.flat is None else entry.flat.tensors()
@@ -133,8 +135,8 @@ def spectra_of(saved: "Saved", model: str | None, as_json: bool) -> dict[str, An
     """The spectra as one line a layer, or as JSON values; the reason where there are none."""
     import dataclasses
 
-    from finespun.convert.facts import spectra
     from finespun.errors import InputError
+    from finespun.lifecycle.conversion.facts import spectra
 
     try:
         found = list(spectra(saved, model))

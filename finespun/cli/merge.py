@@ -21,7 +21,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write the adapted model as a transformers folder: weights, config, tokenizer, head."""
-    from finespun.convert.merge import merge
+    from finespun.lifecycle.export import merge
 
     done = merge(adapter, out, model, overwrite)
     if as_json:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from finespun.structures import Structure
+    from finespun.contract import Structure
 
 EXAMPLE = "finespun methods lsr"
 LAYERS, WIDTH = 24, 768
@@ -18,7 +18,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List the ways to write an update: formula, source, and trained numbers at the defaults."""
-    from finespun.structures import STRUCTURES, structure
+    from finespun.methods.structures import STRUCTURES, structure
 
     found = [structure(kind)] if kind is not None else [cls() for cls in STRUCTURES.values()]
     if as_json:
@@ -39,7 +39,7 @@ def facts(one: "Structure") -> dict[str, Any]:
     """What a structure says of itself."""
     import torch
 
-    from finespun.structures import TensorSite
+    from finespun.contract import TensorSite
 
     about = inspect.getdoc(type(one)) or ""
     weight = torch.zeros(WIDTH, WIDTH)

@@ -20,8 +20,8 @@ def command(
 ) -> None:
     """Print what an adapter says about each text: a class and its probability, or a number."""
     from finespun.errors import InputError
-    from finespun.train.progress import as_json as line
-    from finespun.train.use import Trained
+    from finespun.training.inference import Trained
+    from finespun.training.progress import as_json as line
 
     if bool(texts) == (file is not None):
         raise InputError("give either texts or --file")

@@ -44,7 +44,7 @@ def command(
 def schema_of(kind: Kind) -> dict[str, Any]:
     """The schema of one kind of file."""
     if kind is Kind.RECIPE:
-        from finespun.recipe import Recipe
+        from finespun.recipes.recipe import Recipe
 
         return {"$schema": DIALECT, **Recipe.json_schema()}
     from finespun.bench import BenchSpec
@@ -55,7 +55,7 @@ def schema_of(kind: Kind) -> dict[str, Any]:
 def write_new(out: str, text: str, overwrite: bool) -> None:
     """Write a file that is not there yet, or replace it. Raises InputError."""
     from finespun.errors import InputError
-    from finespun.files import write_file
+    from finespun.storage.atomic import write_file
 
     if Path(out).exists() and not overwrite:
         raise InputError(f"{out!r} exists; choose another name, or --overwrite to replace it")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from finespun.train.estimate import Estimate
-    from finespun.train.output import Result
-    from finespun.train.progress import Reporter
+    from finespun.training.estimate import Estimate
+    from finespun.training.output import Result
+    from finespun.training.progress import Reporter
 
 EXAMPLE = "finespun train examples/trec-lsr-small.yaml training.epochs=1 output=out/short"
 
@@ -41,13 +41,13 @@ def command(
 ) -> None:
     """Train an adapter as a recipe says, measure it on held-out data and save it."""
     from finespun.errors import InputError
-    from finespun.recipe import Recipe
-    from finespun.train.loop import Interrupted
-    from finespun.train.run import run
+    from finespun.recipes.recipe import Recipe
+    from finespun.training.loop import Interrupted
+    from finespun.training.run import run
 
     changes = overrides or []
     if dry_run:
-        from finespun.train.estimate import estimate
+        from finespun.training.estimate import estimate
 
         if resume or overwrite:
             raise InputError("--dry-run writes nothing: leave out --resume and --overwrite")
@@ -69,7 +69,7 @@ def command(
 
 def choose_reporter(as_json: bool, quiet: bool) -> "Reporter":
     """A bar on a terminal, JSON lines on stderr elsewhere and on stdout if asked, or nothing."""
-    from finespun.train.progress import Bar, JsonLines, Reporter
+    from finespun.training.progress import Bar, JsonLines, Reporter
 
     if quiet:
         return Reporter()

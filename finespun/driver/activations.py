@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finespun.contract import Structure
 from finespun.errors import InputError
 from finespun.hosts import Host, disabled
 from finespun.hosts import sites as sites_of
 from finespun.hosts.coupling import family
 from finespun.hosts.targets import modules
-from finespun.structures import Structure
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finespun.contract import Structure
 from finespun.errors import InputError, TrainingError
 from finespun.hosts import Host, board_of, disabled
 from finespun.hosts import sites as sites_of
-from finespun.hosts.quantised import quantised
-from finespun.structures import Structure
+from finespun.hosts.layers.quantised import quantised
 
 Loss = Callable[[nn.Module, Any], Tensor | tuple[Tensor, float]]
 Add = Callable[[Tensor], None]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from finespun.errors import StateError
 from finespun.hosts import Host, board_of, hosts_of, merge, unmerge
-from finespun.hosts.board import Patch
+from finespun.hosts.adapter_set import Patch
 from finespun.kernels.entries import Entries, entries_gradient, write_entries
 
 

@@ -1,22 +1,14 @@
 """Adapters and checkpoints on disk: written whole or not at all, read with suspicion."""
 
-from finespun.files.atomic import check_writable, settled, whole_folder, write_file
-from finespun.files.checkpoint import (
-    checkpoints,
-    load_checkpoint,
-    random_state,
-    save_checkpoint,
-    set_random_state,
-)
+from finespun.files.check_fit import check_fit, register_saved, settle
+from finespun.files.detect import check_source, offering_lenience, read_adapter, read_for
 from finespun.files.export import Exported, Format, export
-from finespun.files.fingerprint import Fingerprint, check_base, fingerprint
-from finespun.files.fitting import check_fit, register_saved, settle
-from finespun.files.keep import refuse_to_lose
-from finespun.files.lineage import Lineage, Parent, lineage_of
-from finespun.files.lora_folder import lora_config, write_lora
 from finespun.files.native import Saved, save, write
-from finespun.files.peft_told import Told, tell
-from finespun.files.reading import check_source, offering_lenience, read_adapter, read_for
+from finespun.files.overwrite import refuse_to_lose
+from finespun.files.peft.summary import Told, tell
+from finespun.files.peft.write import lora_config, write_lora
+from finespun.files.provenance.fingerprint import Fingerprint, check_base, fingerprint
+from finespun.files.provenance.lineage import Lineage, Parent, lineage_of
 
 __all__ = [
     "Exported",
@@ -29,27 +21,18 @@ __all__ = [
     "check_base",
     "check_fit",
     "check_source",
-    "check_writable",
-    "checkpoints",
     "export",
     "fingerprint",
     "lineage_of",
-    "load_checkpoint",
     "lora_config",
     "offering_lenience",
-    "random_state",
     "read_adapter",
     "read_for",
     "refuse_to_lose",
     "register_saved",
     "save",
-    "save_checkpoint",
-    "set_random_state",
     "settle",
-    "settled",
     "tell",
-    "whole_folder",
     "write",
-    "write_file",
     "write_lora",
 ]

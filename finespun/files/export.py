@@ -17,18 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from finespun.contract import Delta
 from finespun.errors import InputError, nearest
-from finespun.files.diffusion_write import write_entry
-from finespun.files.fingerprint import fingerprint
-from finespun.files.lineage import Lineage, lineage_of
-from finespun.files.lora_folder import lora_config, tokens_config, write_lora
+from finespun.files.diffusion.write import write_entry
 from finespun.files.native import checked_tensors
-from finespun.files.peft_form import BESIDE, Form, check_tied, full_form
+from finespun.files.peft.full_form import BESIDE, Form, check_tied, full_form
+from finespun.files.peft.write import lora_config, tokens_config, write_lora
+from finespun.files.provenance.fingerprint import fingerprint
+from finespun.files.provenance.lineage import Lineage, lineage_of
 from finespun.hosts import Entry, board_of, materialise, modules, plain_class
-from finespun.hosts.parts import PartHost
+from finespun.hosts.layers.slices import PartHost
 from finespun.linalg import LowRank
-from finespun.structures import Delta
-from finespun.structures.dora import DoRADelta
+from finespun.methods.structures.dora import DoRADelta
 
 ONLY_PEFT = "in PEFT's own form, which most servers read in part or not at all"
 Format = Literal["peft", "diffusers", "kohya"]

@@ -16,14 +16,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from finespun.adapters.packed import FlatState
+from finespun.contract import Plan, SiteShape, Structure
 from finespun.errors import FileError, InputError, StateError, StrictError, nearest
-from finespun.files.atomic import located, settled, whole_folder
-from finespun.files.card import model_card, write_card
-from finespun.files.fingerprint import Fingerprint, fingerprint
-from finespun.files.lineage import Lineage, lineage_of
-from finespun.files.safe import check_finite, read_json, read_tensors, write_json, write_tensors
-from finespun.hosts import Entry, FlatState, board_of, tensors_of
-from finespun.structures import STRUCTURES, Plan, SiteShape, Structure, structure
+from finespun.files.provenance.fingerprint import Fingerprint, fingerprint
+from finespun.files.provenance.lineage import Lineage, lineage_of
+from finespun.files.provenance.model_card import model_card, write_card
+from finespun.hosts import Entry, board_of, tensors_of
+from finespun.methods.structures import STRUCTURES, structure
+from finespun.storage.atomic import located, settled, whole_folder
+from finespun.storage.safe_io import (
+    check_finite,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 
 FORMAT = 1
 TENSORS, CONFIG = "adapter.safetensors", "adapter.json"

@@ -1,5 +1,7 @@
 """Where a ΔW attaches: the adapted layer, routing of rows, attach, merge and detach."""
 
+from finespun.adapters.packed import FlatState
+from finespun.hosts.adapter_set import Board, Entry, board_of
 from finespun.hosts.attach import (
     hosts_of,
     load_tensors,
@@ -10,18 +12,16 @@ from finespun.hosts.attach import (
     replace,
     tensors_of,
 )
-from finespun.hosts.block import link
-from finespun.hosts.board import Board, Entry, board_of
-from finespun.hosts.flat import FlatState
 from finespun.hosts.freezing import freeze_others, give_back
 from finespun.hosts.gathering import gathered
-from finespun.hosts.host import Host
-from finespun.hosts.kinds import sites
-from finespun.hosts.layer import Adapted, adapted_class, plain_class
-from finespun.hosts.linear import LinearHost
+from finespun.hosts.insertion import unseat
+from finespun.hosts.layers.block import link
+from finespun.hosts.layers.host import Host
+from finespun.hosts.layers.kinds import sites
+from finespun.hosts.layers.layer import Adapted, adapted_class, plain_class
+from finespun.hosts.layers.linear import LinearHost
 from finespun.hosts.merging import disabled, merge, unmerge
 from finespun.hosts.routing import activate, evict, rows
-from finespun.hosts.seat import unseat
 from finespun.hosts.targets import find, find_head, modules
 
 __all__ = [

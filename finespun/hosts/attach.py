@@ -6,18 +6,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from finespun.contract import Delta, Plan, Scores, Structure
 from finespun.errors import InputError, StateError, TargetError, nearest
-from finespun.hosts import passes
-from finespun.hosts.block import link
-from finespun.hosts.board import Board, Entry, alone, board_of
-from finespun.hosts.copies import CopyHost
-from finespun.hosts.forming import Former
-from finespun.hosts.host import Host
-from finespun.hosts.kinds import sites
-from finespun.hosts.mirror import TIE, Mirror, ties
-from finespun.hosts.seat import all_hosts, bare, children, front, seat, unseat
+from finespun.hosts import forward_hooks as passes
+from finespun.hosts.adapter_set import Board, Entry, alone, board_of
+from finespun.hosts.factor_cache import Former
+from finespun.hosts.insertion import all_hosts, bare, children, front, seat, unseat
+from finespun.hosts.layers.block import link
+from finespun.hosts.layers.copies import CopyHost
+from finespun.hosts.layers.host import Host
+from finespun.hosts.layers.kinds import sites
+from finespun.hosts.layers.tied import TIE, Mirror, ties
 from finespun.hosts.targets import modules, unread
-from finespun.structures import Delta, Plan, Scores, Structure
 
 BANKS = "finespun_banks"
 WRAPPERS = {"OptimizedModule", "DataParallel", "DistributedDataParallel", "FSDPModule",

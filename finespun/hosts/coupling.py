@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from finespun.hosts.host import Host
+from finespun.contract import Coupling
+from finespun.hosts.layers.host import Host
 from finespun.hosts.targets import ATTENTION
-from finespun.structures import Coupling
 
 # Names of the layers that write the features of a block, and of the one that reads them.
 Roles = tuple[tuple[tuple[str, ...], str], ...]

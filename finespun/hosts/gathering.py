@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from finespun.errors import StateError
-from finespun.hosts.board import Entry, board_of
+from finespun.hosts.adapter_set import Entry, board_of
 from finespun.hosts.coupling import Family, family, width
-from finespun.hosts.host import Host
-from finespun.hosts.kinds import sites
-from finespun.hosts.layer import plain_class
-from finespun.hosts.quantised import quantised
+from finespun.hosts.layers.host import Host
+from finespun.hosts.layers.kinds import sites
+from finespun.hosts.layers.layer import plain_class
+from finespun.hosts.layers.quantised import quantised
 from finespun.hosts.targets import modules
-from finespun.structures.lines import LinesDelta
+from finespun.methods.structures.pieces.lines import LinesDelta
 
 
 @contextmanager

@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from finespun.contract import Delta
 from finespun.errors import InputError, StateError
+from finespun.hosts.adapter_set import Board, Kept, Patch, alone, board_of
 from finespun.hosts.attach import hosts_of, materialise
-from finespun.hosts.board import Board, Kept, Patch, alone, board_of
-from finespun.hosts.host import Host, Stored
-from finespun.hosts.mirror import Mirror
-from finespun.hosts.parts import PartHost
+from finespun.hosts.layers.host import Host, Stored
+from finespun.hosts.layers.slices import PartHost
+from finespun.hosts.layers.tied import Mirror
 from finespun.kernels.entries import entries_of, write_entries
-from finespun.structures import Delta
 
 Undo = Literal["memory", "entries", "none"]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from finespun.adapters.packed import FlatState
 from finespun.errors import InputError, StateError
+from finespun.hosts.adapter_set import Board, Rows, alone, board_of
 from finespun.hosts.attach import materialise, take_out, tensors_of
-from finespun.hosts.board import Board, Rows, alone, board_of
-from finespun.hosts.flat import FlatState
-from finespun.hosts.passes import batch
+from finespun.hosts.forward_hooks import batch
 
 
 @alone

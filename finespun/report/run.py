@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from finespun.convert.stored import StoredDeltas, update_of
 from finespun.errors import FileError, InputError
 from finespun.files import Saved, read_adapter
+from finespun.lifecycle.stored import StoredDeltas, update_of
 from finespun.report.figure import Curve, Point, curves, smoothed
 from finespun.report.page import code, document, paragraph, section, table
-from finespun.train.output import ADAPTER, LOG, RECIPE, RESULT
+from finespun.training.output import ADAPTER, LOG, RECIPE, RESULT
 
 TOP_VALUES = 3
 Record = Mapping[str, Any]

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from finespun.errors import FileError
-from finespun.files import settled, write_file
 from finespun.report.run import run_page
-from finespun.train.output import LOG
+from finespun.storage.atomic import settled, write_file
+from finespun.training.output import LOG
 
 PAGE = "report.html"
 

@@ -1,0 +1,1 @@
+"""An adapter without a model."""

@@ -1,0 +1,1 @@
+"""LoRA files of diffusers and of kohya's scripts."""

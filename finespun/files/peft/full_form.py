@@ -1,0 +1,164 @@
+"""What PEFT's files say beside A and B, and the portable profile leaves out.
+
+DoRA's magnitudes, embeddings, convolutions, biases, trained rows of tables: PEFT alone reads them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Size, Tensor, nn
+
+from finespun.contract import Delta
+from finespun.errors import InputError
+from finespun.files.peft.keys import keys_of
+from finespun.hosts import Entry, modules
+from finespun.hosts.layers.slices import PartHost
+from finespun.hosts.layers.tied import TIE
+from finespun.linalg import LowRank
+from finespun.methods.structures.dora import DoRADelta
+from finespun.methods.structures.pieces.extras import BiasDelta, TokensDelta
+
+BESIDE = (TokensDelta, BiasDelta)
+
+
+@dataclass
+class Form:
+    """How each layer's factors are written (`kinds`, and a convolution's weight in `shapes`), the
+    tensors beside them by their names in PEFT's model, and what the config says of them."""
+
+    kinds: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, Size] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+
+    def factors(self, path: str, update: LowRank, rank: int) -> dict[str, Tensor]:
+        """A and B by their keys, as wide as `rank`, zeros filling up."""
+        empty = rank - update.rank
+        A, B = F.pad(update.A.float(), (0, 0, 0, empty)), F.pad(update.B.float(), (0, empty))
+        if path in self.shapes:
+            kernel = self.shapes[path][1:]
+            A, B = A.view(-1, *kernel), B.view(*B.shape, *[1] * (len(kernel) - 1))
+        a, b = keys_of(path, self.kinds.get(path, "linear"))
+        return {a: A, b: B}
+
+
+def full_form(model: nn.Module, entry: Entry, name_of: Callable[[str], str]) -> Form:
+    """The form for PEFT alone; `name_of` gives the name by which PEFT finds one module and no
+    other. Raises InputError for what PEFT's format cannot say."""
+    known, form = modules(model), Form()
+    rows: dict[str, list[int]] = {}
+    moved: dict[str, Tensor] = {}
+    for name, delta in entry.deltas.items():
+        if isinstance(delta, TokensDelta):
+            own = delta.own_rows()
+            rows[name] = delta.tokens
+            form.tensors[f"{name}.token_adapter.trainable_tokens_delta"] = own + entry.scale * (
+                delta.values.detach() - own
+            )
+            continue
+        form.kinds[name] = delta.site.shape.kind
+        weight = known[name.partition(":")[0]]._parameters.get("weight")
+        if form.kinds[name] == "conv" and weight is not None:
+            form.shapes[name] = weight.shape
+        if isinstance(delta, DoRADelta):
+            form.tensors[f"{name}.lora_magnitude_vector"] = _lengths(name, delta, entry, form)
+            form.config["use_dora"] = True
+        change = delta.bias_change()
+        if change is not None and (isinstance(delta, BiasDelta) or bool(change.any())):
+            moved[name] = _bias(name, delta, entry.scale * change.detach())
+    if moved:
+        _biases(model, entry, moved, form)
+    if rows:
+        _tokens(entry, rows, form, name_of)
+    form.config["lora_dropout"] = entry.structure.dropout
+    return form
+
+
+def _lengths(name: str, delta: DoRADelta, entry: Entry, form: Form) -> Tensor:
+    if entry.scale != 1.0 or delta.adjusted:
+        raise InputError(
+            f"{name!r} is a DoRA of strength {entry.scale}: PEFT's file holds it at strength 1, "
+            "without gates or an exact start; set adapter.scale = 1.0, or leave portable=True"
+        )
+    dims = len(form.shapes.get(name, ())) - 2
+    return delta.m.detach().view(1, -1, *[1] * dims) if name in form.shapes else delta.m.detach()
+
+
+def _bias(name: str, delta: Delta, change: Tensor) -> Tensor:
+    b0 = delta.site.bias()
+    if b0 is None or isinstance(delta.site, PartHost):
+        raise InputError(f"the bias of {name!r} is a slice of a layer's, which PEFT cannot say")
+    return b0.detach().float() + change
+
+
+def check_tied(entry: Entry, portable: bool) -> None:
+    """Raise InputError where one update acts at two uses of a weight, which a file says only of
+    trained rows of a table."""
+    for other, name in entry.plan.shared.get(TIE, {}).items():
+        if portable or not isinstance(entry.deltas[name], TokensDelta):
+            raise InputError(
+                f"{name!r} acts at {other!r} too, which shares its weight; PEFT's file says one"
+            )
+
+
+def _biases(model: nn.Module, entry: Entry, moved: dict[str, Tensor], form: Form) -> None:
+    """bias="lora_only" where nothing but biases beside a LoRA moved, else every bias of the model,
+    among them those of norms, which are then no modules of their own."""
+    pairs = [n for n, d in entry.deltas.items() if not isinstance(d, BESIDE)]
+    here = {n: entry.deltas[n].site.bias() for n in pairs}
+    if moved.keys() <= {n for n, b in here.items() if b is not None}:
+        form.config["bias"] = "lora_only"
+        for name, own in here.items():
+            if own is not None:
+                form.tensors[f"{name}.base_layer.bias"] = moved.get(name, own)
+        return
+    form.config["bias"] = "all"
+    known = {"": model, **modules(model)}
+    form.dropped = tuple(n for n in entry.trained if _only_bias_moved(known[n], entry.copies[n]))
+    kept = [n for n in entry.trained if n not in form.dropped]
+    for name, module in known.items():
+        own = module._parameters.get("bias")
+        if own is None:
+            continue
+        whole = [t for t in kept if name == t or name.startswith(f"{t}.")]
+        if whole:
+            rest = f"{name}.bias".removeprefix(f"{whole[0]}.")
+            form.tensors[f"{whole[0]}.original_module.{rest}"] = own.detach()
+            copied = entry.copies[whole[0]].state_dict()[rest]
+            form.tensors[f"{whole[0]}.modules_to_save.{rest}"] = copied
+            continue
+        value = moved.get(name, own.detach())
+        if name in form.dropped:
+            value = entry.copies[name].state_dict()["bias"]
+        inner = "base_layer." if name in pairs else ""
+        form.tensors[f"{name}.{inner}bias".removeprefix(".")] = value
+
+
+def _only_bias_moved(module: nn.Module, copy: nn.Module) -> bool:
+    own, theirs = module._parameters, copy._parameters
+    return (
+        not copy._modules
+        and theirs.get("bias") is not None
+        and all(
+            p is None or n == "bias" or torch.equal(p, q)
+            for n, p in own.items()
+            if (q := theirs.get(n)) is not None
+        )
+    )
+
+
+def _tokens(
+    entry: Entry, rows: dict[str, list[int]], form: Form, name_of: Callable[[str], str]
+) -> None:
+    if len(rows) < len(entry.deltas):
+        form.config["trainable_token_indices"] = {name_of(n): rows[n] for n in rows}
+        return
+    first = next(iter(rows.values()))
+    if any(tokens != first for tokens in rows.values()):
+        raise InputError("PEFT trains the same tokens of every table where there is no LoRA beside")
+    form.config["token_indices"] = first
+    form.tensors = {k.replace(".token_adapter.", "."): v for k, v in form.tensors.items()}

@@ -1,0 +1,243 @@
+"""The board: one model's registered adapters, which of them are active, and for which rows.
+
+Layers read it on every forward pass; switching between activated adapters changes this object only.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Lock, get_ident
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from finespun.adapters.packed import FlatState
+from finespun.contract import Bank, Delta, Plan, Structure
+from finespun.errors import InputError, StateError, nearest
+from finespun.hosts.factor_cache import Former
+
+Weights = tuple[tuple[str, float], ...]
+LOCK = Lock()
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Values (K,) at the entries `index` (K,), counted row by row, of a weight (out, in); `written`
+    took their place, in the dtype of the weight, and stands there unless somebody edits it."""
+
+    index: Tensor
+    values: Tensor
+    written: Tensor | None = None
+
+
+Kept = tuple[Tensor, Tensor | None] | Patch
+
+
+@dataclass
+class Entry:
+    """One registered adapter: its plan always, its modules only once activated or trained.
+
+    `trained` lists modules of which the adapter holds its own copy (a fresh head, say).
+    """
+
+    name: str
+    structure: Structure
+    plan: Plan
+    trained: tuple[str, ...] = ()
+    scale: float = 1.0
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    copies: dict[str, nn.Module] = field(default_factory=dict)
+    bank: Bank | None = None
+    flat: FlatState | None = None
+    former: Former | None = None
+    watched: bool = False
+
+    @property
+    def live(self) -> bool:
+        """Whether the modules exist."""
+        return bool(self.deltas or self.copies)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which adapter serves which part of a batch: names[i] for row i, or for the next `repeat`
+    rows, or for the next lengths[i] positions of a packed batch; None is the base."""
+
+    names: tuple[str | None, ...]
+    lengths: tuple[int, ...] | None = None
+    repeat: int = 1
+    found: dict[Any, list[tuple[str, Tensor]]] = field(default_factory=dict, compare=False)
+
+    def index(self, count: int, module: str, device: torch.device) -> list[tuple[str, Tensor]]:
+        """For `count` rows or positions: each adapter's numbers, those of the base left out.
+
+        Rows are repeated as blocks where a layer sees a multiple of those that the model was given
+        (beams, flattened tokens). Raises StateError where they cannot be mapped.
+        """
+        if (count, device) not in self.found:
+            self.found[count, device] = self._map(count, module, device)
+        return self.found[count, device]
+
+    def check(self, count: int, several: bool) -> None:
+        """Raise StateError unless a batch of `count` rows is what the names say; `several` allows
+        any multiple of it."""
+        said = len(self.names) * self.repeat
+        if self.lengths is None and count != said and not (several and said and count % said == 0):
+            times = count // max(len(self.names), 1)
+            hint = f"repeat={times} if each serves {times} rows in turn, or name every row"
+            fits = self.names and count % len(self.names) == 0
+            raise StateError(
+                f"the model was given {count} rows while rows() names {said}: "
+                + (hint if fits else "give one name, or None, for each row")
+            )
+
+    def _map(self, count: int, module: str, device: torch.device) -> list[tuple[str, Tensor]]:
+        if self.lengths is not None and count != sum(self.lengths):
+            raise StateError(
+                f"{module!r} was given {count} positions while rows() has lengths for "
+                f"{sum(self.lengths)}: they cannot be told apart here"
+            )
+        if not self.names or (count % len(self.names) and self.lengths is None):
+            raise StateError(
+                f"{module!r} was given {count} rows while rows() names {len(self.names)}: "
+                "they cannot be told apart here"
+            )
+        lengths = self.lengths or (count // len(self.names),) * len(self.names)
+        numbers: dict[str, list[Tensor]] = {}
+        end = 0
+        for name, length in zip(self.names, lengths):
+            if name is not None:
+                numbers.setdefault(name, []).append(torch.arange(end, end + length))
+            end += length
+        return [(name, torch.cat(parts).to(device)) for name, parts in numbers.items()]
+
+
+class Board:
+    """Shared by all adapted layers of one model.
+
+    `rows` and `disabled` change what every layer does, so one thread at a time may use them, and
+    none while another runs the model: `enter` and `guard` refuse with StateError.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.active: Weights = ()
+        self.rows: Rows | None = None
+        self.merged: dict[str, float] = {}
+        self.kept: dict[str, Kept] | None = None
+        self.gathered: str | None = None
+        self.owner: int | None = None
+        self.running: dict[int, int] = {}
+        self.several = False
+        self.traced: tuple[Weights, Rows | None] | None = None
+
+    def check_in_place(self) -> None:
+        """Raise StateError while units of the weights stand in another place than they belong."""
+        if self.gathered:
+            raise StateError(f"the units of {self.gathered!r} are gathered: leave that block first")
+
+    def enter(self) -> None:
+        """This thread begins a forward pass of the root."""
+        me = get_ident()
+        with LOCK:
+            if self.owner not in (None, me):
+                raise StateError(
+                    "another thread is inside rows() or disabled() on this model: wait"
+                )
+            self.running[me] = self.running.get(me, 0) + 1
+        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+            self.traced = self.in_force(), self.rows
+
+    def check_recomputed(self) -> None:
+        """Raise StateError where a backward pass would recompute activations with other adapters,
+        strengths or rows than the last forward pass had: its gradients would be another model's."""
+        if torch._C._current_graph_task_id() == -1 or self.traced is None:
+            return
+        if self.traced != (self.in_force(), self.rows):
+            raise StateError(
+                "the backward pass recomputes activations, but what is active has changed since "
+                "the forward pass: call backward() before activate(), and inside rows()"
+            )
+
+    def leave(self) -> None:
+        """This thread has ended a forward pass of the root."""
+        me = get_ident()
+        if self.running.get(me, 0) <= 1:
+            self.running.pop(me, None)
+        else:
+            self.running[me] -= 1
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Around a change of what the layers do."""
+        me, before = get_ident(), self.owner
+        with LOCK:
+            if before not in (None, me) or self.running.keys() - {me}:
+                raise StateError(
+                    "another thread is using this model: wait before changing what it does"
+                )
+            self.owner = me
+        try:
+            yield
+        finally:
+            self.owner = before
+
+    def used(self, name: str) -> bool:
+        """Whether the adapter acts: it is active, merged, or serves rows."""
+        routed = () if self.rows is None else self.rows.names
+        return name in self.merged or name in routed or any(name == n for n, _ in self.active)
+
+    def __getitem__(self, name: str) -> Entry:
+        if name not in self.entries:
+            raise InputError(f"no adapter is called {name!r}; {nearest(name, self.entries)}")
+        return self.entries[name]
+
+    def weights(self, wanted: str | Sequence[str] | Mapping[str, float] | None) -> Weights:
+        """What the user asked for as (name, weight) pairs, names checked."""
+        if wanted is None:
+            wanted = ()
+        if isinstance(wanted, str):
+            wanted = {wanted: 1.0}
+        if not isinstance(wanted, Sequence | Mapping):
+            raise InputError(f"activate takes a name, names or name: weight, not {wanted!r}")
+        if not isinstance(wanted, Mapping):
+            wanted = dict.fromkeys(wanted, 1.0)
+        for name, weight in wanted.items():
+            if not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise InputError(f"weight {weight!r} of {name!r} must be a finite number; try 1.0")
+        found = tuple((self[name].name, float(weight)) for name, weight in wanted.items())
+        for name, weight in self.merged.items():
+            if (name, weight) not in found:
+                raise StateError(f"{name!r} is merged into the weights; unmerge it first")
+        return found
+
+    def in_force(self) -> Weights:
+        """The active adapters that are not merged into the weights, strengths included."""
+        return tuple(
+            (name, weight * self.entries[name].scale)
+            for name, weight in self.active
+            if name not in self.merged
+        )
+
+
+def board_of(model: nn.Module) -> Board:
+    """The model's board. Raises StateError when nothing was ever adapted."""
+    board = model.__dict__.get("_finespun_board")
+    if not isinstance(board, Board):
+        raise StateError(f"this {type(model).__name__} has no adapters; adapt or load one first")
+    return board
+
+
+def alone(change: F) -> F:
+    """Refuse a change of a model, its first argument, while another thread runs it: StateError."""
+
+    @functools.wraps(change)
+    def guarded(model: nn.Module, *args: Any, **options: Any) -> Any:
+        with board_of(model).guard():
+            return change(model, *args, **options)
+
+    return cast(F, guarded)

@@ -1,0 +1,95 @@
+"""What happens where a forward pass of the root begins and ends, whatever method calls it."""
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finespun.hosts.adapter_set import Board, Entry, board_of
+from finespun.hosts.factor_cache import Former
+from finespun.hosts.insertion import all_hosts
+from finespun.hosts.layers.copies import CopyHost
+from finespun.hosts.targets import modules
+
+MAIN = ("inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds",
+        "pixel_values", "input_features", "input_values", "sample", "hidden_states")  # fmt: skip
+
+
+def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The root begins: rows are counted, factors formed."""
+    board = board_of(model)
+    if not torch.compiler.is_compiling():
+        board.enter()
+        for entry in _unwatched(model, board):
+            for _, host in _places(model, entry):
+                host.ran = False
+    if board.rows is not None and (x := batch(args, kwargs)) is not None:
+        board.rows.check(len(x), board.several)
+    for former in _formers(board):
+        former.enter()
+
+
+def leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """The root has ended, normally or by an exception (then there is no output)."""
+    board = board_of(model)
+    if not torch.compiler.is_compiling():
+        board.leave()
+        if output is not None:
+            _watch(model, board)
+    for former in _formers(board):
+        former.leave()
+
+
+def batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The input whose leading dimension counts the rows: by its usual name, or the first tensor."""
+    named = {**kwargs, **next((a for a in args[:1] if isinstance(a, Mapping)), {})}
+    usual = (named.get(name) for name in MAIN if name in named)
+    for found in (*args, *usual, *named.values()):
+        if isinstance(found, Tensor) and found.dim():
+            return found
+    return None
+
+
+def _formers(board: Board) -> list[Former]:
+    routed = () if board.rows is None else board.rows.names
+    names = {n for n, _ in board.in_force()} | {n for n in routed if n is not None}
+    return [f for n in names if (f := board.entries[n].former) is not None]
+
+
+def _unwatched(model: nn.Module, board: Board) -> list[Entry]:
+    """Active adapters whose first training pass is under way."""
+    if not (model.training and torch.is_grad_enabled()):
+        return []
+    return [e for n, _ in board.in_force() if not (e := board.entries[n]).watched]
+
+
+def _places(model: nn.Module, entry: Entry) -> Iterator[tuple[str, Any]]:
+    """Name and host of every place where the adapter acts."""
+    yield from ((h.name, h) for h in all_hosts(model) if entry.name in h.deltas())
+    known = modules(model) if entry.trained else {}
+    for name in entry.trained:
+        host = known[name].__dict__.get("_finespun")
+        if isinstance(host, CopyHost):
+            yield name, host
+
+
+def _watch(model: nn.Module, board: Board) -> None:
+    """Warn, once for each adapter, of layers that the first training pass left out. Layers whose
+    names differ by numbers alone count as one kind: single experts and blocks may rest."""
+    for entry in _unwatched(model, board):
+        entry.watched = True
+        ran: dict[str, list[tuple[str, bool]]] = {}
+        for name, host in _places(model, entry):
+            ran.setdefault(re.sub(r"\d+", "#", name), []).append((name, host.ran))
+        idle = [kind[0][0] for kind in ran.values() if not any(done for _, done in kind)]
+        if idle:
+            shown = ", ".join(map(repr, idle[:5])) + (" and more" if len(idle) > 5 else "")
+            warnings.warn(
+                f"adapter {entry.name!r} acts at {shown}, which this model did not call in its "
+                "first training pass: there it has no effect. Code that multiplies by a layer's "
+                "weight itself, as TRL and fused losses do at the output head, goes past adapters",
+                stacklevel=3,
+            )

@@ -1,0 +1,1 @@
+"""Kinds of layers that a delta can act in."""

@@ -1,0 +1,69 @@
+"""Trained things that are no delta: an adapter's own copy of a module, a fresh head above all."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finespun.errors import StateError
+from finespun.hosts.adapter_set import Board, Rows
+from finespun.hosts.layers.layer import plain_class
+
+
+class CopyHost:
+    """Stands beside a module and chooses between it and the adapters' copies of it, by the same
+    activation and rows as deltas. Copies live in the module's `copies`, the original is frozen."""
+
+    def __init__(self, layer: nn.Module, name: str, board: Board) -> None:
+        self.layer, self.name, self.board = layer, name, board
+        self.ran = False
+
+    def copies(self) -> nn.ModuleDict:
+        """Adapter name -> its own copy, registered in the module."""
+        found = self.layer._modules["copies"]
+        if not isinstance(found, nn.ModuleDict):
+            raise StateError(f"{self.name!r} has a child 'copies' of its own")
+        return found
+
+    def original(self) -> nn.Module:
+        """A fresh copy of the module as it was before any adapter."""
+        twin = copy.copy(self.layer)
+        twin.__class__ = plain_class(self.layer)
+        twin.__dict__ = {k: v for k, v in self.layer.__dict__.items() if k != "_finespun"}
+        twin._modules = {k: v for k, v in self.layer._modules.items() if k != "copies"}
+        return copy.deepcopy(twin)
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            self.ran = True
+            self.board.check_recomputed()
+        copies = self.copies()
+        if self.board.rows is not None:
+            return self._by_rows(base, copies, self.board.rows, *args, **kwargs)
+        mine = [name for name, _ in self.board.active if name in copies]
+        if len(mine) > 1:
+            raise StateError(
+                f"adapters {', '.join(map(repr, mine))} each have their own {self.name!r}: "
+                "activate one of them, or give each row its own with rows()"
+            )
+        return copies[mine[0]](*args, **kwargs) if mine else base(*args, **kwargs)
+
+    def _by_rows(
+        self, base: Any, copies: nn.ModuleDict, rows: Rows, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        y = base(x, *args, **kwargs)
+        shape, packed = y.shape, rows.lengths is not None and y.dim() == x.dim()
+        if packed:
+            x, y = x.flatten(0, -2), y.flatten(0, -2)
+        for name, numbers in rows.index(x.shape[0], self.name, x.device):
+            if name not in copies:
+                continue
+            part = copies[name](x.index_select(0, numbers), *args, **kwargs)
+            if part.shape[1:] != y.shape[1:]:
+                raise StateError(
+                    f"rows cannot be mixed: with {name!r}, {self.name!r} gives "
+                    f"{tuple(part.shape[1:])} numbers a row, without it {tuple(y.shape[1:])}"
+                )
+            y = y.index_copy(0, numbers, part.to(y.dtype))
+        return y.view(shape) if packed else y

@@ -1,0 +1,1 @@
+"""What is done with an adapter after training."""

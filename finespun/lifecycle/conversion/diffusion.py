@@ -1,0 +1,101 @@
+"""The formats of diffusion models among those that `convert` reads and writes."""
+
+import dataclasses
+from pathlib import Path
+from typing import cast
+
+from finespun.contract import SiteShape
+from finespun.errors import InputError
+from finespun.files import Lineage, Saved
+from finespun.files.diffusion.names import Style, Unplaced, place_on, stripped
+from finespun.files.diffusion.write import Update, split_name, target, write_diffusion
+from finespun.hosts import Entry
+from finespun.hosts.layers.tied import TIE
+from finespun.lifecycle.stored import StoredDeltas, StoredWeights, update_of
+from finespun.methods.structures import LoRA
+from finespun.storage.atomic import located
+
+STYLES = ("diffusers", "kohya")
+
+
+def named(
+    saved: Saved, base: StoredWeights | None, format: str, part: str | None
+) -> tuple[Saved, str | None]:
+    """The adapter under names that `format` can hold, and the part of a pipeline that it is for,
+    where the file told that. What stays in these formats keeps its names, and all its parts.
+
+    Raises InputError where the base, or the part to take, has to be named.
+    """
+    if not isinstance(saved, Unplaced):
+        return saved, part
+    if base is None and not isinstance(saved.entry.structure, LoRA):
+        raise InputError(
+            f"of a {saved.entry.structure.kind} the file does not tell linear layers from "
+            "convolutions: name the base's folder (model=..., on the command line --model)"
+        )
+    kept = format == saved.style or (format == "kohya" and saved.style == "diffusers")
+    if kept and base is None and part is None:
+        return saved, None
+    if part is None and len(saved.parts) > 1:
+        raise InputError(f"the file speaks of {', '.join(saved.parts)}; say which, as part=...")
+    whose = part or saved.parts[0] or None
+    if base is None:
+        return stripped(saved, part), whose
+    return place_on(saved, base.layers(), part), whose
+
+
+def write(
+    saved: Saved,
+    entry: Entry,
+    line: Lineage,
+    src: str | Path,
+    dst: str | Path,
+    format: str,
+    part: str | None,
+    base: StoredWeights | None,
+) -> Path:
+    """Write the LoRA `entry`, made of `saved`, as one file; returns its path."""
+    style = cast(Style, format)
+    path = target(dst, style)
+    if located(path) == located(src):
+        raise InputError(f"{str(path)!r} is the adapter itself; name another file")
+    if entry.trained or TIE in entry.plan.shared:
+        what = f"the trained {entry.trained[0]!r}" if entry.trained else "a tied weight"
+        raise InputError(
+            f"{what} has no place in the format of {format}"
+            + ("; --no-allow-full (allow_full=False) leaves it out" if entry.trained else "")
+        )
+    layers = {} if base is None else base.layers()
+    again = dataclasses.replace(saved, entry=entry)
+    updates = []
+    for name, delta in StoredDeltas(again).items():
+        site = delta.site.shape
+        if isinstance(saved, Unplaced):
+            own, where = saved.where[name]
+            kernel = saved.kernels.get(name, ())
+            if saved.style == "kohya":
+                own, where = "", name
+            elif style == "kohya" and not own:
+                own, where = split_name(where, saved.base, part, style)
+        else:
+            own, where = split_name(name, saved.base, part, style)
+            kernel = layers[name].kernel if name in layers else ()
+        _check(site, kernel)
+        factors = update_of(delta)
+        updates.append(Update(own, where, factors, factors.rank, kernel))
+    most = max(u.rank for u in updates)
+    padded = [dataclasses.replace(u, rank=most) for u in updates]
+    error = line.metrics["conversion_error"]
+    write_diffusion(path, style, padded, entry.name, saved.base, line, error)
+    return path
+
+
+def _check(site: SiteShape, kernel: tuple[int, ...]) -> None:
+    if site.kind not in ("linear", "conv") or ":" in site.name:
+        what = "a slice of a layer" if ":" in site.name else f"a {site.kind}"
+        raise InputError(f"{site.name!r} is {what}, which has no place in this format")
+    if site.kind == "conv" and not kernel:
+        raise InputError(
+            f"{site.name!r} is a convolution, whose kernel's size only the base tells: name its "
+            "folder (model=..., on the command line --model)"
+        )

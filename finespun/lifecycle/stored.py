@@ -1,0 +1,281 @@
+"""Updates of an adapter that lies in files, one layer at a time and without a model."""
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from finespun.contract import Bank, Delta, SiteShape, Structure
+from finespun.errors import FileError, InputError, nearest
+from finespun.files import Saved
+from finespun.files.diffusion.names import Layer
+from finespun.files.native import DAMAGED, check_scale
+from finespun.files.peft.keys import is_table
+from finespun.hosts import tensors_of
+from finespun.linalg import LowRank
+from finespun.storage.memory_limit import bounded
+from finespun.storage.safe_io import read_json
+
+# transformers' families whose Conv1D layers store (in, out)
+TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
+LARGEST = 1e18  # the norm whose square float32 can still hold
+
+
+class StoredWeights:
+    """The weights in a transformers folder, read one tensor at a time; all else stays on the disk.
+
+    Raises FileError where the folder has no safetensors.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self.files: dict[str, Path] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if not path.is_file():
+                raise FileError(f"{path} is not a regular file")
+            with _reading(path), safe_open(path, "pt") as file:
+                self.files.update(dict.fromkeys(file.keys(), path))
+        if not self.files:
+            raise FileError(f"{self.folder} holds no weights in .safetensors files")
+        config = self.folder / "config.json"
+        kind = read_json(config).get("model_type") if config.is_file() else None
+        self.transposed = isinstance(kind, str) and kind in TRANSPOSED
+
+    def read(self, shape: SiteShape, leaf: str = "weight") -> Tensor:
+        """W0 of a site, (out, in), or its bias (out,), in the precision of the file.
+
+        The site's name may carry prefixes that the file lacks, or the other way round. Raises
+        FileError where no tensor of that name and shape is there.
+        """
+        key = self._key(f"{shape.name}.{leaf}")
+        with _reading(self.files[key]), safe_open(self.files[key], "pt") as file:
+            value: Tensor = file.get_tensor(key)
+        if leaf == "bias":
+            return value
+        wanted = shape.out_features, shape.in_features
+        turned = tuple(value.shape) == wanted[::-1]
+        if turned and (self.transposed or shape.kind == "embedding"):
+            value = value.mT
+        if value.shape[:1] != wanted[:1] or value.numel() != wanted[0] * wanted[1]:
+            raise FileError(
+                f"{self.folder}: {key!r} is {tuple(value.shape)}, the adapter has it as {wanted}"
+            )
+        return value.reshape(wanted)
+
+    def layers(self) -> dict[str, Layer]:
+        """Every weight of two dimensions or more as a layer, by the name of its module."""
+        found = {}
+        for key, path in self.files.items():
+            name, _, leaf = key.rpartition(".")
+            with safe_open(path, "pt") as file:
+                size = tuple(file.get_slice(key).get_shape())
+            if leaf == "weight" and len(size) > 1:
+                kind = "linear" if len(size) == 2 else "conv"
+                shape = SiteShape(name, size[0], math.prod(size[1:]), kind)
+                found[name] = Layer(shape, size[1:] if kind == "conv" else ())
+        return found
+
+    def sites(
+        self, names: Iterable[str], structure: Structure, tables: Collection[str] = ()
+    ) -> "dict[str, StoredSite]":
+        """The layers of these names, by the shapes of their weights; `tables` are embeddings among
+        them. Raises FileError."""
+        found = {}
+        for name in names:
+            key = self._key(f"{name}.weight")
+            with _reading(self.files[key]), safe_open(self.files[key], "pt") as file:
+                size = tuple(file.get_slice(key).get_shape())
+            if len(size) < 2:
+                raise FileError(f"{self.folder}: {key!r} is {size}, no layer's weight")
+            kind = "linear" if len(size) == 2 else "conv"
+            if name in tables:
+                kind = "embedding"
+            if kind == "embedding" or (kind == "linear" and self.transposed and not is_table(key)):
+                size = size[::-1]
+            found[name] = StoredSite(SiteShape(name, size[0], math.prod(size[1:]), kind), self)
+        return found
+
+    def has(self, shape: SiteShape, leaf: str) -> bool:
+        """Whether the folder has this tensor."""
+        return self._find(f"{shape.name}.{leaf}") is not None
+
+    def _key(self, name: str) -> str:
+        found = self._find(name)
+        if found is None:
+            raise FileError(f"{self.folder} has no tensor {name!r}; {nearest(name, self.files)}")
+        return found
+
+    def _find(self, name: str) -> str | None:
+        parts = name.split(".")
+        for begin in range(len(parts) - 1):
+            shorter = ".".join(parts[begin:])
+            if shorter in self.files:
+                return shorter
+        longer = [key for key in self.files if key.endswith("." + name)]
+        if not longer and name.endswith("lm_head.weight"):  # tied to the only table
+            longer = [key for key in self.files if is_table(key)]
+        return longer[0] if len(longer) == 1 else None
+
+
+@dataclass(frozen=True)
+class StoredSite:
+    """A site of an adapter in files: its shape, and its weight where the base is at hand."""
+
+    shape: SiteShape
+    base: StoredWeights | None = None
+    coupling: None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def weight(self) -> Tensor:
+        """W0 (out, in). Raises InputError where no base was named, FileError where it does not
+        have this weight."""
+        return self._base().read(self.shape).to(self.dtype)
+
+    def bias(self) -> Tensor | None:
+        """b0 (out,), or None where the layer has none."""
+        base = self._base()
+        return base.read(self.shape, "bias") if base.has(self.shape, "bias") else None
+
+    def _base(self) -> StoredWeights:
+        if self.base is None:
+            raise InputError(
+                f"the update of {self.shape.name!r} depends on the base weight: name the folder "
+                "of the base model (model=..., on the command line --model)"
+            )
+        if ":" in self.shape.name:
+            raise InputError(
+                f"{self.shape.name!r} is a slice of a weight, which files alone do not tell apart; "
+                "load the adapter on its model and export it from there"
+            )
+        return self.base
+
+
+class StoredDeltas(Mapping[str, Delta]):
+    """Site name -> delta with its saved numbers, built anew whenever it is asked for.
+
+    Raises FileError naming what the tensors lack or have too much, InputError where an update needs
+    the base and none is named.
+    """
+
+    def __init__(self, saved: Saved, base: StoredWeights | None = None) -> None:
+        self.entry, self.base = saved.entry, base
+        self.tensors = tensors_of(saved.entry)
+        self.sites = {site.name: site for site in self.entry.plan.sites}
+        self.starts = {key.partition("/start.")[0] for key in self.tensors if "/start." in key}
+        owners = ["bank/", *(f"trained/{name}/" for name in self.entry.trained)]
+        owners += [f"delta/{name}/" for name in self.sites]
+        for key in self.tensors:
+            if not key.startswith(tuple(owners)):
+                raise FileError(f"{key!r} belongs to nothing that the plan names")
+        with blamed("the bank"):
+            self.bank = self.entry.structure.bank(self.entry.plan)
+        if self.bank is not None:
+            if "bank" in self.starts:
+                self.bank.keep_start()
+            _fill(self.bank, self.tensors, "bank/")
+
+    def __getitem__(self, name: str) -> Delta:
+        site = StoredSite(self.sites[name], self.base)
+        with blamed(repr(name)):
+            delta = self.entry.structure.build(site, self.entry.plan, self.bank)
+            check_scale(name, delta.scale)
+        if self.starts & {"bank", f"delta/{name}"}:
+            delta.keep_start()
+        _fill(delta, self.tensors, f"delta/{name}/")
+        return delta.requires_grad_(False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+
+@torch.no_grad()
+def update_of(
+    delta: Delta, strength: float = 1.0, rank: int | None = None, energy: float | None = None
+) -> LowRank:
+    """ΔW of one site, strength included. Raises InputError where there is more to it than ΔW: a
+    moved bias, or a bypass around a block."""
+    name = delta.site.shape.name
+    if not delta.mergeable:
+        raise InputError(f"{name!r} is adapted around a block, not in a weight: nothing to convert")
+    moved = delta.bias_change() if "map_bias" in delta.written else None
+    if moved is not None and bool(moved.any()):
+        raise InputError(f"the adapter moves the bias of {name!r}, which the result cannot say")
+    with blamed(repr(name)):
+        found = delta.as_low_rank(rank, energy) * strength
+    exact = LowRank(found.A.double(), found.B.double())
+    sizes = (exact.A.norm(), exact.B.norm(), exact.norm())
+    if not all(float(size) < LARGEST for size in sizes):
+        raise FileError(f"{name!r}: the update is so large that sums of its squares overflow")
+    return found
+
+
+def numbers_of(saved: Saved) -> int:
+    """Numbers stored for the updates: frozen starts, gates and masks are not counted."""
+    extra = ("start.", "gate", "alive_")
+    return sum(
+        tensor.numel()
+        for key, tensor in tensors_of(saved.entry).items()
+        if not key.startswith("trained/") and not key.rpartition("/")[2].startswith(extra)
+    )
+
+
+def source_name(folder: Path) -> tuple[str, str | None]:
+    """Base model's name and task that a PEFT config in the folder tells, else ("", None)."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return "", None
+    told = read_json(path)
+    return str(told.get("base_model_name_or_path") or ""), told.get("task_type")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Name the file in what safetensors says of it."""
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise FileError(f"{path} cannot be read: {error}") from error
+
+
+@contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """Name the site in what goes wrong; what a damaged plan leads to becomes a FileError."""
+    try:
+        with bounded(what):
+            yield
+    except FileError:
+        raise
+    except InputError as error:
+        if what in str(error):
+            raise
+        raise InputError(f"{what}: {error}") from error
+    except (*DAMAGED, MemoryError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise FileError(f"{what}: its plan or its numbers are damaged ({reason})") from error
+
+
+def _fill(module: Bank | Delta, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    try:
+        module.load_state_dict(own)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        lacking = sorted(module.state_dict().keys() - own.keys())
+        if lacking:
+            reason = f"{prefix + lacking[0]!r} is missing; {reason}"
+        raise FileError(f"{prefix.rstrip('/')!r}: {reason}") from error

@@ -1,0 +1,125 @@
+"""LoRA: ΔW = (alpha / r) B A, rank-stabilised on request (arXiv 2106.09685, 2312.03732)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from finespun.contract.delta import Bank, Delta, Factors
+from finespun.contract.groups import Group
+from finespun.contract.site import Site, SiteShape
+from finespun.contract.structure import Plan, Ranked, register
+from finespun.errors import InputError
+from finespun.linalg import LowRank
+from finespun.methods.structures.pieces.extras import OwnBias, extra
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Ranked):
+    """ΔW = c·B·A;  A (r, in), B (out, r);  r·(in + out) numbers.
+
+    Good for: a first try; every library and server takes it.
+    Not for: the smallest adapters: lsr, vera and unilora need fewer numbers.
+
+    c = alpha / r, or alpha / √r with `rslora`. B starts at zero; A is drawn uniformly with variance
+    1/(3·in) (`start="kaiming"`) or normally with standard deviation 1/r (`start="gaussian"`).
+    Source: arXiv 2106.09685; rank-stabilised scale: arXiv 2312.03732.
+    """
+
+    rslora: bool = False
+    start: Literal["kaiming", "gaussian"] = "kaiming"
+
+    kind = "lora"
+    source = "arXiv 2106.09685"
+    aliases = {**Ranked.aliases, "use_rslora": "rslora"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start not in ("kaiming", "gaussian"):
+            raise InputError(f"start={self.start!r} is not known; try 'kaiming' or 'gaussian'")
+
+    @property
+    def scale(self) -> float:
+        return super().scale * (math.sqrt(self.rank) if self.rslora else 1.0)
+
+    def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> Delta:
+        choice = plan.choices[site.shape.name]
+        other = extra(site, choice)
+        if other is not None:
+            return other
+        kind: type[LoRADelta] = BiasedLoRADelta if choice.get("bias") else LoRADelta
+        delta = kind(site, choice["rank"], choice["scale"])
+        if self.start == "kaiming":
+            drawn = self.kaiming(site.shape.name, "A", delta.A.shape)
+        else:
+            g = self.generator(site.shape.name, "A")
+            drawn = torch.randn(delta.A.shape, generator=g) / self.rank
+        delta.A.data.copy_(drawn)
+        return delta
+
+    def numbers(self, shape: SiteShape) -> int:
+        return self.rank * (shape.in_features + shape.out_features)
+
+    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+        return 2 * tokens * self.numbers(shape)
+
+
+class LoRADelta(Delta):
+    """A (r, in) and B (out, r) of one site; one `rank` group for each row of A and column of B."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+
+    def __init__(self, site: Site, rank: int, scale: float) -> None:
+        super().__init__(site)
+        self.scale = scale
+        self.A = nn.Parameter(torch.zeros(rank, site.shape.in_features, device=site.device))
+        self.B = nn.Parameter(torch.zeros(site.shape.out_features, rank, device=site.device))
+
+    def low_rank(self) -> Factors:
+        return self.A, self.B
+
+    def groups(self, kind: str) -> list[Group]:
+        if kind != "rank":
+            return []
+        every = slice(None)
+        return [
+            Group("rank", f"rank {i}", (("A", (i, every)), ("B", (every, i))))
+            for i in range(len(self.A))
+        ]
+
+    def compact(self) -> "tuple[LoRADelta, dict[str, Any]]":
+        A, B = (t.detach() for t in self.complete((self.A, self.B)))
+        alive = torch.ones(len(A), dtype=torch.bool)
+        own = alive[: len(self.A)]
+        if (mask := self.masks().get("A")) is not None:
+            own &= mask.any(1).cpu()
+        if (gate := self._buffers.get("gate")) is not None:
+            own &= gate.cpu().ne(0)
+        alive[0] |= not alive.any()
+        return lora_of(self.site, LowRank(A[alive], B[:, alive]), self.scale)
+
+
+class BiasedLoRADelta(LoRADelta, OwnBias):
+    """A LoRA beside a trained bias b (out,)."""
+
+    def __init__(self, site: Site, rank: int, scale: float) -> None:
+        super().__init__(site, rank, scale)
+        self._take_bias()
+
+    def compact(self) -> tuple[LoRADelta, dict[str, Any]]:
+        small, choice = super().compact()
+        biased = BiasedLoRADelta(self.site, len(small.A), small.scale)
+        biased.load_state_dict({**small.state_dict(), "b": self.b.detach()})
+        return biased, {**choice, "bias": True}
+
+
+def lora_of(site: Site, update: LowRank, scale: float = 1.0) -> tuple[LoRADelta, dict[str, Any]]:
+    """A LoRA delta with ΔW = scale · update.B update.A, and the plan's choices for it."""
+    delta = LoRADelta(site, update.A.shape[0], scale)
+    delta.A.data.copy_(update.A)
+    delta.B.data.copy_(update.B)
+    return delta, {"rank": update.A.shape[0], "scale": scale}

@@ -1,0 +1,1 @@
+"""What several structures are made of."""

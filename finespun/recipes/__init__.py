@@ -1,0 +1,1 @@
+"""One typed description of a run."""

@@ -1,0 +1,296 @@
+"""The training loop: plain PyTorch, one optimiser, and a state that can be taken up again exactly.
+
+Everything that moves during a run (step, place in the data, numbers, optimiser, driver, random
+state, losses) is in `Loop.state_dict`; what a step does is a function of it and of the recipe.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finespun import hosts
+from finespun.adapter import Adapter
+from finespun.driver import Driver, Moments
+from finespun.errors import InputError, TrainingError
+from finespun.recipes.recipe import Training
+from finespun.tasks.text import Batch, Batches, Position, rows_of, weight_of
+from finespun.training.checkpoint import random_state, set_random_state
+from finespun.training.progress import Reporter
+
+Save = Callable[[dict[str, Any]], None]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during training: the step was finished and, where there is a folder, a checkpoint
+    written."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"interrupted after step {step}")
+        self.step = step
+
+
+class Loop:
+    """Trains `adapter` on `batches` as `training` says, with AdamW and the peak rate `rate`.
+
+    A step is made of `training.accumulate` batches; their losses are weighted by rows (by labelled
+    tokens in a language model), so that the gradient is that of one batch with all of them. `save`
+    is handed the state at every checkpoint.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        batches: Batches,
+        training: Training,
+        rate: float,
+        reporter: Reporter | None = None,
+        save: Save | None = None,
+        moments: Sequence[Moments] = (),
+    ) -> None:
+        self.adapter, self.batches, self.training, self.rate = adapter, batches, training, rate
+        self.reporter, self.save = reporter or Reporter(), save
+        self.optimizer = adamw(adapter.parameters(), rate, training.weight_decay)
+        self.driver = Driver(
+            adapter.model, adapter.name, self.optimizer, training.max_grad_norm, moments
+        )
+        self.device = next(adapter.model.parameters()).device
+        self.losses: list[float] = []
+        self.seconds = 0.0
+        self.saved = -1
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken."""
+        return len(self.losses)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.steps // self.training.epochs
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return steps_of(len(self.batches), self.training)
+
+    def run(self) -> None:
+        """Train from where the state stands to the end.
+
+        Raises TrainingError when a loss or gradient is not finite (the last checkpoint stays), and
+        Interrupted after Ctrl-C.
+        """
+        self.reporter.tell({"event": "start", "steps": self.steps, "done": self.step})
+        every = self.training.checkpoint_every or self.steps_per_epoch
+        with train_mode(self.adapter), caught_interrupt() as interrupted:
+            while self.batches.position.epoch < self.training.epochs:
+                stream = self.batches.epoch()
+                while group := list(islice(stream, self.training.accumulate)):
+                    self.take(group)
+                    if self.step % every == 0 or interrupted.is_set():
+                        self.checkpoint()
+                    if interrupted.is_set():
+                        raise Interrupted(self.step)
+            self.checkpoint()
+        self.driver.close()
+        self.reporter.tell({"event": "end", "step": self.step, "seconds": self.seconds})
+
+    def take(self, group: list[Batch]) -> None:
+        """One optimiser step over all rows of `group`."""
+        started = time.perf_counter()
+        rate = self.rate * rate_factor(self.step, self.steps, self.training)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
+        rows, weights = sum(map(rows_of, group)), [weight_of(batch) for batch in group]
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for batch, weight in zip(group, weights):
+            moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            loss = self.adapter.model(**moved).loss * (weight / sum(weights))
+            loss.backward()
+            total += loss.detach()
+        value = float(total)
+        self._check(value, "loss", self.step + 1)
+        self.optimizer.step()
+        self._check(self.driver.grad_norm, "gradient norm", self.step + 1)
+        self.losses.append(value)
+        for text in (line for moment in self.driver.moments for line in moment.news(self.step)):
+            self.reporter.tell({"event": "note", "text": text})
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        self.reporter.tell(
+            {
+                "event": "step",
+                "step": self.step,
+                "epoch": round(self.step / self.steps_per_epoch, 4),
+                "loss": value,
+                "rate": rate,
+                "grad_norm": self.driver.grad_norm,
+                "examples_per_second": round(rows / seconds, 1),
+            }
+        )
+
+    def _check(self, value: float, what: str, step: int) -> None:
+        if math.isfinite(value):
+            return
+        rate = self.optimizer.param_groups[0]["lr"]
+        kept = f"the checkpoint of step {self.saved} is kept" if self.saved >= 0 else ""
+        raise TrainingError(
+            f"the {what} is {value} in step {step} of {self.steps} at rate {rate:.3g}; "
+            f"try training.rate={self.rate / 3:.1g} or a longer training.warmup_share"
+            + (f" ({kept})" if kept else "")
+        )
+
+    def checkpoint(self) -> None:
+        """Hand the state to `save`, once for each step, and report the updates' health. Raises
+        TrainingError instead where a trained number is not finite."""
+        if self.saved == self.step:
+            return
+        for parameter in filter(torch.Tensor.numel, self.adapter.parameters()):
+            self._check(float(parameter.detach().abs().max()), "largest number", self.step)
+        health = {name: delta.diagnostics() for name, delta in self.adapter.deltas.items()}
+        self.reporter.tell(
+            {
+                "event": "checkpoint",
+                "step": self.step,
+                "diagnostics": {name: numbers for name, numbers in health.items() if numbers},
+            }
+        )
+        if self.save is not None:
+            self.save(self.state_dict())
+        self.saved = self.step
+
+    # --- state -----------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, in the form that a checkpoint takes."""
+        position = self.batches.position
+        return {
+            "step": self.step,
+            "epoch": position.epoch,
+            "batch": position.batch,
+            "seconds": self.seconds,
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "adapter": hosts.tensors_of(self.adapter.entry),
+            "optimizer": self.optimizer.state_dict(),
+            "driver": self.driver.state_dict(),
+            "random": random_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand where `state_dict` was taken. Raises InputError or StateError where it does not
+        fit this adapter or this data."""
+        hosts.load_tensors(self.adapter.entry, state["adapter"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.driver.load_state_dict(state["driver"])
+        self.batches.restore(Position(state["epoch"], state["batch"]))
+        self.losses = [float(loss) for loss in state["losses"]]
+        self.seconds, self.saved = state["seconds"], self.step
+        set_random_state(state["random"])
+
+
+def steps_of(batches: int, training: Training) -> int:
+    """Optimiser steps of a run whose epochs have so many batches."""
+    return -(-batches // training.accumulate) * training.epochs
+
+
+def adamw(
+    parameters: Sequence[nn.Parameter], rate: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW, fused where the device allows it; vectors (biases, norms, magnitudes) do not decay.
+
+    Raises InputError when there is nothing to train.
+    """
+    if not parameters:
+        raise InputError("nothing to train: the structure has no numbers and no module is trained")
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, fused=fused)
+
+
+def rate_factor(step: int, steps: int, training: Training) -> float:
+    """The share of the peak rate in step `step` (from 0): a linear rise over the warm-up, then
+    constant, or falling towards 0 linearly or as half a cosine."""
+    warmup = round(training.warmup_share * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    match training.schedule:
+        case "linear":
+            return 1.0 - done
+        case "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * done))
+        case "constant":
+            return 1.0
+
+
+@contextmanager
+def train_mode(adapter: Adapter) -> Iterator[None]:
+    """Training mode, dropout of the base included; frozen normalisation layers keep their running
+    statistics. The modes of before come back at the end."""
+    before = {module: module.training for module in adapter.model.modules()}
+    adapter.model.train()
+    mine = {id(p) for p in adapter.parameters()}
+    for module in before:
+        own = getattr(module, "track_running_stats", False)
+        if own and not any(id(p) in mine for p in module.parameters(recurse=False)):
+            module.training = False  # not eval(), which would reach an adapter's own copy too
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+@contextmanager
+def caught_interrupt() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second one interrupts at once. Outside the main
+    thread, where signals cannot be caught, the event is never set."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, batches: Iterator[tuple[list[int], Batch]], rows: int) -> Tensor:
+    """The model's logits for every row, (rows, labels), on the CPU, in eval mode."""
+    device = next(model.parameters()).device
+    found: Tensor | None = None
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for numbers, batch in batches:
+            moved = {name: t.to(device) for name, t in batch.items() if name != "labels"}
+            logits = model(**moved).logits.float().cpu()
+            if found is None:
+                found = logits.new_empty(rows, logits.shape[-1])
+            found[numbers] = logits
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+    if found is None:
+        raise InputError("no rows to evaluate")
+    return found

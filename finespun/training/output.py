@@ -1,0 +1,174 @@
+"""The output folder of a run: what is in it, who may take it over, and its result."""
+
+import dataclasses
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from finespun import hosts
+from finespun.adapter import Adapter
+from finespun.errors import FileError, InputError
+from finespun.files import refuse_to_lose
+from finespun.recipes.recipe import Recipe
+from finespun.storage.atomic import check_writable, recover, write_file
+from finespun.storage.safe_io import read_json
+from finespun.training.checkpoint import checkpoints
+from finespun.training.progress import as_json
+
+RECIPE, RESULT, LOG, CHECKPOINT = "recipe.yaml", "metrics.json", "metrics.jsonl", "checkpoints"
+ADAPTER = ("adapter.safetensors", "adapter.json")
+FREE = {"output", "trackers"}  # keys that may change when a run goes on
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    `before` and `after` are metrics on the held-out rows: of the model as loaded, its fresh head
+    untrained, and of the adapted model. `update_numbers` are trained in the layers,
+    `module_numbers` in modules trained whole (the head). `adapter_bytes`: on disk. `loss`: mean of
+    the last epoch. `seconds`: spent in training steps. `peak_memory`: bytes, of the whole process.
+    """
+
+    output: str
+    before: dict[str, float]
+    after: dict[str, float]
+    sites: int
+    update_numbers: int
+    module_numbers: int
+    adapter_bytes: int
+    train_rows: int
+    test_rows: int
+    steps: int
+    loss: float
+    seconds: float
+    peak_memory: int
+    threads: int
+    classes: list[str] | None
+
+    def as_json(self) -> str:
+        """The text of metrics.json."""
+        return as_json(dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        """The result of a finished run in `folder`. Raises FileError where there is none."""
+        path = Path(folder) / RESULT
+        if not path.exists():
+            why = "the run in it has not ended" if (path.parent / RECIPE).exists() else "no run"
+            raise FileError(f"{str(path)!r} does not exist: {why}")
+        try:
+            found = cls(**read_json(path))
+        except TypeError as error:
+            raise FileError(f"{str(path)!r} cannot be read: {error}") from error
+        texts = found.classes if isinstance(found.classes, list) else []
+        if (found.classes is not None and not texts) or not all(type(t) is str for t in texts):
+            raise FileError(f"{str(path)!r}: classes={str(found.classes)[:80]!r} are no texts")
+        for name in ("before", "after"):
+            if not isinstance(getattr(found, name), dict):
+                raise FileError(f"{str(path)!r}: {name} must be an object")
+        return found
+
+
+def claim(
+    folder: Path, recipe: Recipe, resume: bool = False, overwrite: bool = False
+) -> Result | None:
+    """Look at the output folder before anything is loaded; no work in it is lost.
+
+    Returns the result if the run to resume has ended already. Raises FileError if the folder cannot
+    be written, InputError if it holds a run or an adapter that would be lost, work of another kind,
+    or another recipe's.
+    """
+    if resume and overwrite:
+        raise InputError("resume goes on with a run and overwrite starts anew: choose one")
+    try:
+        recover(folder)
+        check_writable(folder / RECIPE)
+    except OSError as error:
+        raise FileError(
+            f"output={recipe.output!r} cannot be written ({error.strerror}); name another folder"
+        ) from error
+    began, ended = (folder / RECIPE).exists(), (folder / RESULT).exists()
+    if not (resume and began):
+        refuse_to_lose(folder, "run", overwrite=True)
+        if not overwrite:
+            refuse_to_replace(folder, ended)
+        return None
+    check_same(recipe, folder / RECIPE)
+    if not ended:
+        return None
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)  # left by a crash after the last write
+    return Result.read(folder)
+
+
+def refuse_to_replace(folder: Path, ended: bool) -> None:
+    """Raise InputError naming what a new run would take the place of: a run, an adapter or a
+    recipe that somebody wrote."""
+    another = "--overwrite replaces it, output=FOLDER keeps both"
+    if ended:
+        raise InputError(
+            f"{str(folder)!r} holds a finished run: {another}; --resume prints its result"
+        )
+    if checkpoints(folder / CHECKPOINT):
+        raise InputError(f"{str(folder)!r} holds an unfinished run: --resume goes on, {another}")
+    if any((folder / name).exists() for name in ADAPTER):
+        raise InputError(f"{str(folder)!r} holds an adapter: {another}")
+    path = folder / RECIPE
+    if path.exists() and Recipe.load(path).dump() != path.read_text(encoding="utf-8"):
+        raise InputError(f"{str(path)!r} was not written by a run: {another}")
+
+
+def check_same(recipe: Recipe, path: Path) -> None:
+    """Raise InputError naming the first key in which `recipe` differs from the one saved."""
+    began = flat(yaml.safe_load(Recipe.load(path).dump()))
+    now = flat(yaml.safe_load(recipe.dump()))
+    for key in sorted((began.keys() | now.keys()) - FREE):
+        if began.get(key) != now.get(key):
+            raise InputError(
+                f"{key} was {began.get(key)!r} when the run in {str(path.parent)!r} began and is "
+                f"{now.get(key)!r} now: resume with {str(path)!r}, or choose another output"
+            )
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found.update(
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return found
+
+
+def begin(folder: Path, recipe: Recipe) -> None:
+    """A new run takes over the folder: marks of an earlier one go, its adapter stays until the new
+    one is saved."""
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+    for name in (RESULT, LOG):
+        (folder / name).unlink(missing_ok=True)
+    write_file(folder / RECIPE, recipe.dump())
+
+
+def disk_needed(adapter: Adapter) -> int:
+    """Bytes of the adapter and of two checkpoints (numbers and two moments each), and 1 MiB."""
+    tensors = hosts.tensors_of(adapter.entry).values()
+    return 7 * sum(t.numel() * t.element_size() for t in tensors) + (1 << 20)
+
+
+if sys.platform == "win32":
+
+    def peak_memory() -> int:
+        """Most bytes of memory that this process has held; not known on Windows: 0."""
+        return 0
+
+else:
+    import resource
+
+    def peak_memory() -> int:
+        """Most bytes of memory that this process has held."""
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024

@@ -1,0 +1,345 @@
+"""One run, from recipe to result: check, load, adapt, train, measure, save."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finespun.adapter import Adapter, adapt
+from finespun.driver import Moments
+from finespun.errors import InputError
+from finespun.files import Lineage, lineage_of
+from finespun.models.causal import load_language_model
+from finespun.models.zoo import Task, TextModel, load_text_model
+from finespun.recipes.recipe import Data, Recipe
+from finespun.storage.atomic import check_writable, write_file
+from finespun.tasks.builtin import load_task
+from finespun.tasks.lm import answer_rows, samples
+from finespun.tasks.lm_measure import measure
+from finespun.tasks.lm_text import AnswerTokens
+from finespun.tasks.metrics import evaluate
+from finespun.tasks.tables import Columns, Examples, Split, load_split
+from finespun.tasks.text import Batches, Tokens, in_order, tokenize
+from finespun.training.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from finespun.training.look import measured_scores, show_gradients
+from finespun.training.loop import Loop, outputs_of, steps_of
+from finespun.training.output import (
+    ADAPTER,
+    CHECKPOINT,
+    LOG,
+    RESULT,
+    Result,
+    begin,
+    claim,
+    disk_needed,
+    peak_memory,
+)
+from finespun.training.progress import Log, Reporter, Several
+from finespun.training.trackers import check_installed, followed
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a recipe asks for, loaded and adapted, before the first step."""
+
+    recipe: Recipe
+    text: TextModel
+    adapter: Adapter
+    train: Tokens
+    test: Tokens
+    classes: list[str] | None
+
+    def predictions(self) -> Tensor:
+        """Logits of the held-out rows, (rows, labels), of a classifier."""
+        size = self.recipe.training.eval_batch_size
+        batches = in_order(self.text.tokenizer, self.test, size)
+        return outputs_of(self.text.model, batches, len(self.test))
+
+    def measure(self) -> dict[str, float]:
+        """Metrics on the held-out rows."""
+        if isinstance(self.test, AnswerTokens):
+            return measure(self.text.model, self.test, self.text.tokenizer.pad_token_id)
+        return evaluate(self.predictions(), self.test.labels)
+
+    @property
+    def data_key(self) -> str:
+        """A hash of the rows to train on: their tokens and labels, in order."""
+        return _hash([[row["input_ids"] for row in self.train.rows], self.train.labels.tolist()])
+
+    @property
+    def plan_key(self) -> str:
+        """A hash of what the structure chose for every layer."""
+        return _hash({name: dict(one) for name, one in self.adapter.entry.plan.choices.items()})
+
+    def loop(self, reporter: Reporter | None = None, **options: Any) -> Loop:
+        """The training loop of this recipe, at its start."""
+        show_gradients(self.recipe, self.text, self.adapter, self.train)
+        training, moments = self.recipe.training, self.moments()
+        return Loop(
+            self.adapter,
+            self.batches(),
+            training,
+            self.recipe.rate,
+            reporter,
+            moments=moments,
+            **options,
+        )
+
+    def batches(self) -> Batches:
+        """The rows to train on, from the first step's."""
+        training = self.recipe.training
+        return Batches(self.text.tokenizer, self.train, training.batch_size, seed=training.seed)
+
+    def moments(self) -> list[Moments]:
+        """What the recipe's axes do during training. Raises InputError where they cannot."""
+        allocation, training = self.recipe.allocation, self.recipe.training
+        if allocation is None:
+            return []
+        steps = steps_of(len(self.batches()), training)
+        return [allocation.begin(self.adapter.entry, steps)]
+
+    def settle(self) -> None:
+        """After training: remove what is switched off, or never woke."""
+        if any(delta.masks() for delta in self.adapter.deltas.values()):
+            self.adapter.compact()
+
+
+def run(
+    recipe: Recipe,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    overwrite: bool = False,
+) -> Result:
+    """Carry out a recipe and return what it came to; the output folder then holds the adapter,
+    recipe.yaml, metrics.json and metrics.jsonl.
+
+    With `resume` an interrupted run goes on from its last checkpoint and ends with the adapter, bit
+    for bit, of a run that was never interrupted; a finished one is not repeated. `overwrite` starts
+    anew where the folder holds a run or an adapter, which is refused otherwise; a model or another
+    format's adapter is always refused, and a README.md of the user's own stays. What can be wrong
+    is looked for before training. Raises InputError, FileError, TrainingError; Interrupted
+    after Ctrl-C.
+    """
+    reporter = reporter or Reporter()
+    folder = Path(recipe.output).expanduser()
+    check_installed(recipe.trackers)
+    try:
+        if (found := claim(folder, recipe, resume, overwrite)) is not None:
+            return found
+        with surroundings(recipe):
+            return _run(recipe, folder, resume, reporter)
+    finally:
+        reporter.close()
+
+
+def _run(recipe: Recipe, folder: Path, resume: bool, reporter: Reporter) -> Result:
+    job = prepare(recipe, reporter)
+    check_writable(folder / CHECKPOINT, disk_needed(job.adapter))
+    log = Log(folder / LOG)
+    kept = resume and checkpoints(folder / CHECKPOINT)
+    state = load_checkpoint(folder / CHECKPOINT) if kept else None
+    if state is None:
+        begin(folder, recipe)
+    else:
+        _check_same(job, state, folder)
+        log.cut(state["log"])
+    with followed(recipe, log.past()) as trackers:
+        loop, before, after = _trained(job, state, Several(reporter, log, trackers), log)
+    for line in samples(job.text, job.adapter, job.test):
+        Several(reporter, log).tell({"event": "note", "text": line})
+    job.adapter.save(folder, lineage(recipe, after, job.classes))
+    result = _result(job, loop, before, after)
+    write_file(folder / RESULT, result.as_json() + "\n")
+    shutil.rmtree(folder / CHECKPOINT)
+    return result
+
+
+def _trained(
+    job: Job, state: dict[str, Any] | None, teller: Reporter, log: Log
+) -> tuple[Loop, dict[str, float], dict[str, float]]:
+    """The loop after its last step, and the metrics before and after it; `state` is where to go on
+    from."""
+    checkpoint = Path(job.recipe.output).expanduser() / CHECKPOINT
+    before = job.measure() if state is None else state["before"]
+    if state is None:
+        teller.tell({"event": "evaluation", "when": "before", "metrics": before})
+    threads = torch.get_num_threads() if state is None else state["threads"]
+    about = {"before": before, "threads": threads, "data": job.data_key, "plan": job.plan_key}
+
+    def save(loop_state: dict[str, Any]) -> None:
+        save_checkpoint(checkpoint, {**about, "log": log.size, **loop_state})
+
+    loop = job.loop(teller, save=save)
+    torch.manual_seed(job.recipe.training.seed)
+    if state is not None:
+        loop.load_state_dict(state)
+        teller.tell({"event": "note", "text": _resumed(loop, state)})
+    loop.run()
+    job.settle()
+    after = job.measure()
+    teller.tell({"event": "evaluation", "when": "after", "metrics": after})
+    return loop, before, after
+
+
+def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Job:
+    """Load data and model and attach the adapter: all that can be refused is refused here."""
+    reporter = reporter or Reporter()
+    data = load_data(recipe.data)
+    model = load_model(recipe, data.train.task, data.train.num_labels)
+    model.model.to(choose_device(recipe.training.device))
+    tokens = [tokens_of(recipe, model, part) for part in (data.train, data.test)]
+    adapter = attach(recipe, model, tokens[0])
+    notes = [f"dropped {data.dropped} repeated rows"] if data.dropped else []
+    notes += [part.report for part in tokens[:1] if part.cut]
+    if not recipe.structure.starts_at_zero and adapter.deltas:
+        moved = max(adapter.norms().values())
+        notes.append(f"this structure does not start at the base: ‖ΔW‖ up to {moved:.3g}")
+    untrained = [n for n in model.fresh if n not in adapter.entry.trained]
+    if untrained:
+        notes.append(f"{', '.join(untrained)} starts untrained and stays so: add it to train")
+    for note in notes:
+        reporter.tell({"event": "note", "text": note})
+    classes = None if data.train.classes is None else list(data.train.classes)
+    job = Job(recipe, model, adapter, tokens[0], tokens[1], classes)
+    job.moments()
+    return job
+
+
+def load_model(recipe: Recipe, task: Task, num_labels: int) -> TextModel:
+    """The recipe's base: a language model where there is a prompt, else a model with a head."""
+    if recipe.data.prompt is not None:
+        return load_language_model(recipe.model)
+    return load_text_model(recipe.model, task, num_labels, seed=recipe.training.seed)
+
+
+def tokens_of(recipe: Recipe, model: TextModel, examples: Examples) -> Tokens:
+    """Rows as the model takes them: texts, or prompts with answers."""
+    if recipe.data.prompt is not None:
+        return answer_rows(recipe, model, examples)
+    return tokenize(model.tokenizer, examples, recipe.training.max_length)
+
+
+def attach(recipe: Recipe, model: TextModel, rows: Tokens) -> Adapter:
+    """The recipe's adapter on its model; modules that start untrained are trained unless the recipe
+    names others. `rows` are those to train on, for structures that choose by them."""
+    train = model.fresh if recipe.train is None else recipe.train
+    scores = measured_scores(recipe, model, rows)
+    adapter = adapt(model.model, recipe.structure, recipe.targets, train, scores=scores)
+    if not adapter.parameters():
+        raise InputError("nothing to train: targets and train are both empty")
+    return adapter
+
+
+def load_data(data: Data) -> Split:
+    """Rows to train on and rows held out. Raises InputError or FileError."""
+    if data.task is not None:
+        found = Split(*load_task(data.task, data.seed), 0)
+    else:
+        columns, free = Columns(data.text, data.label, data.pair), data.prompt is not None
+        labels = data.labels or ("classes" if free else None)
+        found = load_split(
+            str(data.file), data.test_file, columns, labels, data.test_share, data.seed, free
+        )
+    return Split(
+        found.train.take(range(min(len(found.train), data.train_rows or len(found.train)))),
+        found.test.take(range(min(len(found.test), data.test_rows or len(found.test)))),
+        found.dropped,
+    )
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device that a recipe names, or a GPU where there is one. Raises InputError."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"training.device={name!r} is not here ({reason}); try cpu") from error
+
+
+@contextmanager
+def surroundings(recipe: Recipe) -> Iterator[None]:
+    """Threads as the recipe says and denormals flushed; threads and random state of before come
+    back at the end."""
+    threads, random = torch.get_num_threads(), random_state()
+    torch.set_num_threads(recipe.training.threads or threads)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        set_random_state(random)
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+
+
+# --- small parts ---------------------------------------------------------------------------------
+def lineage(recipe: Recipe, metrics: dict[str, float], classes: list[str] | None) -> Lineage:
+    """What adapter.json says of the run that made it."""
+    seeds = {"training": recipe.training.seed, "data": recipe.data.seed}
+    return lineage_of(recipe.structure, recipe.dump(), metrics, seeds, classes=classes)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _check_same(job: Job, state: dict[str, Any], folder: Path) -> None:
+    """Raise InputError where rows or choices are not those that the checkpoint's run began with."""
+    anew = f"delete {str(folder / CHECKPOINT)!r} to start anew"
+    if state["data"] != job.data_key:
+        raise InputError(
+            f"the rows to train on changed since the run in {str(folder)!r} began: bring them "
+            f"back, or {anew}"
+        )
+    if state["plan"] != job.plan_key:
+        raise InputError(
+            f"{job.recipe.structure.kind} chooses other numbers than when the run in "
+            f"{str(folder)!r} began: try training.threads={state['threads']}, as it had, or {anew}"
+        )
+
+
+def _resumed(loop: Loop, state: dict[str, Any]) -> str:
+    text = f"resumed after step {loop.step} of {loop.steps}"
+    threads = torch.get_num_threads()
+    if threads != state["threads"]:
+        text += (
+            f"; it began with {state['threads']} threads and goes on with {threads}: "
+            "the result will not be the same bit for bit"
+        )
+    return text
+
+
+def _result(job: Job, loop: Loop, before: dict[str, float], after: dict[str, float]) -> Result:
+    folder = Path(job.recipe.output).expanduser()
+    last = loop.losses[-loop.steps_per_epoch :]
+    return Result(
+        output=job.recipe.output,
+        before=before,
+        after=after,
+        sites=len(job.adapter.entry.plan.sites),
+        update_numbers=job.adapter.num_parameters,
+        module_numbers=job.adapter.num_trained,
+        adapter_bytes=sum((folder / name).stat().st_size for name in ADAPTER),
+        train_rows=len(job.train),
+        test_rows=len(job.test),
+        steps=loop.steps,
+        loss=sum(last) / len(last),
+        seconds=round(loop.seconds, 3),
+        peak_memory=peak_memory(),
+        threads=torch.get_num_threads(),
+        classes=job.classes,
+    )
