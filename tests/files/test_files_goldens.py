@@ -13,7 +13,7 @@ from suite import batch, net, relative
 
 import finespun as fs
 
-GOLDENS = Path(__file__).parent / "goldens" / "native"
+GOLDENS = Path(__file__).parent.parent / "goldens" / "native"
 # singular vectors of the base are computed anew where it is loaded, by another LAPACK perhaps
 TOLERANCES = {"lora_xs": 1e-5}
 FOLDERS = sorted(p.parent for p in GOLDENS.glob("*/*/adapter.json"))
