@@ -29,6 +29,7 @@ from finespun.contract import SiteShape
 from finespun.lifecycle.conversion.facts import compare, spectra
 from finespun.lifecycle.stored import StoredWeights
 from finespun.methods.structures import STRUCTURES
+from finespun.training import checkpoint
 from finespun.training.inference import Trained
 
 Use = Callable[[Path, random.Random], None]
@@ -191,20 +192,20 @@ STEP = "step-000000007"
 
 def write_checkpoint(folder: Path) -> None:
     state = {
-        "step": 7, "rows": torch.arange(12.0).view(3, 4), "random": files.random_state(),
+        "step": 7, "rows": torch.arange(12.0).view(3, 4), "random": checkpoint.random_state(),
         "half": torch.ones(2, dtype=torch.float8_e4m3fn), "list": [1, 2.5, None, "x", (1, 2)],
         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "lr": math.inf},
     }  # fmt: skip
-    files.save_checkpoint(folder, state)
+    checkpoint.save_checkpoint(folder, state)
 
 
 def use_checkpoint(folder: Path, draw: random.Random) -> None:
     """What is read is there again after it was written again."""
-    state = files.load_checkpoint(folder)
+    state = checkpoint.load_checkpoint(folder)
     again = folder.parent / "again"
     shutil.rmtree(again, ignore_errors=True)
-    files.save_checkpoint(again, state | {"step": 7})
-    found = files.load_checkpoint(again)
+    checkpoint.save_checkpoint(again, state | {"step": 7})
+    found = checkpoint.load_checkpoint(again)
     assert equal(state | {"step": 7}, found)
 
 

@@ -45,15 +45,18 @@ CLAIMS = (
     ),
     Claim(
         "step 0 changes nothing, in float32 and bfloat16",
-        ("test_hosts.py::test_step_zero_changes_nothing_bit_for_bit",),
+        ("hosts/test_hosts.py::test_step_zero_changes_nothing_bit_for_bit",),
     ),
     Claim(
         "the fused product: its gradients, its dropout, other dtypes and autocast",
-        ("test_kernel_lowrank.py", "test_device.py::test_dropout_draws_its_mask_on_the_device"),
+        (
+            "kernels/test_kernel_lowrank.py",
+            "test_device.py::test_dropout_draws_its_mask_on_the_device",
+        ),
     ),
     Claim(
         "products with a few entries, their gradients, and writing them by index",
-        ("test_entries.py",),
+        ("kernels/test_entries.py",),
     ),
     Claim(
         "bfloat16 and float16 bases and autocast are near, trained numbers stay float32",
@@ -62,8 +65,8 @@ CLAIMS = (
             "test_ecosystem.py::test_precision_of_the_base_and_of_the_trained_numbers",
         ),
     ),
-    Claim("merging, and unmerging to the very tensors", ("test_merging.py",)),
-    Claim("another adapter for each row of a batch", ("test_rows.py",)),
+    Claim("merging, and unmerging to the very tensors", ("hosts/test_merging.py",)),
+    Claim("another adapter for each row of a batch", ("hosts/test_rows.py",)),
     Claim(
         "compiled models, by aot_eager and by inductor",
         (
@@ -83,12 +86,12 @@ CLAIMS = (
             "test_device.py::test_a_real_run_holds_the_memory_that_was_estimated",
         ),
     ),
-    Claim("bases quantised by bitsandbytes and torchao", ("test_quantised.py",)),
+    Claim("bases quantised by bitsandbytes and torchao", ("hosts/test_quantised.py",)),
     Claim(
         "the benchmarks run, agree with PEFT first, and wait for the GPU",
         (
-            "running/test_benchmarks.py::test_parts_run_and_leave_their_models_as_they_were",
-            "running/test_benchmarks.py::test_on_another_device_the_clock_waits_for_it",
+            "bench/test_benchmarks.py::test_parts_run_and_leave_their_models_as_they_were",
+            "bench/test_benchmarks.py::test_on_another_device_the_clock_waits_for_it",
         ),
     ),
 )

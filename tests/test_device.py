@@ -22,8 +22,7 @@ from suite import (
     stirred,
     twin,
 )
-from test_estimate import held_by_a_run
-from tiny_run import write_recipe
+from tiny_run import held_by_a_run, write_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import yaml
+from torch.profiler import ProfilerActivity, profile
 
 from finespun.training.progress import Reporter
+from finespun.training.run import prepare, surroundings
 
 WORDS = ("the", "a", "cat", "dog", "ship", "train", "runs", "sleeps", "stops", "today", "soon")
 GOOD, BAD = ("fine", "bright", "lovely"), ("grim", "dull", "broken")
@@ -138,3 +140,17 @@ def carry_out(arguments: list[str], kill: tuple[str, int] | None, errors: str) -
 
     JsonLines.tell, os.rename, os.replace = told, renamed, replaced  # type: ignore[method-assign]
     sys.exit(run(arguments))
+
+
+def held_by_a_run(recipe: Recipe) -> int:
+    """The most bytes that torch held at a time beyond those of before, in all steps of a run."""
+    with surroundings(recipe):
+        loop = prepare(recipe).loop()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            loop.run()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most

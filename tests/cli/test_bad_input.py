@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from structures.peers import site
+from peers import site
 from suite import CASES
 
 import finespun as fs

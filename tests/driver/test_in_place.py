@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from structures.peers import Sizes
+from peers import Sizes
 from suite import batch, by_definition, bytes_of, draw, net, relative, same, stir
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode

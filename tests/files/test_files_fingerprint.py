@@ -11,8 +11,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import finespun as fs
 from finespun.errors import BaseMismatch, FileError, StateError
-from finespun.files import Fingerprint, check_base
-from finespun.files.provenance import fingerprint
+from finespun.files import Fingerprint, check_base, fingerprint
 
 
 def rounded(model: nn.Module, bits: int) -> nn.Module:

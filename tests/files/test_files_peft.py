@@ -14,8 +14,8 @@ from suite import net, relative, stir
 from torch import nn
 
 import finespun as fs
-from finespun import files
 from finespun.errors import BaseMismatch, FileError, InputError, StrictError, TargetError
+from finespun.files.peft import read
 from finespun.files.peft.read import PASSED, REFUSED, USED
 
 
@@ -84,7 +84,7 @@ def test_patterns_mean_what_they_mean_to_peft(path, keys):
 
     patterns = {key: i for i, key in enumerate(keys)}
     wanted = patterns.get(get_pattern_key(patterns.keys(), path), -1)
-    assert [*files.peft._matching(patterns, path), -1][0] == wanted
+    assert [*read._matching(patterns, path), -1][0] == wanted
 
 
 def test_patterns_that_differ_on_alpha_are_told(tmp_path):

@@ -11,7 +11,7 @@ from suite import batch, bytes_of, net, same
 from torch import nn
 
 import finespun as fs
-from finespun import files, hosts
+from finespun import hosts
 from finespun.errors import (
     BaseMismatch,
     FileError,
@@ -21,6 +21,7 @@ from finespun.errors import (
     TargetError,
 )
 from finespun.lifecycle.conversion.facts import compare
+from finespun.storage import safe_io
 
 LORA, TARGETS = fs.LoRA(rank=2), r"blocks\.\d\.up"
 
@@ -50,7 +51,7 @@ def retensor(folder: Path, edit) -> None:
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path)
-    rewrite(folder, lambda c: c.update(sha256=files.safe.read_tensors(path, False).sha256))
+    rewrite(folder, lambda c: c.update(sha256=safe_io.read_tensors(path, False).sha256))
 
 
 def drop(key):

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import finespun as fs
 from finespun import hosts
 from finespun.errors import TargetError
+from finespun.hosts.layers.slices import PartHost
 
 
 class Kinds(nn.Module):
@@ -68,7 +69,7 @@ def test_update_equals_its_dense_form(structure, targets):
     for name, delta in adapter.deltas.items():
         layer = wanted.get_submodule(name.partition(":")[0])
         change = delta.dense(delta.base_weight()).detach()
-        if isinstance(delta.site, hosts.parts.PartHost):
+        if isinstance(delta.site, PartHost):
             layer.weight.data[delta.site.start : delta.site.end] += change
         elif isinstance(layer, (Conv1D, nn.Embedding)):
             layer.weight.data += change.T

@@ -26,6 +26,7 @@ from torch import nn
 
 import finespun as fs
 from finespun import hosts
+from finespun.adapters.packed import FlatState
 from finespun.errors import InputError, StateError, TargetError
 from finespun.hosts.layers.host import hooked
 
@@ -251,7 +252,7 @@ def test_tensors_go_out_and_come_back(case):
     model, adapter = stirred(case, net(), ("head",))
     x = batch()
     y, saved = model(x), {k: v.clone() for k, v in hosts.tensors_of(adapter.entry).items()}
-    packed = hosts.FlatState.pack(saved)
+    packed = FlatState.pack(saved)
     assert same(packed.tensors(), saved)
     assert all(slot.offset % 16 == 0 for slot in packed.table.values())
     stir(adapter.parameters(), seed=40)

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_lm import write_lm_recipe
-from tiny_run import write_recipe
-from torch.profiler import ProfilerActivity, profile
+from tiny_run import held_by_a_run, write_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 from finespun.cli.app import run
@@ -20,7 +19,7 @@ from finespun.tasks.text import Tokens
 from finespun.training.estimate import Held, estimate, tried
 from finespun.training.loop import Loop
 from finespun.training.output import Result
-from finespun.training.run import Job, prepare, surroundings
+from finespun.training.run import Job, prepare
 
 FACTOR = 1.1  # the memory of a run lies within this factor of its estimate, both ways
 GROWN = 1.25  # the same where the estimate is made from small batches
@@ -41,20 +40,6 @@ CHANGES = [
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("estimate"), epochs=1)
-
-
-def held_by_a_run(recipe: Recipe) -> int:
-    """The most bytes that torch held at a time beyond those of before, in all steps of a run."""
-    with surroundings(recipe):
-        loop = prepare(recipe).loop()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            loop.run()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: " ".join(changes) or "as it is")
