@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch.profiler import ProfilerActivity, profile
 
+from finespun.recipes.recipe import Recipe
 from finespun.training.progress import Reporter
 from finespun.training.run import prepare, surroundings
 
