@@ -29,8 +29,8 @@ def measure() -> list[Line]:
         same(ours.get_submodule(n).weight, base.get_submodule(n).base_layer.weight, n)
 
     def back() -> None:
-        board = hosts.board_of(ours)
-        board.merged, board.kept = {}, None
+        adapter_set = hosts.adapter_set_of(ours)
+        adapter_set.merged, adapter_set.kept = {}, None
         with torch.no_grad():
             for name, weight in kept.items():
                 ours.get_submodule(name).weight.copy_(weight)

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Never
 
 import torch
 from torch import Tensor, nn
@@ -13,47 +13,51 @@ from torch import Tensor, nn
 from finespun import files, hosts
 from finespun.adapters.compact import compact
 from finespun.contract import Delta, Scores, Structure, calculus
+from finespun.deprecated import renamed
 from finespun.errors import InputError, StateError, TargetError
 from finespun.hosts.targets import Targets
 from finespun.linalg import LowRank
 
 
+@renamed(train="train_modules")
 def adapt(
     model: nn.Module,
     structure: Structure,
     targets: Targets,
-    train: Sequence[str] | None = None,
+    train_modules: Sequence[str] | None = None,
     name: str = "default",
     exact_start: bool = False,
     scores: Scores | None = None,
     exclude: Targets = (),
     layers: Iterable[int] | None = None,
     tie: Literal["both"] | None = None,
+    modules_to_save: Sequence[str] | None = None,
 ) -> "Adapter":
     """Attach a new trainable adapter; the model stays the object and the class it was.
 
     `targets`, `exclude` and `layers` are those of `hosts.find`; an empty list leaves layers
-    alone: only modules are trained. `train`: modules of which the adapter trains its own
-    copy; None means the task head that the model's class announces. Where a target shares its
-    weight with another module, the update acts at the target alone, or with tie="both" at both
-    uses. `exact_start` makes a start that is not zero equal the base. Every other number of the
-    model is frozen until `detach`. Raises TargetError, PlanError or InputError; the model stays as
-    it was.
+    alone: only modules are trained. `train_modules` (PEFT's `modules_to_save`): modules of which
+    the adapter trains its own copy; None means the task head that the model's class announces.
+    Where a target shares its weight with another module, the update acts at the target alone, or
+    with tie="both" at both uses. `exact_start` makes a start that is not zero equal the base. Every
+    other parameter of the model is frozen until `detach`. Raises TargetError, PlanError or
+    InputError; the model stays as it was.
     """
     _check_model(model)
     if not isinstance(structure, Structure):
         raise InputError(f"structure={structure!r} must be an instance such as fs.LSR(rank=4)")
     if tie not in (None, "both"):
         raise InputError(f"tie={tie!r} is not known; try 'both', or leave it out")
-    if isinstance(train, str):
-        train = (train,)
-    trained = hosts.find_head(model) if train is None else tuple(train)
+    own = modules_to_save if train_modules is None else train_modules
+    if isinstance(own, str):
+        own = (own,)
+    trained = hosts.find_head(model) if own is None else tuple(own)
     found = hosts.find(model, targets, exclude, layers)
     names = [n for n in found if not _inside(n, trained)]
     if found and not names:
         raise TargetError(
             f"every target lies in a module that is trained whole: {', '.join(trained)}; "
-            "leave it out of train, or pass targets=[] to train modules alone"
+            "leave it out of train_modules, or pass targets=[] to train modules alone"
         )
     if not names and not trained:
         raise TargetError('no layer and no module to train; name layers, or use "all-linear"')
@@ -62,7 +66,7 @@ def adapt(
     if exact_start and not structure.starts_at_zero:
         for delta in entry.deltas.values():
             delta.keep_start()
-    adapter.train()
+    adapter.make_trainable()
     hosts.activate(model, name)
     return adapter
 
@@ -96,7 +100,7 @@ def load(
     adapter = Adapter(model, saved.entry.name)
     adapter.lineage = saved.lineage
     if trainable:
-        adapter.train()
+        adapter.make_trainable()
     else:
         for parameter in adapter.parameters():
             parameter.requires_grad_(False)
@@ -118,14 +122,14 @@ class Adapter:
     """A handle on adapter `name` of `model`. Printing it shows targets, numbers and norms."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
-        hosts.board_of(model)[name]
+        hosts.adapter_set_of(model)[name]
         self.model, self.name = model, name
         self.lineage: files.Lineage | None = None
 
     @property
     def entry(self) -> hosts.Entry:
         """What the model's board holds of this adapter."""
-        return hosts.board_of(self.model)[self.name]
+        return hosts.adapter_set_of(self.model)[self.name]
 
     @property
     def structure(self) -> Structure:
@@ -139,16 +143,21 @@ class Adapter:
 
     @property
     def num_parameters(self) -> int:
-        """Trained numbers of the updates, those of trained modules not counted."""
+        """All trained parameters: those of the updates and those of trained modules."""
+        return self.num_update_parameters + self.num_module_parameters
+
+    @property
+    def num_update_parameters(self) -> int:
+        """Trained parameters of the updates, a bank's included."""
         hosts.materialise(self.model, self.entry)
-        own = sum(p.numel() for d in self.deltas.values() for p in d.numbers())
+        own = sum(p.numel() for d in self.deltas.values() for p in d.trained_parameters())
         bank = self.entry.bank
         shared = [] if bank is None else bank.named_parameters()
         return own + sum(p.numel() for n, p in shared if not n.startswith("start."))
 
     @property
-    def num_trained(self) -> int:
-        """Numbers in the adapter's own copies of modules (a fresh head, say)."""
+    def num_module_parameters(self) -> int:
+        """Parameters in the adapter's own copies of modules (a fresh head, say)."""
         return sum(p.numel() for m in self.entry.copies.values() for p in m.parameters())
 
     @property
@@ -160,22 +169,31 @@ class Adapter:
     def scale(self, value: float) -> None:
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise InputError(f"scale={value} must be a finite number; 1.0 is as trained")
-        if self.name in hosts.board_of(self.model).merged:
+        if self.name in hosts.adapter_set_of(self.model).merged:
             raise StateError(f"{self.name!r} is merged; unmerge it before changing its strength")
         self.entry.scale = value
 
     # --- training --------------------------------------------------------------------------------
-    def train(self) -> "Adapter":
-        """Freeze every other number of the model and let this adapter's be trained."""
+    def make_trainable(self) -> "Adapter":
+        """Freeze every other parameter of the model and let this adapter's be trained."""
         hosts.materialise(self.model, self.entry)
         hosts.freeze_others(self.model, self.name, self.parameters())
         for parameter in self.parameters():
             parameter.requires_grad_(True)
         return self
 
+    def train(self, mode: bool = True) -> Never:
+        """Raises StateError: an adapter has no mode of its own; so does `eval`."""
+        raise StateError(
+            "an adapter has no train() or eval(): make_trainable() lets its parameters be trained, "
+            "model.train() and model.eval() set the mode"
+        )
+
+    eval = train
+
     def parameters(self) -> list[nn.Parameter]:
         """All numbers that training moves: updates, bank, and copies of modules."""
-        own = [p for d in self.deltas.values() for p in d.numbers()]
+        own = [p for d in self.deltas.values() for p in d.trained_parameters()]
         if self.entry.bank is not None:
             own += [p for n, p in self.entry.bank.named_parameters() if not n.startswith("start.")]
         return own + [p for m in self.entry.copies.values() for p in m.parameters()]
@@ -203,11 +221,11 @@ class Adapter:
         trained = any(p.requires_grad for p in self.parameters())
         places = hosts.hosts_of(self.model, self.name)
         for name in entry.deltas.keys() - small.keys():
-            hosts.unseat(places[name], self.name)
+            hosts.remove_delta(places[name], self.name)
         for name, delta in small.items():
             delta.__dict__["owner"] = self.name
             delta.train(entry.deltas[name].training)
-            for number in delta.numbers():
+            for number in delta.trained_parameters():
                 number.requires_grad_(trained)
             places[name].deltas()[self.name] = delta
         hosts.replace(self.model, entry, structure, plan, small)
@@ -268,7 +286,7 @@ class Adapter:
         """
         saved, mine = files.read_for(self.model, folder, strict), self.entry
         theirs = saved.entry
-        if self.name in hosts.board_of(self.model).merged:
+        if self.name in hosts.adapter_set_of(self.model).merged:
             raise StateError(f"{self.name!r} is merged; unmerge it before swapping its numbers")
         files.settle(self.model, theirs)
         if saved.base is not None:
@@ -312,8 +330,9 @@ class Adapter:
     def detach(self) -> None:
         """Take the adapter out; after the last one the model is what it was."""
         hosts.remove(self.model, self.name)
-        board = self.model.__dict__.get("_finespun_board")
-        others = {} if board is None else {n: Adapter(self.model, n) for n in board.entries}
+        adapter_set = self.model.__dict__.get("_finespun_adapters")
+        names = () if adapter_set is None else adapter_set.entries
+        others = {name: Adapter(self.model, name) for name in names}
         held = {n: o.parameters() if o.entry.live else [] for n, o in others.items()}
         hosts.give_back(self.model, self.name, held)
 
@@ -340,11 +359,12 @@ class Adapter:
         kinds = sorted({f"{s.out_features}x{s.in_features}" for s in sites})
         leaves = sorted({s.name.rsplit(".", 1)[-1] for s in sites})
         trained = f", trains {', '.join(self.entry.trained)}" if self.entry.trained else ""
+        modules = self.num_module_parameters
         where = f" ({', '.join(leaves)}; {', '.join(kinds)})" if sites else ""
         return (
             f"Adapter {self.name!r}: {self.structure}\n"
             f"  {len(sites)} sites{where}{trained}\n"
-            f"  {self.num_parameters:,} trained numbers"
-            + (f" and {self.num_trained:,} in trained modules" if self.num_trained else "")
+            f"  {self.num_update_parameters:,} trained parameters"
+            + (f" and {modules:,} in trained modules" if modules else "")
             + (f", ‖ΔW‖ {min(norms):.3g} to {max(norms):.3g}" if norms else "")
         )

@@ -42,7 +42,7 @@ def adapted(form=None, targets=BOTH, width=8, depth=4, stir=True):
     """A stack with LoR2C on it, every living number moved."""
     torch.manual_seed(5)
     model = Stack(width, depth)
-    adapter = fs.adapt(model, form or LoR2C(rank=4), targets, train=())
+    adapter = fs.adapt(model, form or LoR2C(rank=4), targets, train_modules=())
     if stir:
         for name, delta in adapter.deltas.items():
             if "." not in name.removeprefix("layer."):

@@ -115,7 +115,7 @@ def kohya(tensors: dict[str, dict[str, Tensor]], prefix: str = "lora_unet") -> d
 
 
 def adapted(model: nn.Module, structure: fs.Structure, names: list[str], **options) -> fs.Adapter:
-    adapter = fs.adapt(model, structure, names, train=(), name="mine", **options)
+    adapter = fs.adapt(model, structure, names, train_modules=(), name="mine", **options)
     stir(adapter.parameters())
     model.eval()
     return adapter

@@ -39,7 +39,7 @@ class DoRA(Ranked):
         delta.m = nn.Parameter(torch.linalg.vector_norm(delta.base_weight(), dim=1))
         return delta
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return self.rank * (shape.in_features + shape.out_features) + shape.out_features
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
@@ -67,7 +67,7 @@ class HiRA(Ranked):
         factor_pair(delta, self)
         return delta
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return self.rank * (shape.in_features + shape.out_features)
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
@@ -93,7 +93,7 @@ class IA3(Structure):
         delta.g = nn.Parameter(torch.ones(site.shape.out_features, device=site.device))
         return delta
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return shape.out_features
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
@@ -153,10 +153,10 @@ class UniLoRA(Ranked):
         index = torch.tensor(choice["index"], device=site.device)
         return UniLoRADelta(site, bank, index, choice["rank"], choice["scale"])
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return 0
 
-    def shared_numbers(self, plan: Plan) -> int:
+    def num_shared_parameters(self, plan: Plan) -> int:
         return self.size
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
@@ -194,11 +194,11 @@ class Bypass(Ranked):
         factor_pair(delta, self)
         return delta
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return self.rank * (shape.in_features + shape.out_features)
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 2 * tokens * self.numbers(shape)
+        return 2 * tokens * self.num_parameters(shape)
 
 
 class BypassDelta(contract.Bypass):

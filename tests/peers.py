@@ -119,7 +119,7 @@ def adapted(form: Structure, layer: nn.Module) -> tuple[nn.Linear, Delta]:
     base = layer.base_layer
     model = Layers(tuple(base.weight.shape), bias=base.bias is not None)
     model.fc0.load_state_dict(base.state_dict())
-    return model.fc0, fs.adapt(model, form, ["fc0"], train=()).deltas["fc0"]
+    return model.fc0, fs.adapt(model, form, ["fc0"], train_modules=()).deltas["fc0"]
 
 
 @torch.no_grad()

@@ -129,10 +129,10 @@ def test_precision_of_the_base_and_of_the_trained_numbers(case):
     model, adapter = stirred(case, net(), ("head",))
     x, y = batch(), None
     y = model(x)
-    numbers = [p.detach().clone() for d in adapter.deltas.values() for p in d.numbers()]
+    numbers = [p.detach().clone() for d in adapter.deltas.values() for p in d.trained_parameters()]
     model.to(torch.bfloat16)
     assert model.blocks[0].up.weight.dtype == torch.bfloat16
-    own = [p for d in adapter.deltas.values() for p in d.numbers()]
+    own = [p for d in adapter.deltas.values() for p in d.trained_parameters()]
     assert all(p.dtype == torch.float32 and torch.equal(p, q) for p, q in zip(own, numbers))
     half = model(x.bfloat16())
     assert half.dtype == torch.bfloat16

@@ -26,7 +26,7 @@ CLEAN = {"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"}  # nothing of the Python tha
 WORK = (
     "import torch, finespun as fs; print(fs.__file__); "
     "model = torch.nn.Sequential(torch.nn.Linear(8, 8)); "
-    "adapter = fs.adapt(model, fs.LSR(rank=2, separation_rank=1), ['0'], train=[]); "
+    "adapter = fs.adapt(model, fs.LSR(rank=2, separation_rank=1), ['0'], train_modules=[]); "
     "adapter.save('saved'); adapter.detach(); "
     "print(fs.load(model, 'saved').num_parameters, fs.__version__)"
 )
@@ -117,7 +117,7 @@ def works(python: str | Path, site: Path, cwd: Path, **env: str) -> None:
     """A model is adapted, saved and loaded by the package that lies in `site`."""
     where, what = called(python, "-c", WORK, cwd=cwd, **env).splitlines()
     assert Path(where).parent == site / "finespun"
-    numbers = finespun.LSR(rank=2, separation_rank=1).numbers(shape())
+    numbers = finespun.LSR(rank=2, separation_rank=1).num_parameters(shape())
     assert what == f"{numbers} {PROJECT['version']}"
 
 

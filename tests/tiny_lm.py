@@ -61,7 +61,7 @@ def write_lm_recipe(folder: Path, **changes: Any) -> Path:
         "data": {"file": str(folder / "table.csv"), "prompt": PROMPT},
         "structure": {"kind": "lora", "rank": 8},
         "targets": ["q_proj", "v_proj", "up_proj", "down_proj"],
-        "training": {"epochs": 12, "batch_size": 8, "rate": 2e-2, "max_length": 32, "threads": 1},
+        "training": {"epochs": 12, "batch_size": 8, "lr": 2e-2, "max_length": 32, "threads": 1},
         "output": str(folder / "out"),
     }
     for key, value in changes.items():

@@ -72,7 +72,7 @@ def tiny_recipe(folder: Path, **training: Any) -> dict[str, Any]:
         "training": {
             "epochs": 2,
             "batch_size": 8,
-            "rate": 3e-2,
+            "lr": 3e-2,
             "max_length": 16,
             "threads": 1,
             "checkpoint_every": 3,

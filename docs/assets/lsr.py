@@ -95,9 +95,9 @@ def counts(ax: Axes) -> None:
     shape = SiteShape("layer", 768, 768)
     word(ax, 2, 11.6, "trained numbers of one 768 × 768 layer", 13, **left)
     bars = (
-        ("LoRA, r = 8", fs.LoRA(rank=8).numbers(shape), "#c9ced6"),
-        ("LoRA, r = 4", fs.LoRA(rank=4).numbers(shape), "#c9ced6"),
-        ("LSR, r = 4, s = 16", fs.LSR(rank=4, separation_rank=16).numbers(shape), "#7b5aa6"),
+        ("LoRA, r = 8", fs.LoRA(rank=8).num_parameters(shape), "#c9ced6"),
+        ("LoRA, r = 4", fs.LoRA(rank=4).num_parameters(shape), "#c9ced6"),
+        ("LSR, r = 4, s = 16", fs.LSR(rank=4, separation_rank=16).num_parameters(shape), "#7b5aa6"),
     )
     for i, (name, count, colour) in enumerate(bars):
         y = 8.6 - 2.9 * i

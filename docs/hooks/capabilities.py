@@ -105,7 +105,7 @@ def adapts(layer: str) -> Callable[[Structure], str]:
     def check(form: Structure) -> str:
         subject = Subject(form, layer)
         y = subject.model(subject.x)
-        if subject.adapter.num_parameters:
+        if subject.adapter.num_update_parameters:
             assert not torch.equal(y, subject.base), "nothing changed"
             y.float().square().sum().backward()
             assert any(p.grad is not None and p.grad.any() for p in subject.adapter.parameters())

@@ -39,7 +39,7 @@ def compact(structure: Structure, plan: Plan, deltas: Mapping[str, Delta]) -> Co
 
 def _emptied(before: Delta, after: Delta) -> bool:
     """Whether the update had numbers of its own and has none left."""
-    had, has = (any(p.numel() for p in delta.numbers()) for delta in (before, after))
+    had, has = (any(p.numel() for p in delta.trained_parameters()) for delta in (before, after))
     return had and not has
 
 

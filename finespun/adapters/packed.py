@@ -19,14 +19,14 @@ class Slot(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FlatState:
+class PackedTensors:
     """`data` (bytes,) uint8 holds every tensor of an adapter; `table` maps names to slots."""
 
     data: Tensor
     table: Mapping[str, Slot]
 
     @classmethod
-    def pack(cls, tensors: Mapping[str, Tensor]) -> "FlatState":
+    def pack(cls, tensors: Mapping[str, Tensor]) -> "PackedTensors":
         """Copy the tensors into one buffer, each on a 16-byte boundary."""
         table, end = {}, 0
         for name, tensor in tensors.items():

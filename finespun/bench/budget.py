@@ -15,7 +15,7 @@ MOST_RANK = 64
 
 def total(structure: Structure, sites: Sequence[Site]) -> int:
     """Trained numbers of a structure on these sites, the shared ones included, in closed form."""
-    return structure.total(structure.plan(sites, Unmeasured()))
+    return structure.total_parameters(structure.plan(sites, Unmeasured()))
 
 
 def fit(

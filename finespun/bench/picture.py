@@ -40,7 +40,7 @@ def draw(summary: Summary, stem: Path) -> list[Path]:
 
 def _lines(axes: Axes, summary: Summary) -> None:
     for row in summary.rows:
-        if row.update_numbers == 0 and row.mean is not None:
+        if row.num_update_parameters == 0 and row.mean is not None:
             axes.axhline(row.mean, ls="--", lw=1.2, color="#888888", label=row.name)
             if row.half is not None:
                 low, high = row.mean - row.half, row.mean + row.half
@@ -50,11 +50,11 @@ def _lines(axes: Axes, summary: Summary) -> None:
 def _points(axes: Axes, summary: Summary) -> None:
     groups: dict[str, list[Row]] = {}
     for row in summary.rows:
-        if row.update_numbers and row.mean is not None:
+        if row.num_update_parameters and row.mean is not None:
             groups.setdefault(row.structure.kind, []).append(row)
     for place, rows in enumerate(groups.values()):
         axes.errorbar(
-            [row.update_numbers for row in rows],
+            [row.num_update_parameters for row in rows],
             [row.mean or 0.0 for row in rows],
             yerr=[row.half or 0.0 for row in rows],
             fmt=MARKERS[place % len(MARKERS)],
@@ -67,7 +67,7 @@ def _points(axes: Axes, summary: Summary) -> None:
             reach = row.half or 0.0
             axes.annotate(
                 row.name,
-                (row.update_numbers, (row.mean or 0.0) + (reach if above else -reach)),
+                (row.num_update_parameters, (row.mean or 0.0) + (reach if above else -reach)),
                 xytext=(0, 6 if above else -6),
                 va="bottom" if above else "top",
                 ha="center",

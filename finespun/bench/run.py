@@ -11,7 +11,7 @@ import torch
 import finespun
 from finespun.bench.budget import fit, total
 from finespun.bench.picture import draw
-from finespun.bench.search import Choice, Score, choose_rate
+from finespun.bench.search import Choice, Score, choose_lr
 from finespun.bench.spec import BenchSpec, Member, describe, rounded
 from finespun.bench.summary import Row, Summary
 from finespun.bench.tables import csv_text, markdown
@@ -33,17 +33,17 @@ class Contender:
 
     name: str
     recipe: Recipe
-    rates: tuple[float, ...]
+    lrs: tuple[float, ...]
     budget: int | None
     numbers: int = 0
-    rate: float | None = None
-    rate_of: str | None = None
-    rate_power: float = 0.0
+    lr: float | None = None
+    lr_of: str | None = None
+    lr_power: float = 0.0
 
-    def trial(self, rate: float, seed: int, epochs: int, held: float | None = None) -> Trial:
+    def trial(self, lr: float, seed: int, epochs: int, held: float | None = None) -> Trial:
         """The trial at one rate and seed; `held`: measured on that share of the training rows."""
         training = self.recipe.training.model_copy(
-            update={"rate": rate, "seed": seed, "epochs": epochs}
+            update={"lr": lr, "seed": seed, "epochs": epochs}
         )
         structure = dataclasses.replace(self.recipe.structure, seed=seed)
         recipe = self.recipe.model_copy(update={"training": training, "structure": structure})
@@ -81,8 +81,8 @@ class Bench:
         found: dict[str, list[Outcome]] = {one.name: [] for one in contenders}
         for seed in self.spec.seeds:
             for one in contenders:
-                if (rate := choices[one.name].rate) is not None:
-                    found[one.name].append(self.outcome(one.trial(rate, seed, epochs)))
+                if (lr := choices[one.name].lr) is not None:
+                    found[one.name].append(self.outcome(one.trial(lr, seed, epochs)))
         rows = [self.row(one, choices[one.name], found[one.name]) for one in contenders]
         _, test = self.workbench.data(self.spec.recipe.data)
         return Summary(tuple(rows), metric, self.spec.seeds, len(test), self.command)
@@ -124,12 +124,12 @@ class Bench:
                     Contender(
                         name,
                         sized,
-                        member.rates or self.spec.rates,
+                        member.lrs or self.spec.lrs,
                         budget,
                         total(sized.structure, sites) if sites else 0,
-                        member.rate,
-                        member.rate_of,
-                        member.rate_power,
+                        member.lr,
+                        member.lr_of,
+                        member.lr_power,
                     )
                 )
         names = [one.name for one in found]
@@ -141,14 +141,14 @@ class Bench:
 
     def choices(self, contenders: Sequence[Contender]) -> dict[str, Choice]:
         """Everyone's rate: searched first, then carried over by r·(numbers / own numbers)^p."""
-        found = {one.name: self.search(one) for one in contenders if one.rate_of is None}
+        found = {one.name: self.search(one) for one in contenders if one.lr_of is None}
         numbers = {one.name: one.numbers for one in contenders}
         for one in contenders:
-            if one.rate_of is not None:
-                source, p = found[one.rate_of], one.rate_power
-                factor = (numbers[one.rate_of] / one.numbers) ** p if p else 1.0
-                rate = source.rate and rounded(source.rate * factor)
-                found[one.name] = Choice(rate, source.rates, source.at_edge)
+            if one.lr_of is not None:
+                source, p = found[one.lr_of], one.lr_power
+                factor = (numbers[one.lr_of] / one.numbers) ** p if p else 1.0
+                lr = source.lr and rounded(source.lr * factor)
+                found[one.name] = Choice(lr, source.lrs, source.at_edge)
         return found
 
     def fitted(self, member: Member, recipe: Recipe, budget: int | None) -> Structure:
@@ -173,16 +173,16 @@ class Bench:
 
     def search(self, one: Contender) -> Choice:
         """The contender's rate, by the spec's search, or as it is given."""
-        if one.rate is not None:
-            return Choice(one.rate, (one.rate,), False)
+        if one.lr is not None:
+            return Choice(one.lr, (one.lr,), False)
         search = self.spec.search
 
-        def measure(rate: float, epochs: int) -> Score | None:
-            outcome = self.outcome(one.trial(rate, search.seed, epochs, search.rows))
+        def measure(lr: float, epochs: int) -> Score | None:
+            outcome = self.outcome(one.trial(lr, search.seed, epochs, search.rows))
             score = outcome.score(self.metric)
             return None if score is None else (score, -outcome.metrics["loss"])
 
-        return choose_rate(one.rates, self.spec.rungs, search.keep, self.spec.extend, measure)
+        return choose_lr(one.lrs, self.spec.rungs, search.keep, self.spec.extend, measure)
 
     def outcome(self, trial: Trial) -> Outcome:
         """What the trial came to: from the results, or by running it now."""
@@ -205,7 +205,7 @@ class Bench:
         when = "known already" if known else f"{outcome.seconds:.1f} s"
         plural = "" if training.epochs == 1 else "s"
         return (
-            f"{trial.member}, {stage}, rate {trial.recipe.rate:g}, "
+            f"{trial.member}, {stage}, rate {trial.recipe.lr:g}, "
             f"{training.epochs} epoch{plural}: {what} ({when})"
         )
 
@@ -221,38 +221,38 @@ class Bench:
             structure=one.recipe.structure,
             targets=one.recipe.targets,
             budget=one.budget,
-            update_numbers=outcomes[0].update_numbers if outcomes else 0,
-            module_numbers=outcomes[0].module_numbers if outcomes else 0,
+            num_update_parameters=outcomes[0].num_update_parameters if outcomes else 0,
+            num_module_parameters=outcomes[0].num_module_parameters if outcomes else 0,
             bytes=outcomes[0].bytes if outcomes else 0,
-            rate=choice.rate,
-            rates=choice.rates,
+            lr=choice.lr,
+            lrs=choice.lrs,
             at_edge=choice.at_edge,
             scores=tuple(outcome.score(self.metric) for outcome in outcomes)
             or (None,) * len(self.spec.seeds),
             seconds=mean("seconds"),
             cpu_seconds=mean("cpu_seconds"),
-            rate_of=one.rate_of,
+            lr_of=one.lr_of,
         )
 
 
 def must_carry(contenders: Sequence[Contender]) -> None:
     """Raise InputError where a `rate_of` names no one, or a `rate_power` has no numbers to go by:
     those of a head alone are none, those beside an allocation are known after the run only."""
-    sources = {one.name: one for one in contenders if one.rate_of is None}
+    sources = {one.name: one for one in contenders if one.lr_of is None}
     for one in contenders:
-        if one.rate_of is None:
+        if one.lr_of is None:
             continue
-        if one.rate_of not in sources:
+        if one.lr_of not in sources:
             raise InputError(
-                f"{one.name!r} takes the rate of {one.rate_of!r}, which no member with a rate or a "
-                f"search is called; {nearest(one.rate_of, sources)}"
+                f"{one.name!r} takes the rate of {one.lr_of!r}, which no member with a rate or a "
+                f"search is called; {nearest(one.lr_of, sources)}"
             )
-        for other in (one, sources[one.rate_of]) if one.rate_power else ():
+        for other in (one, sources[one.lr_of]) if one.lr_power else ():
             why = "trains no numbers but the head's" if not other.numbers else ""
             if other.recipe.allocation is not None:
                 why = "has an allocation, so that its numbers are known after the run only"
             if why:
                 raise InputError(
-                    f"rate_power = {one.rate_power:g} of {one.name!r} scales by numbers, but "
+                    f"rate_power = {one.lr_power:g} of {one.name!r} scales by numbers, but "
                     f"{other.name!r} {why}; leave rate_power out, or give {one.name!r} a rate"
                 )

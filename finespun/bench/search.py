@@ -17,13 +17,13 @@ class Choice:
     """The best rate, None when every rate diverged; all rates tried; whether the best one is the
     lowest or the highest of them, so that a better one may lie outside."""
 
-    rate: float | None
-    rates: tuple[float, ...]
+    lr: float | None
+    lrs: tuple[float, ...]
     at_edge: bool
 
 
-def choose_rate(
-    rates: Sequence[float], rungs: Sequence[int], keep: float, extend: bool, measure: Measure
+def choose_lr(
+    lrs: Sequence[float], rungs: Sequence[int], keep: float, extend: bool, measure: Measure
 ) -> Choice:
     """The rate with the highest score after `rungs[-1]` epochs.
 
@@ -33,29 +33,29 @@ def choose_rate(
     both. With `extend`, a best rate at an edge of the grid is followed outwards by the grid's own
     ratio, at most `MOST_EXTENSIONS` times.
     """
-    grid = sorted(rates)
+    grid = sorted(lrs)
     alive: list[float] = list(grid)
     for epochs in rungs[:-1]:
-        ran = {rate: s for rate in alive if (s := measure(rate, epochs)) is not None}
+        ran = {lr: s for lr in alive if (s := measure(lr, epochs)) is not None}
         best_first = sorted(ran, key=ran.__getitem__, reverse=True)
         alive = best_first[: math.ceil(keep * len(alive))]
-    final = {rate: measure(rate, rungs[-1]) for rate in alive}
+    final = {lr: measure(lr, rungs[-1]) for lr in alive}
     extensions = 0
     while (best := _best(final)) is not None:
         if best in (grid[0], grid[-1]) and extend and extensions < MOST_EXTENSIONS:
             grid = sorted([*grid, _outside(grid, best)])
             extensions += 1
         place = grid.index(best)
-        unknown = [rate for rate in grid[max(0, place - 1) : place + 2] if rate not in final]
+        unknown = [lr for lr in grid[max(0, place - 1) : place + 2] if lr not in final]
         if not unknown:
             break
-        final.update({rate: measure(rate, rungs[-1]) for rate in unknown})
+        final.update({lr: measure(lr, rungs[-1]) for lr in unknown})
     return Choice(best, tuple(grid), best in (grid[0], grid[-1]))
 
 
 def _best(scores: dict[float, Score | None]) -> float | None:
-    known = {rate: score for rate, score in scores.items() if score is not None}
-    return max(known, key=lambda rate: known[rate]) if known else None
+    known = {lr: score for lr, score in scores.items() if score is not None}
+    return max(known, key=lambda lr: known[lr]) if known else None
 
 
 def _outside(grid: Sequence[float], edge: float) -> float:

@@ -20,7 +20,7 @@ from finespun.methods.structures import LSR
 from finespun.recipes.recipe import AnyAllocation, Recipe, RunStructure, add_methods
 from finespun.recipes.yaml import Document, Section, explain
 
-FEWEST_RATES = 3
+FEWEST_LRS = 3
 MOST_POWER = 4
 
 
@@ -29,7 +29,7 @@ class Grid(Section):
 
     low: float = Field(gt=0)
     high: float = Field(gt=0)
-    count: int = Field(ge=FEWEST_RATES)
+    count: int = Field(ge=FEWEST_LRS)
 
 
 def read_rates(value: Any) -> tuple[float, ...]:
@@ -46,27 +46,27 @@ def read_rates(value: Any) -> tuple[float, ...]:
         value = [grid.low * ratio**i for i in range(grid.count)]
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise InputError(f"{value!r} is neither a list of rates nor low, high and count")
-    for rate in value:
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0:
-            raise InputError(f"{rate!r} is no rate; it is a number above 0, for example 1e-3")
-    rates = tuple(sorted({rounded(rate) for rate in value}))
-    if len(rates) < FEWEST_RATES:
+    for lr in value:
+        if isinstance(lr, bool) or not isinstance(lr, int | float) or lr <= 0:
+            raise InputError(f"{lr!r} is no rate; it is a number above 0, for example 1e-3")
+    lrs = tuple(sorted({rounded(lr) for lr in value}))
+    if len(lrs) < FEWEST_LRS:
         raise InputError(
-            f"{len(rates)} rates are too few: the best must have a neighbour on both sides; "
-            f"try {', '.join(f'{rates[0] * 3**i:.3g}' for i in (-1, 0, 1))}"
-            if rates
+            f"{len(lrs)} rates are too few: the best must have a neighbour on both sides; "
+            f"try {', '.join(f'{lrs[0] * 3**i:.3g}' for i in (-1, 0, 1))}"
+            if lrs
             else "no rates; try [3e-4, 1e-3, 3e-3, 1e-2]"
         )
-    return rates
+    return lrs
 
 
-def rounded(rate: float) -> float:
+def rounded(lr: float) -> float:
     """Three digits, so that a rate prints as what it is."""
-    return float(f"{rate:.3g}")
+    return float(f"{lr:.3g}")
 
 
 _LIST = {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}}
-Rates = Annotated[
+LearningRates = Annotated[
     tuple[float, ...],
     BeforeValidator(read_rates),
     WithJsonSchema({"anyOf": [_LIST, Grid.model_json_schema()]}),
@@ -88,12 +88,12 @@ class Member(Section):
     )
     name: str | None = Field(None, min_length=1, description="null: made from the options")
     targets: str | tuple[str, ...] | None = Field(None, description="null: the recipe's")
-    rates: Rates | None = Field(None, description="null: the bench's")
-    rate: float | None = Field(None, gt=0, description="known from elsewhere; no search")
-    rate_of: str | None = Field(
+    lrs: LearningRates | None = Field(None, description="null: the bench's")
+    lr: float | None = Field(None, gt=0, description="known from elsewhere; no search")
+    lr_of: str | None = Field(
         None, description="a member with a rate or a search, whose rate is taken; no search"
     )
-    rate_power: float = Field(
+    lr_power: float = Field(
         0.0,
         ge=-MOST_POWER,
         le=MOST_POWER,
@@ -119,10 +119,10 @@ class Member(Section):
                 f"numbers = {list(member.numbers)} beside an allocation: how many it leaves is "
                 "known after the run only; give the structure's options instead"
             )
-        given = [k for k in ("rate", "rates", "rate_of") if getattr(member, k) is not None]
+        given = [k for k in ("lr", "lrs", "lr_of") if getattr(member, k) is not None]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} exclude each other; leave one in")
-        if member.rate_of is None and "rate_power" in values:
+        if member.lr_of is None and "lr_power" in values:
             raise InputError("rate_power needs rate_of, the member whose rate it scales")
         options = values.get("structure")
         if isinstance(options, Mapping):
@@ -184,7 +184,7 @@ class BenchSpec(Document):
 
     recipe: Recipe = Field(description="what all members share")
     members: Annotated[tuple[Member, ...], BeforeValidator(read_members)]
-    rates: Rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    lrs: LearningRates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
     search: Search = Search()
     extend: bool = Field(True, description="a best rate at an edge of its grid widens the grid")
@@ -197,9 +197,9 @@ class BenchSpec(Document):
         # before the recipe is read: what is not its own should not be judged there
         recipe = keys_of(values).get("recipe")
         sections = [(recipe, key) for key in ("structure", "allocation", "output")]
-        for section, key in (*sections, (keys_of(recipe).get("training"), "rate")):
+        for section, key in (*sections, (keys_of(recipe).get("training"), "lr")):
             if key in keys_of(section):
-                other = {"output": "output", "rate": "rates"}.get(key, "members")
+                other = {"output": "output", "lr": "lrs"}.get(key, "members")
                 raise InputError(f"recipe must not set {key}; a bench has {other} of its own")
         return values
 
@@ -227,7 +227,7 @@ class BenchSpec(Document):
         add_methods(parts["Member"]["properties"])
         for key in ("structure", "allocation", "output", "trackers"):
             del parts["Recipe"]["properties"][key]
-        del parts["Training"]["properties"]["rate"]
+        del parts["Training"]["properties"]["lr"]
         return schema
 
     @property

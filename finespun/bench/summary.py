@@ -23,23 +23,23 @@ class Row:
     structure: Structure
     targets: str | tuple[str, ...]
     budget: int | None
-    update_numbers: int
-    module_numbers: int
+    num_update_parameters: int
+    num_module_parameters: int
     bytes: int
-    rate: float | None
-    rates: tuple[float, ...]
+    lr: float | None
+    lrs: tuple[float, ...]
     at_edge: bool
     scores: tuple[float | None, ...]
     seconds: float
     cpu_seconds: float
-    rate_of: str | None = None
+    lr_of: str | None = None
 
     @property
     def paired_at(self) -> int | None:
         """The budget, where what was trained in the end meets it; else None."""
         if self.budget is None:
             return None
-        meets = LEAST_SHARE * self.budget <= self.update_numbers <= self.budget
+        meets = LEAST_SHARE * self.budget <= self.num_update_parameters <= self.budget
         return self.budget if meets else None
 
     @property
@@ -80,7 +80,7 @@ class Summary:
     @property
     def refusal(self) -> str | None:
         """Why no ranking may be drawn from these rows, or None."""
-        edges = [row for row in self.rows if row.at_edge and row.rate_of is None]
+        edges = [row for row in self.rows if row.at_edge and row.lr_of is None]
         if edges:
             told = "; ".join(map(self._edge, edges))
             return f"no ranking: the best rate lies at the edge of its grid ({told}); widen rates"
@@ -89,8 +89,8 @@ class Summary:
 
     def _edge(self, row: Row) -> str:
         """A best rate, its grid, and the rows that it was carried over to."""
-        text = f"{row.name}: {row.rate:g} of {row.rates[0]:g} to {row.rates[-1]:g}"
-        followers = [other.name for other in self.rows if other.rate_of == row.name]
+        text = f"{row.name}: {row.lr:g} of {row.lrs[0]:g} to {row.lrs[-1]:g}"
+        followers = [other.name for other in self.rows if other.lr_of == row.name]
         return text + (f", carried over to {', '.join(followers)}" if followers else "")
 
     @property
@@ -156,10 +156,10 @@ def cells(row: Row) -> dict[str, Any]:
         "member": row.name,
         "targets": targets,
         "budget": row.budget,
-        "trained_numbers": row.update_numbers,
-        "head_numbers": row.module_numbers,
+        "trained_numbers": row.num_update_parameters,
+        "num_head_parameters": row.num_module_parameters,
         "adapter_bytes": row.bytes,
-        "best_rate": row.rate,
+        "best_lr": row.lr,
         "rate_at_edge": row.at_edge,
         "mean": row.mean,
         "half_interval_95": row.half,

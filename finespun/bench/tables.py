@@ -22,7 +22,7 @@ NOTE = (
 def heads(summary: Summary) -> list[str]:
     """Column heads of the printed table."""
     ranked = ["rank"] if summary.ranking else []
-    return [*ranked, "member", "numbers", "bytes", "rate", summary.metric, "seconds", "CPU s"]
+    return [*ranked, "member", "numbers", "bytes", "lr", summary.metric, "seconds", "CPU s"]
 
 
 def lines(summary: Summary) -> list[list[str]]:
@@ -32,7 +32,7 @@ def lines(summary: Summary) -> list[list[str]]:
         [
             *([places[row.name]] if places else []),
             row.name,
-            f"{row.update_numbers:,}",
+            f"{row.num_update_parameters:,}",
             f"{row.bytes:,}",
             _rate(row),
             _score(row.mean, row.half),
@@ -45,7 +45,7 @@ def lines(summary: Summary) -> list[list[str]]:
 
 def remarks(summary: Summary) -> list[str]:
     """What belongs under the table, the command that made it last."""
-    trained = sorted({row.module_numbers for row in summary.rows})
+    trained = sorted({row.num_module_parameters for row in summary.rows})
     told = [COLUMNS.format(head=" or ".join(f"{count:,}" for count in trained))]
     told += [NOTE.format(runs=len(summary.seeds), rows=summary.test_rows)]
     for gap in summary.differences:
@@ -99,9 +99,9 @@ def _line(texts: Sequence[str]) -> str:
 
 
 def _rate(row: Row) -> str:
-    if row.rate is None:
+    if row.lr is None:
         return "all diverged"
-    return f"{row.rate:g}" + (" (edge)" if row.at_edge else "")
+    return f"{row.lr:g}" + (" (edge)" if row.at_edge else "")
 
 
 def _score(mean: float | None, half: float | None) -> str:

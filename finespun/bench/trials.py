@@ -75,8 +75,8 @@ class Outcome:
 
     status: Literal["ok", "diverged"]
     metrics: Mapping[str, float]
-    update_numbers: int
-    module_numbers: int
+    num_update_parameters: int
+    num_module_parameters: int
     bytes: int
     seconds: float
     cpu_seconds: float

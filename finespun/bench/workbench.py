@@ -68,8 +68,8 @@ class Workbench:
         return Outcome(
             status="diverged" if error else "ok",
             metrics=metrics,
-            update_numbers=job.adapter.num_parameters,
-            module_numbers=job.adapter.num_trained,
+            num_update_parameters=job.adapter.num_update_parameters,
+            num_module_parameters=job.adapter.num_module_parameters,
             bytes=file_size(job.adapter),
             seconds=round(loop.seconds, 3),
             cpu_seconds=round(time.process_time() - started, 3),
@@ -111,7 +111,7 @@ class Workbench:
     def sites(self, recipe: Recipe, structure: Structure) -> list[Site]:
         """The layers that the recipe's targets mean, nothing attached."""
         text = self.model(recipe)
-        trained = text.fresh if recipe.train is None else recipe.train
+        trained = text.fresh if recipe.train_modules is None else recipe.train_modules
         names = [
             name
             for name in hosts.find(text.model, recipe.targets)

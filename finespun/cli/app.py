@@ -71,6 +71,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = warned
+            warnings.filterwarnings("default", ".*since 0.2", DeprecationWarning)
             code = app(list(arguments), prog_name="finespun", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except FinespunError as error:

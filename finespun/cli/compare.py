@@ -49,7 +49,14 @@ def run_table(a: str, b: str) -> dict[str, list[Any]]:
     names = [n for n in runs[0].after if n in runs[1].after]
     found: dict[str, list[Any]] = {f"{n} before": [r.before.get(n) for r in runs] for n in names}
     found |= {f"{n} after": [r.after[n] for r in runs] for n in names}
-    for name in ("update_numbers", "module_numbers", "adapter_bytes", "steps", "loss", "seconds"):
+    for name in (
+        "num_update_parameters",
+        "num_module_parameters",
+        "adapter_bytes",
+        "steps",
+        "loss",
+        "seconds",
+    ):
         found[name] = [getattr(r, name) for r in runs]
     return found
 

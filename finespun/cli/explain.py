@@ -87,8 +87,8 @@ def facts(
     groups = [sites(i, shape, layers, one.site_kind) for i, shape in enumerate(shapes)]
     every = [site for group in groups for site in group]
     plan = one.plan(every, Unmeasured())
-    total = one.total(plan)
-    as_lora = LoRA(rank=LORA_RANK).total(plan)
+    total = one.total_parameters(plan)
+    as_lora = LoRA(rank=LORA_RANK).total_parameters(plan)
     return {
         "method": one.kind,
         **told(one),
@@ -99,13 +99,13 @@ def facts(
                 "out": shape[0],
                 "in": shape[1],
                 "layers": layers,
-                "numbers": layers * one.numbers(group[0].shape),
+                "numbers": layers * one.num_parameters(group[0].shape),
                 "flops": layers * one.flops(group[0].shape, tokens),
                 "base_flops": layers * 2 * tokens * shape[0] * shape[1],
             }
             for shape, group in zip(shapes, groups, strict=True)
         ],
-        "shared_numbers": one.shared_numbers(plan),
+        "num_shared_parameters": one.num_shared_parameters(plan),
         "numbers": total,
         "lora_numbers": as_lora,
         "share_of_lora": total / as_lora,
@@ -160,8 +160,8 @@ def table(found: dict[str, Any]) -> list[str]:
             f"{row['flops']:,} operations for {found['tokens']:,} tokens "
             f"({share:.1%} of the layers' own)"
         )
-    if found["shared_numbers"]:
-        lines.append(f"shared by all: {found['shared_numbers']:,} numbers")
+    if found["num_shared_parameters"]:
+        lines.append(f"shared by all: {found['num_shared_parameters']:,} numbers")
     lines.append(
         f"in all: {found['numbers']:,} numbers, {found['share_of_lora']:.1%} of "
         f"{found['lora_numbers']:,} (LoRA of rank {LORA_RANK})"

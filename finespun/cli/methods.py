@@ -48,6 +48,6 @@ def facts(one: "Structure") -> dict[str, Any]:
         "source": one.source,
         "formula": about.partition("\n\n")[0],
         "about": about,
-        "numbers": one.total(one.plan(sites)),
+        "numbers": one.total_parameters(one.plan(sites)),
         "options": one.options(),
     }

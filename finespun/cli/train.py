@@ -88,8 +88,8 @@ def describe(result: "Result") -> str:
         ("rows", f"{result.train_rows:,} to train on, {result.test_rows:,} held out"),
         (
             "trained numbers",
-            f"{result.update_numbers:,} in {result.sites} layers, "
-            f"{result.module_numbers:,} in modules trained whole",
+            f"{result.num_update_parameters:,} in {result.sites} layers, "
+            f"{result.num_module_parameters:,} in modules trained whole",
         ),
         ("training", f"{result.steps:,} steps in {result.seconds:.1f} s, loss {result.loss:.4f}"),
         ("peak memory", f"{result.peak_memory / 1e6:,.0f} MB, {result.threads} threads"),
@@ -112,7 +112,8 @@ def foretell(found: "Estimate") -> str:
         ("trained whole", ", ".join(found.modules) or "nothing"),
         (
             "trained numbers",
-            f"{found.update_numbers:,} in layers, {found.module_numbers:,} in modules",
+            f"{found.num_update_parameters:,} in layers, "
+            f"{found.num_module_parameters:,} in modules",
         ),
         ("adapter", f"{found.adapter_bytes:,} bytes"),
         ("rows", f"{found.train_rows:,} to train on, {found.test_rows:,} held out"),

@@ -40,7 +40,7 @@ class _Caller(nn.Module):
         return getattr(self.delta, method)(*args)
 
 
-def numbers(delta: Delta) -> dict[str, Tensor]:
+def parameters_of(delta: Delta) -> dict[str, Tensor]:
     """θ by name: the delta's own trained numbers, and its bank's as bank.NAME."""
     own = {n: p for n, p in _Caller(delta).named_parameters() if ".start." not in f".{n}"}
     return {n.removeprefix("delta."): p.detach() for n, p in own.items()}
@@ -49,9 +49,9 @@ def numbers(delta: Delta) -> dict[str, Tensor]:
 def push(delta: Delta, v: Numbers) -> LowRank | Tensor:
     """J v: a LowRank of rank 2r where the method has factors, else a tensor (out, in).
 
-    `v` maps names of `numbers(delta)` to tensors of their shapes; missing names count as zero.
+    `v` maps names of `parameters_of(delta)` to tensors of their shapes; missing names count as zero.
     """
-    theta = numbers(delta)
+    theta = parameters_of(delta)
     for name in v:
         if name not in theta:
             raise InputError(f"no trained number is called {name!r}; {nearest(name, theta)}")
@@ -66,8 +66,8 @@ def push(delta: Delta, v: Numbers) -> LowRank | Tensor:
 
 
 def pull(delta: Delta, M: "Multiplies | LowRank | Tensor") -> dict[str, Tensor]:
-    """Jᵀ M for M (out, in): a tensor for every name of `numbers(delta)`."""
-    theta = numbers(delta)
+    """Jᵀ M for M (out, in): a tensor for every name of `parameters_of(delta)`."""
+    theta = parameters_of(delta)
     if delta.factors() is not None:
         (A, B), back = vjp(lambda t: _call(delta, t, "factors"), theta)[:2]
         pair = ((B.mT @ M) * delta.scale, (M @ A.mT) * delta.scale)

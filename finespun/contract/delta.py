@@ -197,7 +197,7 @@ class Delta(_Precise):
     def base_weight(self) -> Tensor:
         """W0 in the precision of the trained numbers, detached."""
         weight = self.site.weight().detach()
-        parameter = next(iter(self.numbers()), weight)
+        parameter = next(iter(self.trained_parameters()), weight)
         return weight.to(torch.promote_types(parameter.dtype, torch.float32))
 
     def factors(self) -> Factors | None:
@@ -250,7 +250,7 @@ class Delta(_Precise):
         zero = torch.zeros((), device=self.site.device)
         return zero.expand(shape.out_features, shape.in_features)
 
-    def numbers(self) -> Iterable[nn.Parameter]:
+    def trained_parameters(self) -> Iterable[nn.Parameter]:
         """The trained numbers of this site (the exact start's frozen copy is not among them)."""
         return (p for name, p in self.named_parameters() if not name.startswith("start."))
 

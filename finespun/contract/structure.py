@@ -70,7 +70,7 @@ class Plan:
 class Structure(Method):
     """Hyper-parameters of one way to write ΔW; subclass it beside a Delta.
 
-    `site_kind` is "linear", or "block" for a bypass; `usual_rate` is AdamW's learning rate where a
+    `site_kind` is "linear", or "block" for a bypass; `default_lr` is AdamW's learning rate where a
     recipe gives none. `dropout` acts on the input of the update while training; `seed` fixes every
     random draw.
     """
@@ -79,7 +79,7 @@ class Structure(Method):
     seed: int = 0
 
     site_kind: ClassVar[str] = "linear"
-    usual_rate: ClassVar[float] = 1e-3
+    default_lr: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
@@ -139,17 +139,17 @@ class Structure(Method):
         return type(self).form is not Structure.form
 
     # --- counts: the one source of every figure in docs, command line and reports ----------------
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         """Trained numbers at one site, in closed form."""
         raise NotImplementedError(f"{type(self).__name__} must count its numbers")
 
-    def shared_numbers(self, plan: Plan) -> int:
+    def num_shared_parameters(self, plan: Plan) -> int:
         """Trained numbers in the bank."""
         return 0
 
-    def total(self, plan: Plan) -> int:
+    def total_parameters(self, plan: Plan) -> int:
         """Trained numbers of the whole plan."""
-        return sum(self.numbers(s) for s in plan.sites) + self.shared_numbers(plan)
+        return sum(self.num_parameters(s) for s in plan.sites) + self.num_shared_parameters(plan)
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
         """Floating point operations (2 per multiply-add) that the update adds to a forward pass
@@ -174,12 +174,12 @@ class Structure(Method):
 @dataclass(frozen=True, kw_only=True)
 class Ranked(Structure):
     """A structure with a rank. The update is multiplied by alpha / rank; alpha is 2·rank unless
-    given (`usual_scale` where a method's own scale is another)."""
+    given (`default_scale` where a method's own scale is another)."""
 
     rank: int = 8
     alpha: float | None = None
 
-    usual_scale: ClassVar[float] = 2.0
+    default_scale: ClassVar[float] = 2.0
 
     aliases: ClassVar[Mapping[str, str]] = {
         "r": "rank",
@@ -197,7 +197,7 @@ class Ranked(Structure):
     @property
     def scale(self) -> float:
         """c = alpha / rank, the factor in front of the update."""
-        return self.usual_scale if self.alpha is None else self.alpha / self.rank
+        return self.default_scale if self.alpha is None else self.alpha / self.rank
 
     def choose(self, site: Site) -> dict[str, Any]:
         shape = site.shape

@@ -46,7 +46,7 @@ def mean_activations(
         return before
 
     with ExitStack() as undo:
-        if "_finespun_board" in model.__dict__:
+        if "_finespun_adapters" in model.__dict__:
             undo.enter_context(disabled(model))
         for name in counts:
             layer = known[name.partition(":")[0]]

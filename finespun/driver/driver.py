@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from finespun.contract.training import Moments
 from finespun.errors import InputError, StateError, TrainingError
-from finespun.hosts import Host, board_of
+from finespun.hosts import Host, adapter_set_of
 
 
 class Driver:
@@ -37,7 +37,7 @@ class Driver:
         if not (math.isfinite(max_grad_norm) and max_grad_norm >= 0):
             raise InputError(f"max_grad_norm={max_grad_norm} must be 0 (off) or positive; try 1.0")
         self.model, self.optimizer, self.moments = model, optimizer, list(moments)
-        self.entry = board_of(model)[name]
+        self.entry = adapter_set_of(model)[name]
         if not self.entry.live:
             raise StateError(f"{name!r} is not active: activate it before training")
         self.max_grad_norm = max_grad_norm
@@ -136,7 +136,7 @@ class Driver:
         ]
 
     def _trained(self) -> list[nn.Parameter]:
-        own = [p for d in self.entry.deltas.values() for p in d.numbers()]
+        own = [p for d in self.entry.deltas.values() for p in d.trained_parameters()]
         bank = [] if self.entry.bank is None else list(self.entry.bank.parameters())
         return [p for p in (*own, *bank) if p.requires_grad]
 
@@ -153,7 +153,7 @@ class Driver:
         after = iter(zip(before, self._trained()))
         still = []
         for name, delta in self.entry.deltas.items():
-            own = [next(after) for p in delta.numbers() if p.requires_grad]
+            own = [next(after) for p in delta.trained_parameters() if p.requires_grad]
             if own and not delta.silent and not any(bool((a != b).any()) for a, b in own):
                 still.append(name)
         bank = list(after)

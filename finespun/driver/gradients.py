@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from finespun.contract import Structure
 from finespun.errors import InputError, TrainingError
-from finespun.hosts import Host, board_of, disabled
+from finespun.hosts import Host, adapter_set_of, disabled
 from finespun.hosts import sites as sites_of
 from finespun.hosts.layers.quantised import quantised
 
@@ -42,7 +42,7 @@ def estimate_gradients(
     hosts = sites_of(model, sites, Structure())
     sums = {name: _zeros(host, device) for name, host in hosts.items()}
     total = 0.0
-    base = disabled(model) if "_finespun_board" in model.__dict__ else nullcontext()
+    base = disabled(model) if "_finespun_adapters" in model.__dict__ else nullcontext()
     with base, _frozen(model), _watched(list(hosts.values()), sums), torch.enable_grad():
         for batch in batches:
             found = loss(model, batch)
@@ -59,7 +59,7 @@ def start_from_gradients(model: nn.Module, name: str, batches: Iterable[Any], lo
     """Show every site of adapter `name` its gradient before training, where the structure wants it
     (`Structure.wants_gradient`): masks are chosen, starts drawn. Arguments and errors are those of
     `estimate_gradients`; StateError where the structure does not look at gradients."""
-    deltas = board_of(model)[name].deltas
+    deltas = adapter_set_of(model)[name].deltas
     gradients = estimate_gradients(model, deltas, batches, loss)
     for site, delta in deltas.items():
         gradient = gradients.pop(site)

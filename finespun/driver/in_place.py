@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from finespun.errors import StateError
-from finespun.hosts import Host, board_of, hosts_of, merge, unmerge
+from finespun.hosts import Host, adapter_set_of, hosts_of, merge, unmerge
 from finespun.hosts.adapter_set import Patch
 from finespun.kernels.entries import Entries, entries_gradient, write_entries
 
@@ -25,9 +25,9 @@ def in_place(model: nn.Module, name: str) -> Iterator[None]:
     StateError for other than linear layers, for updates that are not of few entries (SHiRA), and
     where the adapter is not active. Source: arXiv 2406.13175.
     """
-    board = board_of(model)
-    if all(name != active for active, _ in board.active):
-        raise StateError(f"{board[name].name!r} is not active: activate it before training")
+    adapter_set = adapter_set_of(model)
+    if all(name != active for active, _ in adapter_set.active):
+        raise StateError(f"{adapter_set[name].name!r} is not active: activate it before training")
     hosts = list(hosts_of(model, name).values())
     for host in hosts:
         if not host.featured or host.overlay is not None:
@@ -43,7 +43,7 @@ def in_place(model: nn.Module, name: str) -> Iterator[None]:
     finally:
         for layer in inside:
             layer.leave()
-        if name in board.merged:
+        if name in adapter_set.merged:
             unmerge(model)
 
 
@@ -52,7 +52,7 @@ class _Inside:
 
     def __init__(self, host: Host, name: str) -> None:
         self.host, self.name, self.delta = host, name, host.delta(name)
-        self.strength = host.board[name].scale
+        self.strength = host.adapter_set[name].scale
         index, _ = self._moves()
         self.at = Entries(index, (host.shape.out_features, host.shape.in_features))
         self.seen = id(index), index._version
@@ -67,9 +67,9 @@ class _Inside:
     @torch.no_grad()
     def write(self, module: nn.Module, args: Any) -> None:
         """Write w0 + c·v over the entries."""
-        board = self.host.board
-        kept = (board.kept or {}).get(self.host.name)
-        if self.name not in board.merged or not isinstance(kept, Patch):
+        adapter_set = self.host.adapter_set
+        kept = (adapter_set.kept or {}).get(self.host.name)
+        if self.name not in adapter_set.merged or not isinstance(kept, Patch):
             return
         index, values = self._moves()
         if (id(index), index._version) != self.seen:
@@ -80,7 +80,7 @@ class _Inside:
 
     def learn(self, x: Tensor) -> Tensor:
         """Zero, (..., out), whose backward hands the entries their gradient."""
-        if self.name not in self.host.board.merged:
+        if self.name not in self.host.adapter_set.merged:
             return x.new_zeros(())
         values = self.strength * self._moves()[1]
         zero: Tensor = _Learn.apply(x, values, self.at)  # type: ignore[no-untyped-call]

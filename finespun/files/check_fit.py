@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Size, Tensor, nn
 
-from finespun.adapters.packed import FlatState, Slot
+from finespun.adapters.packed import PackedTensors, Slot
 from finespun.contract import Bank, Plan, SiteShape
 from finespun.errors import BaseMismatch, FileError, TargetError, nearest
 from finespun.files.native import DAMAGED, Saved, check_scale, plan_as_json
@@ -92,7 +92,7 @@ def settle(model: nn.Module, entry: Entry) -> None:
     tables = [n for n in settled if "tokens" in choices[n]]
     shared = {**plan.shared, TIE: ties(model, tables)} if tables else plan.shared
     entry.plan = Plan(shapes, choices, {k: v for k, v in shared.items() if k != TIE or v})
-    entry.flat = FlatState.pack(tensors)
+    entry.flat = PackedTensors.pack(tensors)
 
 
 def _own_state(module: nn.Module) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ def _share(forms: Forms, entry: Entry) -> None:
     """Hold the plan, and the table where it is the same, once for all adapters of this form."""
     entry.plan = forms.plan
     if entry.flat is not None and list(entry.flat.table.items()) == list(forms.table.items()):
-        entry.flat = FlatState(entry.flat.data, forms.table)
+        entry.flat = PackedTensors(entry.flat.data, forms.table)
 
 
 def check_fit(model: nn.Module, entry: Entry) -> None:

@@ -25,8 +25,8 @@ from finespun.files.peft.full_form import BESIDE, Form, check_tied, full_form
 from finespun.files.peft.write import lora_config, tokens_config, write_lora
 from finespun.files.provenance.fingerprint import fingerprint
 from finespun.files.provenance.lineage import Lineage, lineage_of
-from finespun.hosts import Entry, board_of, materialise, modules, plain_class
-from finespun.hosts.layers.slices import PartHost
+from finespun.hosts import Entry, adapter_set_of, materialise, modules, plain_class
+from finespun.hosts.layers.slices import SliceHost
 from finespun.linalg import LowRank
 from finespun.methods.structures.dora import DoRADelta
 
@@ -98,7 +98,7 @@ def export(
         raise InputError(f"rank={rank} must be at least 1; try {SERVED_RANK}")
     if max_error is not None and not 0 <= max_error < 1:
         raise InputError(f"max_error={max_error} must lie in [0, 1); try 0.01")
-    entry = board_of(model)[name]
+    entry = adapter_set_of(model)[name]
     materialise(model, entry)
     checked_tensors(entry)
     check_tied(entry, portable)
@@ -168,7 +168,7 @@ def _updates(entry: Entry, portable: bool, kinds: Sequence[str]) -> dict[str, Lo
             update = LowRank(delta.A.detach(), delta.B.detach() * delta.scale)
         else:
             update = delta.as_low_rank() * entry.scale
-        if isinstance(site, PartHost):
+        if isinstance(site, SliceHost):
             below = site.whole.shape.out_features - site.end
             update = LowRank(update.A, F.pad(update.B, (0, 0, site.start, below)))
             name = site.whole.name

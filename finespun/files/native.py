@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from finespun.adapters.packed import FlatState
+from finespun.adapters.packed import PackedTensors
 from finespun.contract import Plan, SiteShape, Structure
 from finespun.errors import FileError, InputError, StateError, StrictError, nearest
 from finespun.files.provenance.fingerprint import Fingerprint, fingerprint
 from finespun.files.provenance.lineage import Lineage, lineage_of
 from finespun.files.provenance.model_card import model_card, write_card
-from finespun.hosts import Entry, board_of, tensors_of
+from finespun.hosts import Entry, adapter_set_of, tensors_of
 from finespun.methods.structures import STRUCTURES, structure
 from finespun.storage.atomic import located, settled, whole_folder
 from finespun.storage.safe_io import (
@@ -76,7 +76,7 @@ def save(
     Raises StateError for numbers that are NaN, infinite or sharded away, FileError where the folder
     cannot be written.
     """
-    entry = board_of(model)[name]
+    entry = adapter_set_of(model)[name]
     checked_tensors(entry)
     base = fingerprint(model, entry.trained)
     return write(entry, base, lineage or lineage_of(entry.structure), folder)
@@ -129,7 +129,7 @@ def read(folder: str | Path, strict: bool = True) -> Saved:
             plan=plan_from_json(content["plan"], strict, notes),
             trained=tuple(_text(t, "trained") for t in _list(content["trained"], "trained")),
             scale=finite_number(content["strength"], "strength"),
-            flat=FlatState.pack(held.tensors),
+            flat=PackedTensors.pack(held.tensors),
         )
         if not entry.plan.sites and not entry.trained:
             raise FileError("neither a site nor a trained module is named")

@@ -1,7 +1,7 @@
 """Where a ΔW attaches: the adapted layer, routing of rows, attach, merge and detach."""
 
-from finespun.adapters.packed import FlatState
-from finespun.hosts.adapter_set import Board, Entry, board_of
+from finespun.adapters.packed import PackedTensors
+from finespun.hosts.adapter_set import AdapterSet, Entry, adapter_set_of
 from finespun.hosts.attach import (
     hosts_of,
     load_tensors,
@@ -14,7 +14,7 @@ from finespun.hosts.attach import (
 )
 from finespun.hosts.freezing import freeze_others, give_back
 from finespun.hosts.gathering import gathered
-from finespun.hosts.insertion import unseat
+from finespun.hosts.insertion import remove_delta
 from finespun.hosts.layers.block import link
 from finespun.hosts.layers.host import Host
 from finespun.hosts.layers.kinds import sites
@@ -26,14 +26,14 @@ from finespun.hosts.targets import find, find_head, modules
 
 __all__ = [
     "Adapted",
-    "Board",
+    "AdapterSet",
     "Entry",
-    "FlatState",
     "Host",
     "LinearHost",
+    "PackedTensors",
     "activate",
     "adapted_class",
-    "board_of",
+    "adapter_set_of",
     "disabled",
     "evict",
     "find",
@@ -51,10 +51,10 @@ __all__ = [
     "plain_class",
     "register",
     "remove",
+    "remove_delta",
     "replace",
     "rows",
     "sites",
     "tensors_of",
     "unmerge",
-    "unseat",
 ]

@@ -14,10 +14,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from finespun.adapters.packed import FlatState
+from finespun.adapters.packed import PackedTensors
 from finespun.contract import Bank, Delta, Plan, Structure
 from finespun.errors import InputError, StateError, nearest
-from finespun.hosts.factor_cache import Former
+from finespun.hosts.factor_cache import FactorCache
 
 Weights = tuple[tuple[str, float], ...]
 LOCK = Lock()
@@ -52,8 +52,8 @@ class Entry:
     deltas: dict[str, Delta] = field(default_factory=dict)
     copies: dict[str, nn.Module] = field(default_factory=dict)
     bank: Bank | None = None
-    flat: FlatState | None = None
-    former: Former | None = None
+    flat: PackedTensors | None = None
+    factor_cache: FactorCache | None = None
     watched: bool = False
 
     @property
@@ -116,7 +116,7 @@ class Rows:
         return [(name, torch.cat(parts).to(device)) for name, parts in numbers.items()]
 
 
-class Board:
+class AdapterSet:
     """Shared by all adapted layers of one model.
 
     `rows` and `disabled` change what every layer does, so one thread at a time may use them, and
@@ -224,12 +224,12 @@ class Board:
         )
 
 
-def board_of(model: nn.Module) -> Board:
+def adapter_set_of(model: nn.Module) -> AdapterSet:
     """The model's board. Raises StateError when nothing was ever adapted."""
-    board = model.__dict__.get("_finespun_board")
-    if not isinstance(board, Board):
+    adapter_set = model.__dict__.get("_finespun_adapters")
+    if not isinstance(adapter_set, AdapterSet):
         raise StateError(f"this {type(model).__name__} has no adapters; adapt or load one first")
-    return board
+    return adapter_set
 
 
 def alone(change: F) -> F:
@@ -237,7 +237,7 @@ def alone(change: F) -> F:
 
     @functools.wraps(change)
     def guarded(model: nn.Module, *args: Any, **options: Any) -> Any:
-        with board_of(model).guard():
+        with adapter_set_of(model).guard():
             return change(model, *args, **options)
 
     return cast(F, guarded)

@@ -9,14 +9,21 @@ from torch import Tensor, nn
 from finespun.contract import Delta, Plan, Scores, Structure
 from finespun.errors import InputError, StateError, TargetError, nearest
 from finespun.hosts import forward_hooks as passes
-from finespun.hosts.adapter_set import Board, Entry, alone, board_of
-from finespun.hosts.factor_cache import Former
-from finespun.hosts.insertion import all_hosts, bare, children, front, seat, unseat
+from finespun.hosts.adapter_set import AdapterSet, Entry, adapter_set_of, alone
+from finespun.hosts.factor_cache import FactorCache
+from finespun.hosts.insertion import (
+    all_hosts,
+    children,
+    insert_delta,
+    put_in_front,
+    remove_delta,
+    restore_class,
+)
 from finespun.hosts.layers.block import link
 from finespun.hosts.layers.copies import CopyHost
 from finespun.hosts.layers.host import Host
 from finespun.hosts.layers.kinds import sites
-from finespun.hosts.layers.tied import TIE, Mirror, ties
+from finespun.hosts.layers.tied import TIE, TiedDelta, ties
 from finespun.hosts.targets import modules, unread
 
 BANKS = "finespun_banks"
@@ -47,9 +54,11 @@ def new_entry(
     tie: bool = False,
 ) -> Entry:
     """Plan, build and attach a new adapter; on any error the model is left as it was."""
-    board = model.__dict__.get("_finespun_board")
-    if isinstance(board, Board) and board.merged:
-        raise StateError(f"{', '.join(board.merged)} is merged into the weights; unmerge it first")
+    adapter_set = model.__dict__.get("_finespun_adapters")
+    if isinstance(adapter_set, AdapterSet) and adapter_set.merged:
+        raise StateError(
+            f"{', '.join(adapter_set.merged)} is merged into the weights; unmerge it first"
+        )
     if scores is not None and structure.wants_scores is None:
         raise InputError(f"{structure.kind} with these options chooses nothing by scores")
     found = list(sites(model, targets, structure).values())
@@ -72,25 +81,25 @@ def register(model: nn.Module, entry: Entry) -> None:
     bad = [c for c in ".:/" if c in entry.name]
     if bad or not entry.name:
         raise InputError(f"adapter name {entry.name!r} must be non-empty and hold none of . : /")
-    if "_finespun_board" not in model.__dict__:
+    if "_finespun_adapters" not in model.__dict__:
         wrapped = {c.__name__ for c in type(model).__mro__} & WRAPPERS
         if wrapped:
             raise StateError(
                 f"the model is wrapped by {', '.join(sorted(wrapped))} already: adapt or load "
                 "before that, so that its new parameters are seen there and keep their names"
             )
-        model.__dict__["_finespun_board"] = Board()
+        model.__dict__["_finespun_adapters"] = AdapterSet()
         model.__dict__["_finespun_hooks"] = (
             model.register_forward_pre_hook(passes.enter, with_kwargs=True),
             model.register_forward_hook(passes.leave, always_call=True),
         )
-    board = board_of(model)
-    board.check_in_place()
-    if entry.name in board.entries:
+    adapter_set = adapter_set_of(model)
+    adapter_set.check_in_place()
+    if entry.name in adapter_set.entries:
         raise InputError(
             f"an adapter called {entry.name!r} is already there; choose another name or detach it"
         )
-    board.entries[entry.name] = entry
+    adapter_set.entries[entry.name] = entry
 
 
 def check_trained(model: nn.Module, targets: Sequence[str], trained: Sequence[str]) -> None:
@@ -116,7 +125,7 @@ def materialise(model: nn.Module, entry: Entry) -> None:
     """Create the entry's modules and put them into the layers: O(sites), once."""
     if entry.live:
         return
-    board, structure = board_of(model), entry.structure
+    adapter_set, structure = adapter_set_of(model), entry.structure
     state = {} if entry.flat is None else entry.flat.tensors()
     hosts = sites(model, (s.name for s in entry.plan.sites), structure)
     entry.plan.fit(h.shape for h in hosts.values())
@@ -135,16 +144,16 @@ def materialise(model: nn.Module, entry: Entry) -> None:
                 f"{structure.kind} has no factors: at {name!r} its dense update would hold "
                 f"{host.shape.out_features * host.shape.in_features:,} numbers; use lora or lsr"
             )
-        host.board = board
-        seat(host, entry.name, delta)
+        host.adapter_set = adapter_set
+        insert_delta(host, entry.name, delta)
         entry.deltas[name] = delta
     for other, name in entry.plan.shared.get(TIE, {}).items():
         host = sites(model, [other], structure)[other]
-        mirror = Mirror(host, hosts[name], entry.name).train(host.layer.training)
-        mirror.__dict__["owner"], host.board = entry.name, board
-        seat(host, entry.name, mirror)
+        tied = TiedDelta(host, hosts[name], entry.name).train(host.layer.training)
+        tied.__dict__["owner"], host.adapter_set = entry.name, adapter_set
+        insert_delta(host, entry.name, tied)
     for name in entry.trained:
-        entry.copies[name] = _add_copy(model, name, board, entry.name)
+        entry.copies[name] = _add_copy(model, name, adapter_set, entry.name)
     if state:
         load_tensors(entry, state)
         entry.flat = None
@@ -161,16 +170,16 @@ def replace(
     link(entry.name, plan, deltas)
     entry.structure, entry.plan, entry.deltas = structure, plan, deltas
     forms = deltas and structure.forms_together
-    entry.former = Former(structure, list(deltas.values())) if forms else None
+    entry.factor_cache = FactorCache(structure, list(deltas.values())) if forms else None
 
 
-def _add_copy(model: nn.Module, name: str, board: Board, adapter: str) -> nn.Module:
+def _add_copy(model: nn.Module, name: str, adapter_set: AdapterSet, adapter: str) -> nn.Module:
     module = modules(model)[name]
-    host = module.__dict__.get("_finespun") or CopyHost(module, name, board)
+    host = module.__dict__.get("_finespun") or CopyHost(module, name, adapter_set)
     if not isinstance(host, CopyHost):
         raise TargetError(f"{name!r} is adapted already and cannot also be trained whole")
     twin = host.original()
-    front(module, host, "copies")[adapter] = twin
+    put_in_front(module, host, "copies")[adapter] = twin
     return twin
 
 
@@ -238,34 +247,34 @@ def _parts(entry: Entry) -> Iterator[tuple[str, nn.Module]]:
 def remove(model: nn.Module, name: str) -> None:
     """Forget an adapter and restore every module that carries none; the last one restores the
     model itself."""
-    board = board_of(model)
-    entry = board[name]
-    if name in board.merged:
+    adapter_set = adapter_set_of(model)
+    entry = adapter_set[name]
+    if name in adapter_set.merged:
         raise StateError(f"{name!r} is merged; unmerge it before detaching")
-    if board.rows is not None and name in board.rows.names:
+    if adapter_set.rows is not None and name in adapter_set.rows.names:
         raise StateError(f"{name!r} serves rows; leave rows() before detaching it")
-    board.active = tuple((n, w) for n, w in board.active if n != name)
+    adapter_set.active = tuple((n, w) for n, w in adapter_set.active if n != name)
     take_out(model, entry)
-    del board.entries[name]
-    if not board.entries:
+    del adapter_set.entries[name]
+    if not adapter_set.entries:
         for hook in model.__dict__.pop("_finespun_hooks"):
             hook.remove()
-        del model.__dict__["_finespun_board"]
+        del model.__dict__["_finespun_adapters"]
 
 
 def take_out(model: nn.Module, entry: Entry) -> None:
     """Take an adapter's modules out of the layers and forget them."""
     for host in hosts_of(model, entry.name).values():
-        unseat(host, entry.name)
+        remove_delta(host, entry.name)
     known = modules(model)
     for name in entry.trained:
         held = known[name]._modules.get("copies")
         if isinstance(held, nn.ModuleDict) and entry.name in held:
             del held[entry.name]
             if not held:
-                bare(known[name], "copies")
+                restore_class(known[name], "copies")
     _take_bank(model, entry)
-    entry.deltas, entry.copies, entry.former = {}, {}, None
+    entry.deltas, entry.copies, entry.factor_cache = {}, {}, None
 
 
 def _take_bank(model: nn.Module, entry: Entry) -> None:

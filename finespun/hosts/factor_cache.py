@@ -23,7 +23,7 @@ def _count_step(*_: object) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-class Former:
+class FactorCache:
     """Forms A and B of all deltas of one adapter by `structure.form`, once per forward pass.
 
     With gradients they are formed when the root module is entered, and recomputation inside a

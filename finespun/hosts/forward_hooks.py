@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finespun.hosts.adapter_set import Board, Entry, board_of
-from finespun.hosts.factor_cache import Former
+from finespun.hosts.adapter_set import AdapterSet, Entry, adapter_set_of
+from finespun.hosts.factor_cache import FactorCache
 from finespun.hosts.insertion import all_hosts
 from finespun.hosts.layers.copies import CopyHost
 from finespun.hosts.targets import modules
@@ -20,27 +20,27 @@ MAIN = ("inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_in
 
 def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The root begins: rows are counted, factors formed."""
-    board = board_of(model)
+    adapter_set = adapter_set_of(model)
     if not torch.compiler.is_compiling():
-        board.enter()
-        for entry in _unwatched(model, board):
+        adapter_set.enter()
+        for entry in _unwatched(model, adapter_set):
             for _, host in _places(model, entry):
                 host.ran = False
-    if board.rows is not None and (x := batch(args, kwargs)) is not None:
-        board.rows.check(len(x), board.several)
-    for former in _formers(board):
-        former.enter()
+    if adapter_set.rows is not None and (x := batch(args, kwargs)) is not None:
+        adapter_set.rows.check(len(x), adapter_set.several)
+    for factor_cache in _factor_caches(adapter_set):
+        factor_cache.enter()
 
 
 def leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """The root has ended, normally or by an exception (then there is no output)."""
-    board = board_of(model)
+    adapter_set = adapter_set_of(model)
     if not torch.compiler.is_compiling():
-        board.leave()
+        adapter_set.leave()
         if output is not None:
-            _watch(model, board)
-    for former in _formers(board):
-        former.leave()
+            _watch(model, adapter_set)
+    for factor_cache in _factor_caches(adapter_set):
+        factor_cache.leave()
 
 
 def batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -53,17 +53,17 @@ def batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
-def _formers(board: Board) -> list[Former]:
-    routed = () if board.rows is None else board.rows.names
-    names = {n for n, _ in board.in_force()} | {n for n in routed if n is not None}
-    return [f for n in names if (f := board.entries[n].former) is not None]
+def _factor_caches(adapter_set: AdapterSet) -> list[FactorCache]:
+    routed = () if adapter_set.rows is None else adapter_set.rows.names
+    names = {n for n, _ in adapter_set.in_force()} | {n for n in routed if n is not None}
+    return [f for n in names if (f := adapter_set.entries[n].factor_cache) is not None]
 
 
-def _unwatched(model: nn.Module, board: Board) -> list[Entry]:
+def _unwatched(model: nn.Module, adapter_set: AdapterSet) -> list[Entry]:
     """Active adapters whose first training pass is under way."""
     if not (model.training and torch.is_grad_enabled()):
         return []
-    return [e for n, _ in board.in_force() if not (e := board.entries[n]).watched]
+    return [e for n, _ in adapter_set.in_force() if not (e := adapter_set.entries[n]).watched]
 
 
 def _places(model: nn.Module, entry: Entry) -> Iterator[tuple[str, Any]]:
@@ -76,10 +76,10 @@ def _places(model: nn.Module, entry: Entry) -> Iterator[tuple[str, Any]]:
             yield name, host
 
 
-def _watch(model: nn.Module, board: Board) -> None:
+def _watch(model: nn.Module, adapter_set: AdapterSet) -> None:
     """Warn, once for each adapter, of layers that the first training pass left out. Layers whose
     names differ by numbers alone count as one kind: single experts and blocks may rest."""
-    for entry in _unwatched(model, board):
+    for entry in _unwatched(model, adapter_set):
         entry.watched = True
         ran: dict[str, list[tuple[str, bool]]] = {}
         for name, host in _places(model, entry):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finespun.errors import StateError
-from finespun.hosts.adapter_set import Entry, board_of
+from finespun.hosts.adapter_set import Entry, adapter_set_of
 from finespun.hosts.coupling import Family, family, width
 from finespun.hosts.layers.host import Host
 from finespun.hosts.layers.kinds import sites
@@ -32,17 +32,17 @@ def gathered(model: nn.Module, name: str = "default") -> Iterator[None]:
     a block with quantised or shared weights or other ones that may follow the same features.
     Source: arXiv 2412.06289.
     """
-    board = board_of(model)
-    entry = board[name]
-    if board.merged or board.gathered or len(board.entries) > 1 or not entry.live:
+    adapter_set = adapter_set_of(model)
+    entry = adapter_set[name]
+    if adapter_set.merged or adapter_set.gathered or len(adapter_set.entries) > 1 or not entry.live:
         raise StateError(
             f"only {name!r}, active and not merged, may be on the model while its units are "
-            f"gathered; there are {', '.join(board.entries)}"
+            f"gathered; there are {', '.join(adapter_set.entries)}"
         )
     moves = list(_moves(model, entry))
     with ExitStack() as undo:
-        board.gathered = name
-        undo.callback(setattr, board, "gathered", None)
+        adapter_set.gathered = name
+        undo.callback(setattr, adapter_set, "gathered", None)
         for move in moves:
             undo.callback(move.apply, move.order.argsort())
             move.apply(move.order)

@@ -11,7 +11,7 @@ from finespun.errors import StateError, TargetError
 from finespun.hosts.layers.copies import CopyHost
 from finespun.hosts.layers.host import Host
 from finespun.hosts.layers.layer import OWN, Adapted, adapted_class, plain_class
-from finespun.hosts.layers.slices import PartHost, PartsHost
+from finespun.hosts.layers.slices import SliceHost, SlicesHost
 from finespun.hosts.targets import modules
 
 HOOKED = "_old_forward"  # where accelerate's hooks keep the forward that they call
@@ -25,7 +25,7 @@ def host_at(module: nn.Module, part: str = "") -> Host | None:
     own = module.__dict__.get("_finespun")
     if isinstance(own, CopyHost):
         raise TargetError(f"{own.name!r} is trained whole by another adapter: no delta fits")
-    if isinstance(own, PartsHost):
+    if isinstance(own, SlicesHost):
         if not part:
             raise TargetError(f"parts of {own.whole.name!r} are adapted: name parts, not the whole")
         return own.parts.get(part)
@@ -40,41 +40,41 @@ def all_hosts(model: nn.Module) -> Iterator[Host]:
         own = module.__dict__.get("_finespun")
         if isinstance(own, Host):
             yield own
-        elif isinstance(own, PartsHost):
+        elif isinstance(own, SlicesHost):
             yield from own.parts.values()
 
 
-def seat(host: Host, adapter: str, delta: Delta) -> None:
+def insert_delta(host: Host, adapter: str, delta: Delta) -> None:
     """Put a delta into its layer; the adapted class comes in front with the first one."""
-    host_at(host.layer, host.part if isinstance(host, PartHost) else "")
-    if not isinstance(host, PartHost):
-        front(host.layer, host, "deltas")[adapter] = delta
+    host_at(host.layer, host.part if isinstance(host, SliceHost) else "")
+    if not isinstance(host, SliceHost):
+        put_in_front(host.layer, host, "deltas")[adapter] = delta
         return
-    beside = host.layer.__dict__.get("_finespun") or PartsHost(host.whole)
+    beside = host.layer.__dict__.get("_finespun") or SlicesHost(host.whole)
     if host.part not in beside.parts:
         beside.add(host)
-    parts = front(host.layer, beside, "deltas")
+    parts = put_in_front(host.layer, beside, "deltas")
     if host.part not in parts:
         parts[host.part] = nn.ModuleDict().train(host.layer.training)
     host.deltas()[adapter] = delta
 
 
-def unseat(host: Host, adapter: str) -> None:
+def remove_delta(host: Host, adapter: str) -> None:
     """Take a delta out; the last one restores the layer's class."""
     held = host.deltas()
     if adapter in held:
         del held[adapter]
     if held:
         return
-    if isinstance(host, PartHost):
+    if isinstance(host, SliceHost):
         beside = host.layer.__dict__["_finespun"]
         del beside.parts[host.part], children(host.layer, "deltas")[host.part]
         if beside.parts:
             return
-    bare(host.layer, "deltas")
+    restore_class(host.layer, "deltas")
 
 
-def front(module: nn.Module, host: Any, child: str) -> nn.ModuleDict:
+def put_in_front(module: nn.Module, host: Any, child: str) -> nn.ModuleDict:
     """Put the adapted class in front, once, and return the dictionary for the adapters' modules."""
     if not isinstance(module, Adapted):
         module._modules[child] = nn.ModuleDict().train(module.training)
@@ -105,7 +105,7 @@ def _give_forward(module: nn.Module) -> None:
         own[key] = MethodType(plain_class(module).forward, module)
 
 
-def bare(module: nn.Module, child: str) -> None:
+def restore_class(module: nn.Module, child: str) -> None:
     """Give the module its own class back. Raises StateError where another class came in front."""
     if type(module).__mro__[1] is not Adapted:
         raise StateError(

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from finespun.contract import Delta
 from finespun.errors import InputError, StateError
-from finespun.hosts.adapter_set import Board, Kept, Patch, alone, board_of
+from finespun.hosts.adapter_set import AdapterSet, Kept, Patch, adapter_set_of, alone
 from finespun.hosts.attach import hosts_of, materialise
 from finespun.hosts.layers.host import Host, Stored
-from finespun.hosts.layers.slices import PartHost
-from finespun.hosts.layers.tied import Mirror
+from finespun.hosts.layers.slices import SliceHost
+from finespun.hosts.layers.tied import TiedDelta
 from finespun.kernels.entries import entries_of, write_entries
 
 Undo = Literal["memory", "entries", "none"]
@@ -30,18 +30,18 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
     Raises StateError for adapters that cannot be merged so, for tied weights, and while adapters
     are merged already. An error on the way restores every weight.
     """
-    board = board_of(model)
-    board.check_in_place()
+    adapter_set = adapter_set_of(model)
+    adapter_set.check_in_place()
     if undo not in ("memory", "entries", "none"):
         raise InputError(f"undo={undo!r} is not known; try 'memory', 'entries' or 'none'")
-    if board.merged:
-        raise StateError(f"{', '.join(board.merged)} is merged already; unmerge first")
-    if board.rows is not None:
+    if adapter_set.merged:
+        raise StateError(f"{', '.join(adapter_set.merged)} is merged already; unmerge first")
+    if adapter_set.rows is not None:
         raise StateError("rows have adapters of their own here: leave rows() before merging")
     for name in weights:
-        materialise(model, board[name])
+        materialise(model, adapter_set[name])
     hosts = {n: h for n, h in hosts_of(model).items() if any(w in h.held() for w in weights)}
-    strengths = {name: w * board[name].scale for name, w in weights.items()}
+    strengths = {name: w * adapter_set[name].scale for name, w in weights.items()}
     _check(model, hosts, weights)
     if undo == "entries":
         _check_sparse(hosts, weights)
@@ -58,15 +58,15 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
         if undo != "none":
             _put_back(hosts, kept)
             raise
-        board.merged = dict(weights)
+        adapter_set.merged = dict(weights)
         raise StateError(
             f"merging in place stopped at {list(kept)[-1:]}: part of the weights is merged and "
             "cannot be taken back; reload the model"
         ) from error
-    board.merged = dict(weights)
+    adapter_set.merged = dict(weights)
     if undo == "none":
         return 0
-    board.kept = kept
+    adapter_set.kept = kept
     return sum(t.nbytes for held in kept.values() for t in _tensors(held) if t is not None)
 
 
@@ -78,39 +78,39 @@ def unmerge(model: nn.Module) -> None:
     Raises StateError, and changes nothing, where somebody has edited entries that the merge wrote;
     an edit of other entries stays.
     """
-    board = board_of(model)
-    if not board.merged:
+    adapter_set = adapter_set_of(model)
+    if not adapter_set.merged:
         raise StateError("nothing is merged")
-    if board.kept is None:
+    if adapter_set.kept is None:
         raise StateError(
             "merged with undo='none': the base weights were not kept; reload the model"
         )
-    _take_out(hosts_of(model), board.kept)
-    board.merged, board.kept = {}, None
+    _take_out(hosts_of(model), adapter_set.kept)
+    adapter_set.merged, adapter_set.kept = {}, None
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model is its base, bit for bit, whatever is active or merged."""
-    board = board_of(model)
-    with board.guard():
-        yield from _base_alone(model, board)
+    adapter_set = adapter_set_of(model)
+    with adapter_set.guard():
+        yield from _base_alone(model, adapter_set)
 
 
-def _base_alone(model: nn.Module, board: Board) -> Iterator[None]:
-    before = board.active, board.rows, board.merged, board.kept
+def _base_alone(model: nn.Module, adapter_set: AdapterSet) -> Iterator[None]:
+    before = adapter_set.active, adapter_set.rows, adapter_set.merged, adapter_set.kept
     hosts = hosts_of(model)
     merged: dict[str, Kept] = {}
-    if board.merged:
-        if board.kept is None:
+    if adapter_set.merged:
+        if adapter_set.kept is None:
             raise StateError("merged with undo='none': the base cannot be shown; reload the model")
-        merged = _take_out(hosts, board.kept)
-    board.active, board.rows, board.merged, board.kept = (), None, {}, None
+        merged = _take_out(hosts, adapter_set.kept)
+    adapter_set.active, adapter_set.rows, adapter_set.merged, adapter_set.kept = (), None, {}, None
     try:
         yield
     finally:
         _put_back(hosts, merged)
-        board.active, board.rows, board.merged, board.kept = before
+        adapter_set.active, adapter_set.rows, adapter_set.merged, adapter_set.kept = before
 
 
 def _put_back(hosts: dict[str, Host], kept: dict[str, Kept]) -> None:
@@ -137,7 +137,7 @@ def _take_out(hosts: dict[str, Host], kept: dict[str, Kept]) -> dict[str, Kept]:
             continue
         _put_back(hosts, found)
         raise StateError(
-            f"the weight of {name!r} was edited while {', '.join(hosts[name].board.merged)} is "
+            f"the weight of {name!r} was edited while {', '.join(hosts[name].adapter_set.merged)} is "
             "merged into it: taking the update out would lose half of that edit. Undo the edit, or "
             "reload the model"
         )
@@ -168,7 +168,7 @@ def _check(model: nn.Module, hosts: dict[str, Host], weights: dict[str, float]) 
                     f"{adapter!r} adds around {name!r}, not into a weight: it cannot be merged"
                 )
         weight = own[name]
-        if uses[weight] > reached[weight] and not isinstance(host, PartHost):
+        if uses[weight] > reached[weight] and not isinstance(host, SliceHost):
             raise StateError(
                 f"{name!r} shares its weight with another module: untie them before merging "
                 'them (tie_word_embeddings=False), or adapt with tie="both"'
@@ -224,7 +224,7 @@ def _fold(
     active = [
         (held[name], c)
         for name, c in strengths.items()
-        if name in held and not isinstance(held[name], Mirror)
+        if name in held and not isinstance(held[name], TiedDelta)
     ]
     if not active:
         return

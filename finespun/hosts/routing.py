@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from finespun.adapters.packed import FlatState
+from finespun.adapters.packed import PackedTensors
 from finespun.errors import InputError, StateError
-from finespun.hosts.adapter_set import Board, Rows, alone, board_of
+from finespun.hosts.adapter_set import AdapterSet, Rows, adapter_set_of, alone
 from finespun.hosts.attach import materialise, take_out, tensors_of
 from finespun.hosts.forward_hooks import batch
 
@@ -18,22 +18,22 @@ from finespun.hosts.forward_hooks import batch
 def activate(model: nn.Module, wanted: str | Sequence[str] | Mapping[str, float] | None) -> None:
     """Make these adapters act, with weights where a mapping is given; None is the base alone.
     Raises StateError while another thread runs the model."""
-    board = board_of(model)
-    weights = board.weights(wanted)
+    adapter_set = adapter_set_of(model)
+    weights = adapter_set.weights(wanted)
     for name, _ in weights:
-        materialise(model, board[name])
-    board.active = weights
+        materialise(model, adapter_set[name])
+    adapter_set.active = weights
 
 
 @alone
 def evict(model: nn.Module, name: str) -> None:
     """Keep only the flat tensor of an inactive adapter; its modules are made anew when needed."""
-    board = board_of(model)
-    entry = board[name]
-    if board.used(name):
+    adapter_set = adapter_set_of(model)
+    entry = adapter_set[name]
+    if adapter_set.used(name):
         raise StateError(f"{name!r} is active; activate another adapter before evicting it")
     if entry.live:
-        entry.flat = FlatState.pack(tensors_of(entry))
+        entry.flat = PackedTensors.pack(tensors_of(entry))
         take_out(model, entry)
 
 
@@ -51,9 +51,11 @@ def rows(
     `lengths`, names[i] serves the next lengths[i] positions of a packed batch instead. Another
     number of rows or positions raises StateError, and so does a layer that cannot tell them apart.
     """
-    board = board_of(model)
-    if board.merged:
-        raise StateError(f"{', '.join(board.merged)} is merged into the weights; unmerge it first")
+    adapter_set = adapter_set_of(model)
+    if adapter_set.merged:
+        raise StateError(
+            f"{', '.join(adapter_set.merged)} is merged into the weights; unmerge it first"
+        )
     if isinstance(names, str) or not all(n is None or isinstance(n, str) for n in names):
         raise InputError(f"rows takes a list with a name, or None, for each row, not {names!r}")
     if lengths is not None and (len(lengths) != len(names) or min(lengths, default=1) < 0):
@@ -61,18 +63,18 @@ def rows(
     if repeat < 1 or (lengths is not None and repeat != 1):
         raise InputError(f"repeat={repeat} must be at least 1, and 1 where lengths are given")
     for name in {n for n in names if n is not None}:
-        materialise(model, board[name])
-    with board.guard(), _generating(model, board):
-        before = board.rows
-        board.rows = Rows(tuple(names), None if lengths is None else tuple(lengths), repeat)
+        materialise(model, adapter_set[name])
+    with adapter_set.guard(), _generating(model, adapter_set):
+        before = adapter_set.rows
+        adapter_set.rows = Rows(tuple(names), None if lengths is None else tuple(lengths), repeat)
         try:
             yield
         finally:
-            board.rows = before
+            adapter_set.rows = before
 
 
 @contextmanager
-def _generating(model: nn.Module, board: Board) -> Iterator[None]:
+def _generating(model: nn.Module, adapter_set: AdapterSet) -> Iterator[None]:
     """Around the model's `generate`: it is given the rows that are named, and repeats them."""
     inner = getattr(model, "generate", None)
     if inner is None:
@@ -81,13 +83,13 @@ def _generating(model: nn.Module, board: Board) -> Iterator[None]:
 
     @functools.wraps(inner)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        if board.rows is not None and (x := batch(args, kwargs)) is not None:
-            board.rows.check(len(x), board.several)
-        before, board.several = board.several, True
+        if adapter_set.rows is not None and (x := batch(args, kwargs)) is not None:
+            adapter_set.rows.check(len(x), adapter_set.several)
+        before, adapter_set.several = adapter_set.several, True
         try:
             return inner(*args, **kwargs)
         finally:
-            board.several = before
+            adapter_set.several = before
 
     own = model.__dict__
     hidden = {"generate": own["generate"]} if "generate" in own else {}

@@ -146,7 +146,7 @@ class Training(Section):
     batch_size: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1, description="batches to a step")
     pack: bool = Field(False, description="with a prompt: a batch as one row, without padding")
-    rate: float | None = Field(None, gt=0, description="null: the structure's own, 1e-3 for most")
+    lr: float | None = Field(None, gt=0, description="null: the structure's own, 1e-3 for most")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_share: float = Field(0.06, ge=0, lt=1, description="the share of steps of rising rate")
     weight_decay: float = Field(0.01, ge=0)
@@ -168,7 +168,7 @@ class Recipe(Document):
     targets: Annotated[str, Field(min_length=1)] | tuple[str, ...] = Field(
         "all-linear", description="layers by name or suffix, a regex, all-linear, or [] for none"
     )
-    train: tuple[str, ...] | None = Field(
+    train_modules: tuple[str, ...] | None = Field(
         None, description="other modules to train; null: the untrained head"
     )
     allocation: AnyAllocation = Field(
@@ -187,11 +187,11 @@ class Recipe(Document):
         return self
 
     @property
-    def rate(self) -> float:
+    def lr(self) -> float:
         """The learning rate: the recipe's, else the default of its structure."""
-        if self.training.rate is not None:
-            return self.training.rate
-        return self.structure.usual_rate
+        if self.training.lr is not None:
+            return self.training.lr
+        return self.structure.default_lr
 
     def changed(self, overrides: Sequence[str]) -> Self:
         """The same recipe with `section.key=value` overrides. Raises InputError."""
@@ -201,7 +201,7 @@ class Recipe(Document):
     def dump(self) -> str:
         """YAML with defaults written out; `parse(dump()).dump()` is the same text."""
         values = self.model_dump(mode="json")
-        values["training"]["rate"] = self.rate
+        values["training"]["lr"] = self.lr
         for key in ("task",) if self.data.task is None else TABLE:
             del values["data"][key]
         for key in OPTIONAL:

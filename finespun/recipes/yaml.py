@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from finespun.deprecated import rename_keys
 from finespun.errors import FileError, InputError, nearest
 
 MOST_BYTES, MOST_NODES = 1 << 20, 100_000
@@ -152,6 +153,11 @@ class Section(BaseModel):
     """A part of a YAML file: no unknown keys, no change after it was checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _present_names(cls, values: Any) -> Any:
+        return rename_keys(cls.__name__, values) if isinstance(values, Mapping) else values
 
 
 class Document(Section):

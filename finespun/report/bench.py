@@ -14,15 +14,15 @@ from finespun.report.page import Cell, code, document, paragraph, section, table
 COLUMNS = {
     "member": "member",
     "trained_numbers": "trained numbers",
-    "head_numbers": "head",
+    "num_head_parameters": "head",
     "adapter_bytes": "adapter bytes",
-    "best_rate": "best rate",
+    "best_lr": "best rate",
     "mean": "mean",
     "half_interval_95": "± (95 %)",
     "runs": "runs",
     "seconds": "seconds",
 }
-WHOLE = ("trained_numbers", "head_numbers", "adapter_bytes", "runs")
+WHOLE = ("trained_numbers", "num_head_parameters", "adapter_bytes", "runs")
 
 
 def bench_page(folder: Path) -> str:
@@ -103,7 +103,7 @@ def _rates(path: Path, metric: str) -> list[str]:
             training, value = record["recipe"]["training"], record["metrics"].get(metric)
             if record["held"] is not None and value is not None:
                 points = found.setdefault(record["member"], {})
-                points.setdefault(training["epochs"], []).append((training["rate"], value))
+                points.setdefault(training["epochs"], []).append((training["lr"], value))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FileError(f"{str(path)!r}, line {number} is no trial: {error}") from error
     drawn = []
@@ -112,5 +112,5 @@ def _rates(path: Path, metric: str) -> list[str]:
             Curve(f"{n} epoch{'s' * (n > 1)}", sorted(p)) for n, p in sorted(by_epochs.items())
         ]
         title = f"{member}: {metric} in the search, by rate"
-        drawn.append(curves(title, lines, "rate", metric, log_x=True))
+        drawn.append(curves(title, lines, "lr", metric, log_x=True))
     return drawn

@@ -86,9 +86,9 @@ def _result(log: list[Record], result: Record | None) -> list[str]:
     parts = [table(("metric", "before", "after", "change"), rows, "On the held-out rows")]
     if result is not None:
         facts = [
-            ("trained numbers in layers", result["update_numbers"]),
+            ("trained numbers in layers", result["num_update_parameters"]),
             ("layers", result["sites"]),
-            ("trained numbers in modules", result["module_numbers"]),
+            ("trained numbers in modules", result["num_module_parameters"]),
             ("adapter, bytes on disk", result["adapter_bytes"]),
             ("rows to train on", result["train_rows"]),
             ("rows held out", result["test_rows"]),
@@ -110,7 +110,7 @@ def _gain(before: float | None, after: float | None) -> float | None:
 # --- curves --------------------------------------------------------------------------------------
 def _figures(log: list[Record]) -> str:
     steps = [event for event in log if event["event"] == "step"]
-    loss, rate, grad = (_series(steps, name) for name in ("loss", "rate", "grad_norm"))
+    loss, lr, grad = (_series(steps, name) for name in ("loss", "lr", "grad_norm"))
     drawn = [
         curves(
             "Training loss, each step and running mean",
@@ -118,7 +118,7 @@ def _figures(log: list[Record]) -> str:
             "step",
             "loss",
         ),
-        curves("Learning rate", [Curve("rate", rate)], "step", "rate"),
+        curves("Learning rate", [Curve("lr", lr)], "step", "lr"),
         curves(
             "Gradient norm before clipping, running mean",
             [Curve("norm", grad, faint=True), Curve("norm", smoothed(grad))],

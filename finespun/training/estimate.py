@@ -53,8 +53,8 @@ class Estimate:
 
     targets: tuple[SiteShape, ...]
     modules: tuple[str, ...]
-    update_numbers: int
-    module_numbers: int
+    num_update_parameters: int
+    num_module_parameters: int
     adapter_bytes: int
     train_rows: int
     test_rows: int
@@ -108,8 +108,8 @@ def _estimate(job: Job, loop: Loop, clock: Clock, looked: float) -> Estimate:
     return Estimate(
         targets=plan.sites,
         modules=adapter.entry.trained,
-        update_numbers=job.recipe.structure.total(plan),
-        module_numbers=adapter.num_trained,
+        num_update_parameters=job.recipe.structure.total_parameters(plan),
+        num_module_parameters=adapter.num_module_parameters,
         adapter_bytes=len(save(held, {"format": "finespun"})),
         train_rows=len(job.train),
         test_rows=len(job.test),

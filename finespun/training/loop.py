@@ -51,14 +51,14 @@ class Loop:
         adapter: Adapter,
         batches: Batches,
         training: Training,
-        rate: float,
+        lr: float,
         reporter: Reporter | None = None,
         save: Save | None = None,
         moments: Sequence[Moments] = (),
     ) -> None:
-        self.adapter, self.batches, self.training, self.rate = adapter, batches, training, rate
+        self.adapter, self.batches, self.training, self.lr = adapter, batches, training, lr
         self.reporter, self.save = reporter or Reporter(), save
-        self.optimizer = adamw(adapter.parameters(), rate, training.weight_decay)
+        self.optimizer = adamw(adapter.parameters(), lr, training.weight_decay)
         self.driver = Driver(
             adapter.model, adapter.name, self.optimizer, training.max_grad_norm, moments
         )
@@ -105,9 +105,9 @@ class Loop:
     def take(self, group: list[Batch]) -> None:
         """One optimiser step over all rows of `group`."""
         started = time.perf_counter()
-        rate = self.rate * rate_factor(self.step, self.steps, self.training)
+        lr = self.lr * lr_factor(self.step, self.steps, self.training)
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate
+            parameters["lr"] = lr
         rows, weights = sum(map(rows_of, group)), [weight_of(batch) for batch in group]
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
@@ -131,7 +131,7 @@ class Loop:
                 "step": self.step,
                 "epoch": round(self.step / self.steps_per_epoch, 4),
                 "loss": value,
-                "rate": rate,
+                "lr": lr,
                 "grad_norm": self.driver.grad_norm,
                 "examples_per_second": round(rows / seconds, 1),
             }
@@ -140,11 +140,11 @@ class Loop:
     def _check(self, value: float, what: str, step: int) -> None:
         if math.isfinite(value):
             return
-        rate = self.optimizer.param_groups[0]["lr"]
+        lr = self.optimizer.param_groups[0]["lr"]
         kept = f"the checkpoint of step {self.saved} is kept" if self.saved >= 0 else ""
         raise TrainingError(
-            f"the {what} is {value} in step {step} of {self.steps} at rate {rate:.3g}; "
-            f"try training.rate={self.rate / 3:.1g} or a longer training.warmup_share"
+            f"the {what} is {value} in step {step} of {self.steps} at rate {lr:.3g}; "
+            f"try training.lr={self.lr / 3:.1g} or a longer training.warmup_share"
             + (f" ({kept})" if kept else "")
         )
 
@@ -200,9 +200,7 @@ def steps_of(batches: int, training: Training) -> int:
     return -(-batches // training.accumulate) * training.epochs
 
 
-def adamw(
-    parameters: Sequence[nn.Parameter], rate: float, weight_decay: float
-) -> torch.optim.AdamW:
+def adamw(parameters: Sequence[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW, fused where the device allows it; vectors (biases, norms, magnitudes) do not decay.
 
     Raises InputError when there is nothing to train.
@@ -216,10 +214,10 @@ def adamw(
         {"params": vectors, "weight_decay": 0.0},
     ]
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, fused=fused)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=fused)
 
 
-def rate_factor(step: int, steps: int, training: Training) -> float:
+def lr_factor(step: int, steps: int, training: Training) -> float:
     """The share of the peak rate in step `step` (from 0): a linear rise over the warm-up, then
     constant, or falling towards 0 linearly or as half a cosine."""
     warmup = round(training.warmup_share * steps)

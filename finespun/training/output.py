@@ -29,8 +29,8 @@ class Result:
     """What a run came to.
 
     `before` and `after` are metrics on the held-out rows: of the model as loaded, its fresh head
-    untrained, and of the adapted model. `update_numbers` are trained in the layers,
-    `module_numbers` in modules trained whole (the head). `adapter_bytes`: on disk. `loss`: mean of
+    untrained, and of the adapted model. `num_update_parameters` are trained in the layers,
+    `num_module_parameters` in modules trained whole (the head). `adapter_bytes`: on disk. `loss`: mean of
     the last epoch. `seconds`: spent in training steps. `peak_memory`: bytes, of the whole process.
     """
 
@@ -38,8 +38,8 @@ class Result:
     before: dict[str, float]
     after: dict[str, float]
     sites: int
-    update_numbers: int
-    module_numbers: int
+    num_update_parameters: int
+    num_module_parameters: int
     adapter_bytes: int
     train_rows: int
     test_rows: int

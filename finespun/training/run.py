@@ -92,7 +92,7 @@ class Job:
             self.adapter,
             self.batches(),
             training,
-            self.recipe.rate,
+            self.recipe.lr,
             reporter,
             moments=moments,
             **options,
@@ -235,7 +235,7 @@ def tokens_of(recipe: Recipe, model: TextModel, examples: Examples) -> Tokens:
 def attach(recipe: Recipe, model: TextModel, rows: Tokens) -> Adapter:
     """The recipe's adapter on its model; modules that start untrained are trained unless the recipe
     names others. `rows` are those to train on, for structures that choose by them."""
-    train = model.fresh if recipe.train is None else recipe.train
+    train = model.fresh if recipe.train_modules is None else recipe.train_modules
     scores = measured_scores(recipe, model, rows)
     adapter = adapt(model.model, recipe.structure, recipe.targets, train, scores=scores)
     if not adapter.parameters():
@@ -331,8 +331,8 @@ def _result(job: Job, loop: Loop, before: dict[str, float], after: dict[str, flo
         before=before,
         after=after,
         sites=len(job.adapter.entry.plan.sites),
-        update_numbers=job.adapter.num_parameters,
-        module_numbers=job.adapter.num_trained,
+        num_update_parameters=job.adapter.num_update_parameters,
+        num_module_parameters=job.adapter.num_module_parameters,
         adapter_bytes=sum((folder / name).stat().st_size for name in ADAPTER),
         train_rows=len(job.train),
         test_rows=len(job.test),

@@ -218,7 +218,7 @@ def numbers_of(record: Record) -> dict[str, float]:
     """What trackers draw of an event: finite numbers by name, none for most kinds of events."""
     match record["event"]:
         case "step":
-            names = ("loss", "rate", "grad_norm", "examples_per_second")
+            names = ("loss", "lr", "grad_norm", "examples_per_second")
             found = {f"train/{name}": record[name] for name in names}
         case "checkpoint":
             found = {f"update/{name}": v for name, v in worst(record["diagnostics"]).items()}

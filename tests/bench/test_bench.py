@@ -17,7 +17,7 @@ from rich.console import Console
 from finespun.bench import BenchSpec, Row, Summary, fit
 from finespun.bench.budget import total
 from finespun.bench.picture import draw
-from finespun.bench.search import MOST_EXTENSIONS, choose_rate
+from finespun.bench.search import MOST_EXTENSIONS, choose_lr
 from finespun.bench.spec import describe, read_rates
 from finespun.bench.summary import half_interval
 from finespun.bench.tables import csv_text, markdown, show
@@ -54,8 +54,8 @@ def test_a_bench_file_is_read_whole() -> None:
     assert [m.targets for m in spec.members] == [(), None, None]
     assert spec.members[1].given == {"kind", "rank"}
     assert spec.members[2].numbers == (9000, 4000)
-    assert spec.members[2].rates == (1e-3, 3e-3, 1e-2)
-    assert spec.rates == (0.001, 0.00316, 0.01, 0.0316, 0.1)
+    assert spec.members[2].lrs == (1e-3, 3e-3, 1e-2)
+    assert spec.lrs == (0.001, 0.00316, 0.01, 0.0316, 0.1)
     assert (spec.seeds, spec.rungs, spec.extend) == ((0, 1, 2), (1, 2), True)
 
 
@@ -65,7 +65,7 @@ def test_a_bench_file_is_read_whole() -> None:
         ("sead=3", "sead is not a key .*nearest: 'seeds'"),
         ("recipe.trainin={}", "recipe.trainin is not a key .*; nearest: 'training'"),
         ("recipe.training.epochs=x", "recipe.training.epochs = 'x' should be a valid integer"),
-        ("recipe.training.rate=1", "recipe must not set rate; a bench has rates"),
+        ("recipe.training.lr=1", "recipe must not set rate; a bench has rates"),
         ("recipe.structure={kind: lora}", "recipe must not set structure; a bench has members"),
         ("members=[]", "members: is a list of members"),
         (
@@ -91,11 +91,11 @@ def test_a_bench_file_is_read_whole() -> None:
         ),
         ("members=[{structure: {kind: lora}, numbers: [0]}]", "greater than or equal to 1"),
         ("members=[4]", "member 1: 4 needs a structure"),
-        ("rates=[1e-3, 3e-3]", "2 rates are too few: .* a neighbour on both sides"),
-        ("rates=[]", "no rates; try"),
-        ("rates=[0, 1, 2]", "0 is no rate"),
-        ("rates=fast", "'fast' is neither a list of rates nor"),
-        ("rates={low: 1e-3, high: 1e-1}", "count is missing"),
+        ("lrs=[1e-3, 3e-3]", "2 rates are too few: .* a neighbour on both sides"),
+        ("lrs=[]", "no rates; try"),
+        ("lrs=[0, 1, 2]", "0 is no rate"),
+        ("lrs=fast", "'fast' is neither a list of rates nor"),
+        ("lrs={low: 1e-3, high: 1e-1}", "count is missing"),
         ("search.epochs=[2]", r"search.epochs = \[2\] must rise and stay below the 2 epochs"),
         ("seeds=[1, 1]", r"seeds = \[1, 1\] repeats a seed"),
     ],
@@ -146,11 +146,11 @@ def test_a_member_says_in_one_way_where_its_rate_comes_from(more: str, message: 
 
 @given(st.floats(1e-6, 1e-2), st.floats(1.5, 1e4), st.integers(3, 12))
 def test_a_grid_has_equal_ratios(low: float, span: float, count: int) -> None:
-    rates = read_rates({"low": low, "high": low * span, "count": count})
-    assert list(rates) == sorted(rates)
-    if len(rates) == count:
+    lrs = read_rates({"low": low, "high": low * span, "count": count})
+    assert list(lrs) == sorted(lrs)
+    if len(lrs) == count:
         step = span ** (1 / (count - 1))
-        for a, b in pairwise(rates):
+        for a, b in pairwise(lrs):
             assert b / a == pytest.approx(step, rel=0.011)  # three digits each
 
 
@@ -237,9 +237,9 @@ class Hill:
     def __init__(self, peak: float, diverges_above: float = math.inf) -> None:
         self.peak, self.limit, self.asked = peak, diverges_above, []
 
-    def __call__(self, rate: float, epochs: int) -> tuple[float, float] | None:
-        self.asked.append((rate, epochs))
-        return None if rate > self.limit else (-abs(math.log(rate / self.peak)), 0.0)
+    def __call__(self, lr: float, epochs: int) -> tuple[float, float] | None:
+        self.asked.append((lr, epochs))
+        return None if lr > self.limit else (-abs(math.log(lr / self.peak)), 0.0)
 
 
 GRID = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -247,10 +247,10 @@ GRID = (1e-3, 3e-3, 1e-2, 3e-2)
 
 def test_halving_trains_only_the_best_for_longer() -> None:
     hill = Hill(3.2e-3)
-    found = choose_rate(GRID, (1, 2, 4), 0.5, True, hill)
-    assert (found.rate, found.rates, found.at_edge) == (3e-3, GRID, False)
+    found = choose_lr(GRID, (1, 2, 4), 0.5, True, hill)
+    assert (found.lr, found.lrs, found.at_edge) == (3e-3, GRID, False)
     assert sorted(hill.asked) == sorted(
-        [(rate, 1) for rate in GRID]
+        [(lr, 1) for lr in GRID]
         + [(3e-3, 2), (1e-2, 2), (3e-3, 4)]
         + [(1e-3, 4), (1e-2, 4)]  # the neighbours of the best
     )
@@ -260,13 +260,13 @@ def test_a_rate_that_only_short_runs_like_is_left_again() -> None:
     peaks = {1: 2e-2, 4: 1.1e-3}
     asked = []
 
-    def measure(rate: float, epochs: int) -> tuple[float, float]:
-        asked.append((rate, epochs))
-        return -abs(math.log(rate / peaks[epochs])), 0.0
+    def measure(lr: float, epochs: int) -> tuple[float, float]:
+        asked.append((lr, epochs))
+        return -abs(math.log(lr / peaks[epochs])), 0.0
 
-    found = choose_rate(GRID, (1, 4), 0.25, True, measure)
-    assert (found.rate, found.at_edge) == (1e-3, False)
-    assert [rate for rate, epochs in asked if epochs == 4] == [
+    found = choose_lr(GRID, (1, 4), 0.25, True, measure)
+    assert (found.lr, found.at_edge) == (1e-3, False)
+    assert [lr for lr, epochs in asked if epochs == 4] == [
         3e-2,
         1e-2,
         9e-2,
@@ -278,30 +278,30 @@ def test_a_rate_that_only_short_runs_like_is_left_again() -> None:
 
 def test_a_best_rate_at_the_edge_is_followed_outwards() -> None:
     hill = Hill(0.3)
-    found = choose_rate(GRID, (2,), 0.5, True, hill)
-    assert found.rates == (*GRID, 0.09, 0.27, 0.81)
-    assert (found.rate, found.at_edge) == (0.27, False)
-    assert choose_rate(GRID, (2,), 0.5, True, Hill(3.3e-4)).rates[0] == 1.11e-4
+    found = choose_lr(GRID, (2,), 0.5, True, hill)
+    assert found.lrs == (*GRID, 0.09, 0.27, 0.81)
+    assert (found.lr, found.at_edge) == (0.27, False)
+    assert choose_lr(GRID, (2,), 0.5, True, Hill(3.3e-4)).lrs[0] == 1.11e-4
 
 
 def test_it_is_told_when_the_edge_stays_the_best() -> None:
-    still = choose_rate(GRID, (2,), 0.5, False, Hill(0.3))
-    assert (still.rate, still.rates, still.at_edge) == (3e-2, GRID, True)
-    far = choose_rate(GRID, (2,), 0.5, True, Hill(1e9))
+    still = choose_lr(GRID, (2,), 0.5, False, Hill(0.3))
+    assert (still.lr, still.lrs, still.at_edge) == (3e-2, GRID, True)
+    far = choose_lr(GRID, (2,), 0.5, True, Hill(1e9))
     assert far.at_edge
-    assert len(far.rates) == len(GRID) + MOST_EXTENSIONS
+    assert len(far.lrs) == len(GRID) + MOST_EXTENSIONS
 
 
 def test_rates_that_diverge_bound_the_grid() -> None:
-    found = choose_rate(GRID, (1, 2), 0.5, True, Hill(1e-1, diverges_above=2e-2))
-    assert (found.rate, found.at_edge) == (1e-2, False)
-    none = choose_rate(GRID, (1, 2), 0.5, True, Hill(1.0, diverges_above=0.0))
-    assert (none.rate, none.at_edge) == (None, False)
+    found = choose_lr(GRID, (1, 2), 0.5, True, Hill(1e-1, diverges_above=2e-2))
+    assert (found.lr, found.at_edge) == (1e-2, False)
+    none = choose_lr(GRID, (1, 2), 0.5, True, Hill(1.0, diverges_above=0.0))
+    assert (none.lr, none.at_edge) == (None, False)
 
 
 def test_equal_scores_are_told_apart_by_the_loss() -> None:
     losses = dict(zip(GRID, (0.9, 0.5, 0.3, 0.8)))
-    assert choose_rate(GRID, (1,), 0.5, True, lambda r, _: (0.7, -losses[r])).rate == 1e-2
+    assert choose_lr(GRID, (1,), 0.5, True, lambda r, _: (0.7, -losses[r])).lr == 1e-2
 
 
 # --- trials on disk ------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def test_trials_come_back_and_are_told_apart(tmp_path: Path) -> None:
     assert again.get(trial) == GOOD
     assert len(again) == 1
     assert again.get(Trial("another name", RECIPE.changed(["output=elsewhere"]))) == GOOD
-    for change in ("training.seed=1", "training.rate=2e-3", "structure.rank=2", "data.seed=1"):
+    for change in ("training.seed=1", "training.lr=2e-3", "structure.rank=2", "data.seed=1"):
         assert again.get(Trial("LoRA", RECIPE.changed([change]))) is None
     assert again.get(Trial("LoRA", RECIPE, (0.2, 0))) is None
 
@@ -377,11 +377,11 @@ def row(name: str, scores: tuple[float | None, ...], **changes: Any) -> Row:
         "structure": LoRA(),
         "targets": ("query", "value"),
         "budget": 36_864,
-        "update_numbers": 36_864,
-        "module_numbers": 2_310,
+        "num_update_parameters": 36_864,
+        "num_module_parameters": 2_310,
         "bytes": 156_000,
-        "rate": 3e-3,
-        "rates": GRID,
+        "lr": 3e-3,
+        "lrs": GRID,
         "at_edge": False,
         "scores": scores,
         "seconds": 12.3,
@@ -395,8 +395,8 @@ def summary(*rows: Row) -> Summary:
 
 
 LORA = row("LoRA r=8", (0.80, 0.82, 0.84))
-LSR_ROW = row("LSR r=16", (0.81, 0.835, 0.845), structure=LSR(), update_numbers=36_480)
-HEAD = row("head only", (0.70, 0.71, 0.70), targets=(), update_numbers=0, budget=None)
+LSR_ROW = row("LSR r=16", (0.81, 0.835, 0.845), structure=LSR(), num_update_parameters=36_480)
+HEAD = row("head only", (0.70, 0.71, 0.70), targets=(), num_update_parameters=0, budget=None)
 
 
 def test_the_interval_is_students() -> None:
@@ -415,15 +415,15 @@ def test_members_at_one_budget_are_paired_by_seed() -> None:
 def test_rows_are_paired_by_what_was_trained() -> None:
     """A row that has lost more than half of what it was fitted to is not at that budget."""
     for trained, gaps in ((36_864, 1), (18_432, 1), (18_431, 0), (36_865, 0)):
-        other = row("LSR r=16", (0.8, 0.8, 0.8), update_numbers=trained)
+        other = row("LSR r=16", (0.8, 0.8, 0.8), num_update_parameters=trained)
         assert len(summary(LORA, other).differences) == gaps
 
 
 def test_a_rate_carried_over_is_refused_by_the_name_of_its_source() -> None:
-    source = row("LoRA r=1", (0.8, 0.8, 0.8), rate=3e-2, at_edge=True)
-    same = {"at_edge": True, "rate_of": "LoRA r=1"}
-    one = row("LoRA r=4", (0.8, 0.8, 0.8), rate=1.5e-2, **same)
-    two = row("LoRA r=8", (0.8, 0.8, 0.8), rate=1.06e-2, **same)
+    source = row("LoRA r=1", (0.8, 0.8, 0.8), lr=3e-2, at_edge=True)
+    same = {"at_edge": True, "lr_of": "LoRA r=1"}
+    one = row("LoRA r=4", (0.8, 0.8, 0.8), lr=1.5e-2, **same)
+    two = row("LoRA r=8", (0.8, 0.8, 0.8), lr=1.06e-2, **same)
     assert summary(source, one, two).refusal == (
         "no ranking: the best rate lies at the edge of its grid "
         "(LoRA r=1: 0.03 of 0.001 to 0.03, carried over to LoRA r=4, LoRA r=8); widen rates"
@@ -434,7 +434,7 @@ def test_a_ranking_only_where_no_best_rate_lies_at_an_edge() -> None:
     good = summary(HEAD, LORA, LSR_ROW)
     assert [one.name for one in good.ranking] == ["LSR r=16", "LoRA r=8", "head only"]
     assert good.refusal is None
-    edge = row("LSR r=16", (0.8, 0.8, 0.8), rate=3e-2, at_edge=True)
+    edge = row("LSR r=16", (0.8, 0.8, 0.8), lr=3e-2, at_edge=True)
     refused = summary(HEAD, LORA, edge)
     assert refused.ranking == ()
     assert "edge of its grid (LSR r=16: 0.03 of 0.001 to 0.03)" in str(refused.refusal)

@@ -121,7 +121,7 @@ def test_a_reused_model_gives_what_a_process_of_its_own_gives(
     bench = Workbench()
     for earlier in (
         recipe(place),
-        recipe(place, "training.rate=1e30", "training.max_grad_norm=0"),
+        recipe(place, "training.lr=1e30", "training.max_grad_norm=0"),
         recipe(place, "training.seed=1", "structure.rank=3"),
         recipe(place, "targets=all-linear"),
         recipe(place, "targets=[]"),
@@ -161,18 +161,18 @@ def test_counts_are_the_structures_own(place: Path) -> None:
     ):
         one = recipe(place).model_copy(update={"structure": structure, "targets": targets})
         outcome = bench.run(Trial("a", one))
-        expected = structure.total(structure.plan(bench.sites(one, structure)))
-        assert (outcome.update_numbers, outcome.module_numbers) == (expected, head)
+        expected = structure.total_parameters(structure.plan(bench.sites(one, structure)))
+        assert (outcome.num_update_parameters, outcome.num_module_parameters) == (expected, head)
         assert 4 * (expected + head) < outcome.bytes < 4 * (expected + head) + 8_000
     assert expected == 4 * 16 * 32  # sites, terms, and 2·4 numbers in each of four factors
 
 
 def test_a_trial_that_diverges_is_recorded_and_the_next_one_runs(place: Path) -> None:
     bench = Workbench()
-    wild = recipe(place, "training.rate=1e30", "training.max_grad_norm=0")
+    wild = recipe(place, "training.lr=1e30", "training.max_grad_norm=0")
     outcome = bench.run(Trial("wild", wild))
     assert (outcome.status, dict(outcome.metrics)) == ("diverged", {})
-    assert "training.rate" in outcome.error
+    assert "training.lr" in outcome.error
     assert bench.run(Trial("tame", recipe(place))).status == "ok"
 
 
@@ -192,7 +192,7 @@ def test_a_bench_ends_with_tables_and_takes_up_what_it_has(place: Path, tmp_path
     bench = Bench(spec(place, tmp_path / "out"), "finespun bench tiny.yaml", told.append)
     summary = bench.run()
     assert [row.name for row in summary.rows] == ["head only", "LoRA r=2", "LSR r=4 s=2"]
-    assert [row.update_numbers for row in summary.rows] == [0, 256, 256]
+    assert [row.num_update_parameters for row in summary.rows] == [0, 256, 256]
     assert all(len(row.scores) == 2 for row in summary.rows)
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {"results.jsonl", "table.md", "table.csv", "picture.svg", "picture.png"}
@@ -234,7 +234,7 @@ def test_seeds_reach_head_structure_and_order(place: Path) -> None:
     one = Contender("LoRA", recipe(place), (1e-3, 1e-2, 1e-1), None)
     trial = one.trial(1e-2, 7, 1)
     assert (trial.recipe.training.seed, trial.recipe.structure.seed) == (7, 7)
-    assert (trial.recipe.rate, trial.recipe.training.epochs, trial.held) == (1e-2, 1, None)
+    assert (trial.recipe.lr, trial.recipe.training.epochs, trial.held) == (1e-2, 1, None)
     assert one.trial(1e-2, 7, 1, 0.2).held == (0.2, 7)
 
 
@@ -252,11 +252,11 @@ def test_a_rate_is_carried_to_another_size_by_its_power(place: Path, tmp_path: P
 
     def search(one: Any) -> Choice:
         asked.append(one.name)
-        return Choice(one.rate or 2e-3, one.rates, False)
+        return Choice(one.lr or 2e-3, one.lrs, False)
 
     bench.search = search  # type: ignore[method-assign]
-    rates = {name: choice.rate for name, choice in bench.choices(contenders).items()}
-    assert rates == {"a": 2e-3, "d": 7e-3, "b": 1e-3, "c": 2e-3, "e": 7e-3}
+    lrs = {name: choice.lr for name, choice in bench.choices(contenders).items()}
+    assert lrs == {"a": 2e-3, "d": 7e-3, "b": 1e-3, "c": 2e-3, "e": 7e-3}
     assert asked == ["a", "d"]
     wrong = members.replace("rate_of: a}", "rate_of: aa}")
     with pytest.raises(InputError, match=r"'c' .* of 'aa', .* a rate or a search .*: 'a'"):
@@ -287,14 +287,14 @@ def test_a_power_needs_numbers_known_before_training(
     place: Path, tmp_path: Path, source: str, follower: str, named: str
 ) -> None:
     """Refused before the search; without a power the rate is the source's own."""
-    power = f"members=[{source}, {follower % ', rate_power: 0.5'}]"
+    power = f"members=[{source}, {follower % ', lr_power: 0.5'}]"
     why = "trains no numbers but the head's" if "[]" in power else "has an allocation"
     with pytest.raises(InputError, match=f"rate_power = 0.5 of 'b' .* but {named} {why}"):
         Bench(spec(place, tmp_path / "out", power), "c").run()
     assert not (tmp_path / "out" / "results.jsonl").exists()
     bench = Bench(spec(place, tmp_path / "out", f"members=[{source}, {follower % ''}]"), "c")
-    bench.search = lambda one: Choice(2e-3, one.rates, False)  # type: ignore[method-assign]
-    assert bench.choices(bench.contenders())["b"].rate == 2e-3
+    bench.search = lambda one: Choice(2e-3, one.lrs, False)  # type: ignore[method-assign]
+    assert bench.choices(bench.contenders())["b"].lr == 2e-3
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_the_command_prints_the_table_and_refuses_a_ranking_by_its_exit_code(
 ) -> None:
     """Rates so small that the highest is always the best: it lies at the edge."""
     (tmp_path / "b.yaml").write_text(bench_text(place, tmp_path / "out"))
-    few = ["members=[{targets: []}]", "rates=[1e-6, 2e-6, 4e-6]", "extend=false"]
+    few = ["members=[{targets: []}]", "lrs=[1e-6, 2e-6, 4e-6]", "extend=false"]
     assert run(["bench", str(tmp_path / "b.yaml"), *few, "--json"]) == 5
     printed = capsys.readouterr()
     found = json.loads(printed.out)
@@ -359,5 +359,5 @@ def test_what_sleeps_counts_in_no_budget(place: Path, tmp_path: Path) -> None:
         "targets: [encoder.layer.0, encoder.layer.1, query, value], rate: 1e-2}]"
     )
     [row] = Bench(spec(place, tmp_path, change, "seeds=[0]"), "test").measure().rows
-    assert row.update_numbers == 2 * (2 * 16) * 9
+    assert row.num_update_parameters == 2 * (2 * 16) * 9
     assert row.paired_at == 600

@@ -137,7 +137,7 @@ def test_a_recipe_that_is_missing_names_its_neighbours(done: Path, capsys: Captu
         ("data.label=lable", 2, ("'lable'", "'label'")),
         ("data.file=no.csv", 3, ("'no.csv'",)),
         ("output=/proc/nowhere", 3, ("/proc/nowhere", "cannot be written")),
-        ("training.rate=1e38", 4, ("in step", "try training.rate=3e+37", "training.warmup_share")),
+        ("training.lr=1e38", 4, ("in step", "try training.lr=3e+37", "training.warmup_share")),
     ],
 )
 def test_wrong_overrides(
@@ -218,7 +218,7 @@ def test_train_prints_the_result(done: Path, tmp_path: Path, capsys: Captured) -
     accuracy = f"{result.before['accuracy']:.4f} -> {result.after['accuracy']:.4f}"
     for part in (
         f"held-out accuracy  {accuracy}",
-        f"{result.update_numbers:,} in 4 layers, 34 in modules trained whole",
+        f"{result.num_update_parameters:,} in 4 layers, 34 in modules trained whole",
         "16 steps in",
         f"{output} ({result.adapter_bytes:,} bytes of adapter)",
         "64 to train on, 16 held out",
@@ -287,15 +287,15 @@ def test_inspect(done: Path, capsys: Captured) -> None:
     result = Result.read(done / "out")
     assert run(["inspect", str(done / "out"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["update numbers"] == result.update_numbers
-    assert found["module numbers"] == result.module_numbers
+    assert found["update numbers"] == result.num_update_parameters
+    assert found["module numbers"] == result.num_module_parameters
     assert len(found["layers"]) == 4
     assert found["layers"][0].endswith("(16 x 16)")
     assert found["trained modules"] == ["classifier"]
     assert run(["inspect", str(done / "out")]) == 0
     shown = capsys.readouterr().out
     assert "LSR(" in shown
-    assert f"update numbers   {result.update_numbers}" in shown
+    assert f"update numbers   {result.num_update_parameters}" in shown
 
 
 def test_compare_runs_of_two_methods(done: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -306,7 +306,14 @@ def test_compare_runs_of_two_methods(done: Path, tmp_path: Path, capsys: Capture
     assert run(["compare", str(done / "out"), other, "--json"]) == 0
     found, folders = json.loads(capsys.readouterr().out), (str(done / "out"), other)
     results = [Result.read(folder) for folder in folders]
-    for key in ("update_numbers", "module_numbers", "adapter_bytes", "steps", "loss", "seconds"):
+    for key in (
+        "num_update_parameters",
+        "num_module_parameters",
+        "adapter_bytes",
+        "steps",
+        "loss",
+        "seconds",
+    ):
         assert found["runs"][key] == [getattr(one, key) for one in results]
     assert found["runs"]["steps"] == [16, 8]
     for metric in results[0].after:
@@ -321,8 +328,8 @@ def test_compare_runs_of_two_methods(done: Path, tmp_path: Path, capsys: Capture
         assert site["cosine"] == pytest.approx(float((x * y).sum() / x.norm() / y.norm()), abs=1e-5)
     assert run(["compare", *folders]) == 0
     shown = capsys.readouterr().out
-    cells = [f"{one.update_numbers:,}" for one in results]
-    assert re.search(rf"^update_numbers +{cells[0]} +{cells[1]}$", shown, re.MULTILINE)
+    cells = [f"{one.num_update_parameters:,}" for one in results]
+    assert re.search(rf"^num_update_parameters +{cells[0]} +{cells[1]}$", shown, re.MULTILINE)
     assert re.search(r"^steps +16 +8$", shown, re.MULTILINE)
 
 

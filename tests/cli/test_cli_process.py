@@ -191,7 +191,7 @@ def test_what_reads_adapters_loads_no_compiler(tmp_path: Path) -> None:
     """Torch's compiler takes longer to load than these commands take."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
     folder = str(tmp_path / "adapter")
-    fs.adapt(model, fs.LSR(rank=2, separation_rank=1), ["0"], train=[]).save(folder)
+    fs.adapt(model, fs.LSR(rank=2, separation_rank=1), ["0"], train_modules=[]).save(folder)
     commands = (["inspect", folder], ["compare", folder, folder])
     commands += (["convert", folder, str(tmp_path / "other"), "--to", "lora"],)
     done = without([], *commands, then="print('torch._dynamo' in sys.modules)")
@@ -218,7 +218,7 @@ def test_nothing_of_a_run_needs_the_net(
     monkeypatch.setattr(sys, "stdin", Untouched())
     recipe, out = str(write_recipe(tmp_path, epochs=1)), str(tmp_path / "out")
     table, model = str(tmp_path / "table.csv"), str(tmp_path / "model")
-    bench, members = tmp_path / "bench.yaml", [{"targets": [], "rate": 1e-2}]
+    bench, members = tmp_path / "bench.yaml", [{"targets": [], "lr": 1e-2}]
     shared = yaml.safe_load(Path(recipe).read_text())
     kept = {key: shared[key] for key in ("model", "data", "targets")}
     training = {"epochs": 1, "batch_size": 32, "threads": 1}

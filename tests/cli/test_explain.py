@@ -67,7 +67,7 @@ def test_the_text_holds_what_json_holds(capsys: Captured) -> None:
 def test_shared_numbers_are_told_once(capsys: Captured) -> None:
     found = explained(["s2_lora", "rank=32", "--shape", "768x768"], capsys)
     assert found["shapes"][0]["numbers"] == 24 * 32
-    assert found["shared_numbers"] == 32 * 2 * 768
+    assert found["num_shared_parameters"] == 32 * 2 * 768
     assert found["numbers"] == 24 * 32 + 32 * 2 * 768
     assert run(["explain", "s2_lora", "rank=32"]) == 0
     assert "shared by all: 49,152 numbers" in capsys.readouterr().out
@@ -94,8 +94,8 @@ def test_every_method_says_what_it_is_good_for_and_where_it_comes_from(
 )
 def test_the_whole_is_the_sum_of_its_layers(structure, shapes, layers, tokens):
     found = facts(structure, shapes, layers, tokens)
-    own = [structure.numbers(SiteShape("any", *shape)) for shape in shapes]
-    assert found["numbers"] == layers * sum(own) + found["shared_numbers"]
+    own = [structure.num_parameters(SiteShape("any", *shape)) for shape in shapes]
+    assert found["numbers"] == layers * sum(own) + found["num_shared_parameters"]
     flops = [structure.flops(SiteShape("any", *shape), tokens) for shape in shapes]
     assert [row["flops"] for row in found["shapes"]] == [layers * f for f in flops]
 
@@ -209,12 +209,12 @@ def test_bench_files_fit_their_schema(bench_schema: Draft202012Validator) -> Non
     "change",
     [
         {"rtes": [1e-3, 1e-2, 1e-1]},
-        {"rates": {"low": 1e-3, "high": 1e-1}},
-        {"rates": [0, 1, 2]},
+        {"lrs": {"low": 1e-3, "high": 1e-1}},
+        {"lrs": [0, 1, 2]},
         {"members": [{"structure": {"kind": "lrs"}}]},
         {"members": [{"structure": {"kind": "lora", "rnk": 3}}]},
         {"recipe": {"model": "minilm-l3", "data": {"task": "trec"}, "output": "out"}},
-        {"recipe": {"model": "minilm-l3", "data": {"task": "trec"}, "training": {"rate": 1.0}}},
+        {"recipe": {"model": "minilm-l3", "data": {"task": "trec"}, "training": {"lr": 1.0}}},
         {"recipe": {"model": "minilm-l3", "data": {"task": "trec"}, "trackers": ["wandb"]}},
     ],
 )
@@ -224,7 +224,7 @@ def test_what_a_bench_refuses_its_schema_refuses(
     whole = {
         "recipe": {"model": "minilm-l3", "data": {"task": "trec"}},
         "members": [{"structure": {"kind": "lora"}}],
-        "rates": {"low": 1e-3, "high": 1e-1, "count": 3},
+        "lrs": {"low": 1e-3, "high": 1e-1, "count": 3},
     }
     assert bench_schema.is_valid(whole)
     BenchSpec.model_validate(whole)

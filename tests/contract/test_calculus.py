@@ -16,14 +16,14 @@ def ready(case):
     delta = case.delta(WIDE).double()
     if delta.bank is not None:
         delta.bank.double()
-    own = [*delta.numbers(), *(delta.bank.parameters() if delta.bank else ())]
+    own = [*delta.trained_parameters(), *(delta.bank.parameters() if delta.bank else ())]
     stir([p for p in own if p.requires_grad])
     v = {n: draw(*t.shape, seed=30 + i, dtype=WIDE) for i, (n, t) in enumerate(theta(delta))}
     return delta, v
 
 
 def theta(delta):
-    return calculus.numbers(delta).items()
+    return calculus.parameters_of(delta).items()
 
 
 def update(delta):

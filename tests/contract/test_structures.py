@@ -28,7 +28,7 @@ def moved(case, dtype=torch.float32):
 
 def stirred_alike(delta):
     """The delta with every trained number of it and its bank moved."""
-    numbers = [*delta.numbers(), *(delta.bank.parameters() if delta.bank else ())]
+    numbers = [*delta.trained_parameters(), *(delta.bank.parameters() if delta.bank else ())]
     stir([p for p in numbers if p.requires_grad])
     return delta
 
@@ -111,10 +111,14 @@ def test_counts_are_those_of_the_tensors(case):
     plan = case.structure.plan([site])
     bank = case.structure.bank(plan)
     delta = case.structure.build(site, plan, bank)
-    assert sum(p.numel() for p in delta.numbers()) == case.structure.numbers(site.shape)
+    assert sum(p.numel() for p in delta.trained_parameters()) == case.structure.num_parameters(
+        site.shape
+    )
     shared = sum(p.numel() for p in bank.parameters()) if bank else 0
-    assert shared == case.structure.shared_numbers(plan)
-    assert case.structure.total(plan) == case.structure.numbers(site.shape) + shared
+    assert shared == case.structure.num_shared_parameters(plan)
+    assert (
+        case.structure.total_parameters(plan) == case.structure.num_parameters(site.shape) + shared
+    )
 
 
 @every()
@@ -160,7 +164,7 @@ TABLE = [
 @pytest.mark.parametrize(("form", "numbers", "small", "large", "step"), TABLE, ids=str)
 def test_counts_of_the_comparison_table(form, numbers, small, large, step):
     layer = SiteShape("s", 768, 768)
-    assert form.numbers(layer) == numbers
+    assert form.num_parameters(layer) == numbers
     assert form.flops(layer, 1) - form.flops(layer, 0) == small
     assert form.flops(layer, 0) == step
     wide = SiteShape("s", 4096, 4096)
@@ -227,7 +231,7 @@ def test_switching_the_module_off_silences_it(case):
     delta.switch_off(group)
     assert group.norm(delta) == 0
     assert all(not mask.any() for mask in delta.masks().values())
-    assert all(torch.count_nonzero(p) == 0 for p in delta.numbers())
+    assert all(torch.count_nonzero(p) == 0 for p in delta.trained_parameters())
 
 
 @given(st.floats(0.0, 3.0), st.integers(1, 5))

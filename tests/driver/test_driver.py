@@ -170,7 +170,7 @@ def test_warm_up_at_rate_zero_is_not_the_first_step():
         optimizer.param_groups[0]["lr"] = 0.1
         step(model, optimizer)
     assert driver.checked
-    assert adapter.num_parameters > 0
+    assert adapter.num_update_parameters > 0
 
 
 def test_a_layer_that_did_not_move_is_warned_of():

@@ -62,7 +62,7 @@ def test_a_hundred_switches_leave_no_trace(dtype):
         adapter.unmerge()
     assert same(bytes_of(model), before)
     assert {s: model.get_parameter(f"{s}.weight").data_ptr() for s in SITES} == where
-    assert kept == adapter.num_parameters * (8 + 2 * dtype.itemsize)
+    assert kept == adapter.num_update_parameters * (8 + 2 * dtype.itemsize)
 
 
 def test_adding_and_taking_off_a_lora_in_half_precision_leaves_one():
@@ -71,7 +71,7 @@ def test_adding_and_taking_off_a_lora_in_half_precision_leaves_one():
     before = bytes_of(model)
     for strength in (1.0, -1.0):
         hosts.merge(model, {"default": strength}, undo="none")
-        hosts.board_of(model).merged = {}
+        hosts.adapter_set_of(model).merged = {}
     assert not same(bytes_of(model), before)
 
 
@@ -102,7 +102,7 @@ def test_a_merged_weights_original_is_still_read():
     """An adapter that looks at W0 sees it, whatever entries are switched on."""
     model, _ = adapted()
     fs.adapt(model, fs.structure("dora", rank=2), SITES, (), "dora")
-    stir(hosts.board_of(model)["dora"].deltas[SITES[0]].parameters())
+    stir(hosts.adapter_set_of(model)["dora"].deltas[SITES[0]].parameters())
     fs.activate(model, {"default": 1.0, "dora": 1.0})
     y, before = model(batch()), weights(model)
     hosts.merge(model, {"default": 1.0}, undo="entries")
@@ -173,7 +173,7 @@ def test_half_a_switch_is_taken_back(monkeypatch):
     with pytest.raises(RuntimeError, match="out of luck"):
         adapter.merge(undo="entries")
     assert same(bytes_of(model), before)
-    assert not hosts.board_of(model).merged
+    assert not hosts.adapter_set_of(model).merged
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -191,7 +191,7 @@ def test_an_edit_of_what_is_merged_is_noticed(dtype):
     with pytest.raises(StateError, match="Undo the edit"), adapter.disabled():
         pass
     assert same(bytes_of(model), edited)
-    assert hosts.board_of(model).merged == {"default": 1.0}
+    assert hosts.adapter_set_of(model).merged == {"default": 1.0}
     last.data.copy_(merged[f"{SITES[-1]}.weight"])
     adapter.unmerge()
     assert same(weights(model), weights(net(dtype)))

@@ -34,12 +34,12 @@ def test_it_tells_sizes_metrics_recipe_and_parents():
 
 def test_it_lies_beside_every_saved_and_exported_adapter_and_is_not_read(tmp_path):
     model = nn.Sequential(nn.Linear(8, 8))
-    adapter = fs.adapt(model, fs.LSR(rank=2, separation_rank=1), ["0"], train=())
+    adapter = fs.adapt(model, fs.LSR(rank=2, separation_rank=1), ["0"], train_modules=())
     adapter.save(tmp_path / "own")
     adapter.export(tmp_path / "lora")
     own, lora = ((tmp_path / name / CARD).read_text() for name in ("own", "lora"))
     assert "method `lsr`" in own
-    assert f"{adapter.num_parameters:,} numbers" in own
+    assert f"{adapter.num_update_parameters:,} numbers" in own
     assert "library_name: peft" in lora
     for name in ("own", "lora"):
         (tmp_path / name / CARD).write_text("something else")
@@ -47,7 +47,7 @@ def test_it_lies_beside_every_saved_and_exported_adapter_and_is_not_read(tmp_pat
 
 
 def test_a_text_that_is_no_card_of_ours_stays(tmp_path):
-    adapter = fs.adapt(nn.Sequential(nn.Linear(8, 8)), fs.LoRA(rank=2), ["0"], train=())
+    adapter = fs.adapt(nn.Sequential(nn.Linear(8, 8)), fs.LoRA(rank=2), ["0"], train_modules=())
     for name, write in (("own", adapter.save), ("lora", adapter.export)):
         card = tmp_path / name / CARD
         write(card.parent)

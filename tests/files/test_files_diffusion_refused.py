@@ -19,7 +19,7 @@ from suite import relative
 from torch import Tensor, nn
 
 import finespun as fs
-from finespun.adapters.packed import FlatState
+from finespun.adapters.packed import PackedTensors
 from finespun.contract import Plan, SiteShape
 from finespun.errors import FileError, InputError, PlanError, StrictError, TargetError
 from finespun.files import read_adapter
@@ -75,7 +75,7 @@ def test_damaged_files_are_refused_by_key(tmp_path, name):
     model = unet()
     with pytest.raises(error, match=message):
         fs.load(model, tmp_path / "x.safetensors")
-    assert not hasattr(model, "_finespun_board")
+    assert not hasattr(model, "_finespun_adapters")
 
 
 def test_pickles_are_not_opened_and_files_are_found(tmp_path):
@@ -137,7 +137,7 @@ def file_of(updates: list[Update], style: str, tmp: Path) -> Unplaced:
     where = {u.name(style): (u.part, u.path if style == "diffusers" else u.path.replace(".", "_"))
              for u in updates}  # fmt: skip
     entry = Entry("x", fs.LoRA(rank=1), Plan(sites, {s.name: {} for s in sites}), (),
-                  flat=FlatState.pack({}))  # fmt: skip
+                  flat=PackedTensors.pack({}))  # fmt: skip
     return Unplaced(entry, None, None, "", style=style, where=where)
 
 

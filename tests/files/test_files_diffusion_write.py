@@ -161,7 +161,7 @@ def test_the_part_is_told_by_the_class_or_asked_for(tmp_path):
 
 def test_what_these_formats_cannot_hold_is_refused(tmp_path):
     model = unet()
-    adapter = fs.adapt(model, fs.LoRA(rank=2), SOME, train=["conv_norm_out"])
+    adapter = fs.adapt(model, fs.LoRA(rank=2), SOME, train_modules=["conv_norm_out"])
     with pytest.raises(InputError, match=r"holds no 'conv_norm_out'; allow_full=False"):
         adapter.export(tmp_path / "x", format="diffusers")
     with pytest.raises(InputError, match="format='kohia' is not known; nearest: 'kohya'"):
@@ -173,7 +173,7 @@ def test_what_these_formats_cannot_hold_is_refused(tmp_path):
     with pytest.raises(InputError, match="part='unet' is for the formats"):
         adapter.export(tmp_path / "x", part="unet")
     assert not (tmp_path / "x").exists()
-    table = fs.adapt(text(), fs.LoRA(rank=2), ["token_embedding"], train=())
+    table = fs.adapt(text(), fs.LoRA(rank=2), ["token_embedding"], train_modules=())
     with pytest.raises(InputError, match=r"is a embedding: .* or in this format of convolutions"):
         table.export(tmp_path / "x", format="diffusers")
 

@@ -69,8 +69,8 @@ def test_what_no_lora_can_say_is_refused(tmp_path):
     from methods import IA3, Bypass
 
     model = net()
-    fresh(model, Bypass(rank=2), r"blocks\.\d", train=(), name="around")
-    fresh(model, IA3(), r"blocks\.\d\.up", train=(), name="bias")
+    fresh(model, Bypass(rank=2), r"blocks\.\d", train_modules=(), name="around")
+    fresh(model, IA3(), r"blocks\.\d\.up", train_modules=(), name="bias")
     with pytest.raises(InputError, match=r"'blocks.0' is a block"):
         files.export(model, "around", tmp_path / "x")
     with pytest.raises(InputError, match=r"moves the bias of 'blocks.0.up'"):
@@ -82,7 +82,7 @@ def test_other_consumers_compute_the_same_from_one_file(tmp_path):
     """vLLM reads one alpha / r for all; llama.cpp alpha over the tensor's own rank; diffusers takes
     alpha for the rank where no alpha lies in the file."""
     model = net()
-    adapter = fresh(model, fs.LoRA(rank=5, alpha=3.0), r"blocks\.\d\.(up|down)", train=())
+    adapter = fresh(model, fs.LoRA(rank=5, alpha=3.0), r"blocks\.\d\.(up|down)", train_modules=())
     first = adapter.deltas["blocks.0.up"]
     first.switch_off(first.groups("rank")[0])
     first.switch_off(first.groups("rank")[3])
@@ -107,7 +107,7 @@ def test_other_consumers_compute_the_same_from_one_file(tmp_path):
 
 def test_padding_with_zeros_changes_nothing(tmp_path):
     model = net()
-    adapter = fresh(model, fs.LoRA(rank=2), r"blocks\.\d\.up", train=())
+    adapter = fresh(model, fs.LoRA(rank=2), r"blocks\.\d\.up", train_modules=())
     adapter.export(tmp_path / "2")
     adapter.export(tmp_path / "6", rank=6)
     small, large = in_peft(net(), tmp_path / "2"), in_peft(net(), tmp_path / "6")
@@ -132,7 +132,7 @@ def test_gpt2_and_parts_of_its_fused_projection(tmp_path):
 
 # --- approximation ---------------------------------------------------------------------------
 def test_a_smaller_rank_is_the_best_one_and_its_error_is_told(tmp_path):
-    adapter = fresh(net(), fs.LoRA(rank=5), r"blocks\.\d\.up", train=())
+    adapter = fresh(net(), fs.LoRA(rank=5), r"blocks\.\d\.up", train_modules=())
     with pytest.warns(UserWarning, match=r"relative error up to \d"):
         done = adapter.export(tmp_path / "x", rank=2)
     held = weights(tmp_path / "x")
@@ -147,7 +147,7 @@ def test_a_smaller_rank_is_the_best_one_and_its_error_is_told(tmp_path):
 
 
 def test_a_bound_on_the_error_refuses_and_says_what_would_do(tmp_path):
-    adapter = fresh(net(), fs.LoRA(rank=5), r"blocks\.\d\.up", train=())
+    adapter = fresh(net(), fs.LoRA(rank=5), r"blocks\.\d\.up", train_modules=())
     with pytest.raises(
         InputError, match=r"off by .* more than max_error=0.5; rank=(\d+) keeps it"
     ) as e:
@@ -163,7 +163,7 @@ def test_a_bound_on_the_error_refuses_and_says_what_would_do(tmp_path):
 def test_without_factors_the_smallest_rank_within_the_bound_is_taken(tmp_path):
     from methods import HiRA
 
-    adapter = fresh(net(), HiRA(rank=2), r"blocks\.\d\.up", train=())
+    adapter = fresh(net(), HiRA(rank=2), r"blocks\.\d\.up", train_modules=())
     with pytest.warns(UserWarning, match="relative error"):
         done = adapter.export(tmp_path / "x", max_error=0.2)
     assert 1 < done.rank < 24
@@ -221,7 +221,7 @@ def test_a_name_that_ends_another_does_not_take_it_along(tmp_path):
     torch.manual_seed(0)
     base = Twins().eval()
     model = copy.deepcopy(base)
-    adapter = fresh(model, fs.LoRA(rank=2), ("blocks.0.up",), train=("head",))
+    adapter = fresh(model, fs.LoRA(rank=2), ("blocks.0.up",), train_modules=("head",))
     adapter.export(tmp_path / "x")
     theirs = in_peft(copy.deepcopy(base), tmp_path / "x")
     assert relative(theirs(batch()), model(batch())) < 1e-6
@@ -247,7 +247,7 @@ def test_targets_that_no_list_can_name_become_a_pattern(tmp_path):
     torch.manual_seed(0)
     base = Suffixes()
     model = copy.deepcopy(base)
-    fresh(model, fs.LoRA(rank=2), "q", train=()).export(tmp_path / "x")
+    fresh(model, fs.LoRA(rank=2), "q", train_modules=()).export(tmp_path / "x")
     assert config(tmp_path / "x")["target_modules"] == "q"
     theirs = in_peft(copy.deepcopy(base), tmp_path / "x")
     assert relative(theirs(batch()), model(batch())) < 1e-6

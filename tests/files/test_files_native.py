@@ -49,7 +49,7 @@ def test_every_structure_comes_back_exactly(case, tmp_path):
     assert again.structure == adapter.structure
     assert again.entry.plan == adapter.entry.plan
     assert again.scale == 0.7
-    assert again.num_parameters == adapter.num_parameters
+    assert again.num_update_parameters == adapter.num_update_parameters
     assert not any(p.requires_grad for p in again.parameters())
     again.save(tmp_path / "b")
     assert load_equal(tmp_path / "a", tmp_path / "b")
@@ -96,7 +96,7 @@ def test_what_was_switched_off_or_gated_stays_so(tmp_path):
     third = net()
     fs.load(third, tmp_path / "small")
     assert relative(third(batch()), model(batch())) < 1e-6
-    ranks = [len(d.A) for d in hosts.board_of(third)["default"].deltas.values()]
+    ranks = [len(d.A) for d in hosts.adapter_set_of(third)["default"].deltas.values()]
     assert ranks == [2, 2]
 
 
@@ -118,7 +118,7 @@ def test_a_registered_adapter_holds_its_bytes_and_no_modules(saved):
     model = net()
     for i in range(20):
         register_saved(model, read_adapter(saved[0]).named(f"no{i}"))
-    board = hosts.board_of(model)
+    board = hosts.adapter_set_of(model)
     numbers = 2 * 2 * (24 + 40) + 5 * 25
     for entry in board.entries.values():
         assert not entry.live

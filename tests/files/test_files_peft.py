@@ -173,7 +173,7 @@ def test_configs_that_are_not_read_are_refused_by_name(tmp_path, name):
     with pytest.raises(FileError) as caught:
         fs.load(model, tmp_path / "x")
     assert message in str(caught.value)
-    assert "_finespun_board" not in model.__dict__
+    assert "_finespun_adapters" not in model.__dict__
 
 
 @pytest.mark.parametrize("key", REFUSED)

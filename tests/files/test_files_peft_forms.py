@@ -105,7 +105,7 @@ def test_gpt2_with_every_bias(tmp_path):
 def test_trained_tokens_act_at_both_uses_of_a_tied_table(tmp_path, tied):
     options = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 11]}
     adapter = both_ways(tmp_path, lambda: llama(tied), **options)
-    assert adapter.num_parameters == 2 * 2 * (24 + 24) + 3 * 24
+    assert adapter.num_update_parameters == 2 * 2 * (24 + 24) + 3 * 24
     with torch.no_grad(), adapter.disabled():
         assert torch.equal(logits(adapter.model), logits(llama(tied)))
     wanted = logits(adapter.model)
@@ -124,7 +124,7 @@ def test_weights_of_the_base_in_the_file_must_be_the_models(tmp_path):
         BaseMismatch, match=r"repeats the base's 'model.embed_tokens.weight', \(50, 24\)"
     ):
         fs.load(model, tmp_path / "theirs")
-    assert "_finespun_board" not in model.__dict__
+    assert "_finespun_adapters" not in model.__dict__
     with pytest.warns(UserWarning, match="repeats the base's"):
         fs.load(model, tmp_path / "theirs", force=True)
 
@@ -296,7 +296,7 @@ def test_folders_at_odds_with_themselves_are_refused(tmp_path, name):
     model = Kinds()
     with pytest.raises(error, match=message):
         fs.load(model, tmp_path / "x")
-    assert "_finespun_board" not in model.__dict__
+    assert "_finespun_adapters" not in model.__dict__
 
 
 def test_biases_that_no_layer_of_the_model_has_are_refused(tmp_path):

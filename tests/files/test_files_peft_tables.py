@@ -114,7 +114,7 @@ def test_numbers_of_another_base_are_refused(kind, leaf, tmp_path):
     model = phi()
     with pytest.raises(BaseMismatch, match=rf"repeats the base's 'lm_head\.{leaf}', \(50"):
         fs.load(model, tmp_path)
-    assert "_finespun_board" not in model.__dict__
+    assert "_finespun_adapters" not in model.__dict__
     with pytest.warns(UserWarning, match="repeats the base's"):
         fs.load(model, tmp_path, force=True)
 

@@ -56,10 +56,10 @@ class Encodes(nn.Module):
 def test_a_trained_copy_that_the_fast_path_would_ignore_is_refused(name):
     model = Encodes()
     with pytest.raises(TargetError, match=f"'encoder.layers.0.{name}'.*copy would do nothing"):
-        fs.adapt(model, LORA.structure, ["out"], train=[f"encoder.layers.0.{name}"])
+        fs.adapt(model, LORA.structure, ["out"], train_modules=[f"encoder.layers.0.{name}"])
     with pytest.raises(TargetError, match="copy would do nothing"):
-        fs.adapt(model, LORA.structure, ["out"], train=["attend.out_proj"])
-    assert "_finespun_board" not in model.__dict__
+        fs.adapt(model, LORA.structure, ["out"], train_modules=["attend.out_proj"])
+    assert "_finespun_adapters" not in model.__dict__
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -71,7 +71,7 @@ def test_a_whole_layer_of_torchs_encoder_may_be_trained(whole, need_weights, bat
     model.need_weights = need_weights
     with torch.no_grad():
         y0 = model(x)
-    adapter = fs.adapt(model, LORA.structure, [], train=[whole])
+    adapter = fs.adapt(model, LORA.structure, [], train_modules=[whole])
     stir(adapter.parameters())
     assert effect(model, adapter, x) > 1e-3
     trained = model(x)
@@ -85,7 +85,9 @@ def test_a_whole_layer_of_torchs_encoder_may_be_trained(whole, need_weights, bat
 def test_a_bypass_goes_around_torchs_encoder_layer_on_its_fast_path(padded):
     torch.manual_seed(0)
     model, x = Encodes().eval(), torch.randn(2, 5, 8)
-    adapter = fs.adapt(model, fs.structure("lor2c", rank=2), [r"encoder.layers.0"], train=())
+    adapter = fs.adapt(
+        model, fs.structure("lor2c", rank=2), [r"encoder.layers.0"], train_modules=()
+    )
     stir(adapter.parameters())
     mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padded else None
     slow = model.encoder(x.requires_grad_(), src_key_padding_mask=mask).detach()
@@ -111,7 +113,7 @@ def test_a_bypass_goes_around_torchs_encoder_layer_on_its_fast_path(padded):
 )
 def test_parts_of_torchs_attention_are_refused_by_name(target, message):
     with pytest.raises(TargetError, match=message):
-        fs.adapt(Encodes(), fs.LoRA(rank=2), target, train=())
+        fs.adapt(Encodes(), fs.LoRA(rank=2), target, train_modules=())
 
 
 def test_a_word_that_finds_nothing_says_what_is_there():
@@ -260,19 +262,19 @@ def test_a_model_that_is_wrapped_already_is_refused(wrap):
     model = wrap(two_layers())
     with pytest.raises(StateError, match=r"the model is wrapped by .* already"):
         fs.adapt(model, fs.LoRA(rank=2), ["0"])
-    assert "_finespun_board" not in model.__dict__
+    assert "_finespun_adapters" not in model.__dict__
 
 
 def test_a_module_inside_an_adapted_one_is_not_adapted_apart():
     model = net()
-    inner = fs.adapt(model.blocks[0], fs.LoRA(rank=2), ["up"], train=())
+    inner = fs.adapt(model.blocks[0], fs.LoRA(rank=2), ["up"], train_modules=())
     with pytest.raises(TargetError, match=r"'blocks.0.up' is adapted already, as 'up' of a module"):
-        fs.adapt(model, fs.LoRA(rank=2), ["up"], train=(), name="outer")
-    assert "_finespun_board" not in model.__dict__
+        fs.adapt(model, fs.LoRA(rank=2), ["up"], train_modules=(), name="outer")
+    assert "_finespun_adapters" not in model.__dict__
     inner.detach()
-    fs.adapt(model, fs.LoRA(rank=2), ["up"], train=(), name="outer")
+    fs.adapt(model, fs.LoRA(rank=2), ["up"], train_modules=(), name="outer")
     with pytest.raises(TargetError, match="'up' is adapted already"):
-        fs.adapt(model.blocks[0], fs.LoRA(rank=2), ["up"], train=())
+        fs.adapt(model.blocks[0], fs.LoRA(rank=2), ["up"], train_modules=())
 
 
 # --- weights that are read ------------------------------------------------------------------------
@@ -310,10 +312,10 @@ def test_a_layer_whose_weight_is_read_is_warned_of_once(how):
 def test_a_layer_that_rests_is_not_warned_of():
     model, x = Reads(), torch.randn(2, 6)
     model.calls = True
-    fs.adapt(model, fs.LoRA(rank=2), ["layers.0", "layers.1", "head"], train=())
+    fs.adapt(model, fs.LoRA(rank=2), ["layers.0", "layers.1", "head"], train_modules=())
     model.train()(x)
     model = Reads().eval()
-    fs.adapt(model, fs.LoRA(rank=2), ["head"], train=())
+    fs.adapt(model, fs.LoRA(rank=2), ["head"], train_modules=())
     model(x)
 
 
@@ -334,5 +336,5 @@ def test_a_copy_of_a_delta_does_not_copy_the_model():
     other = copy.deepcopy(model)
     theirs = fs.Adapter(other, "default").deltas[name]
     assert theirs.site.layer is other.get_submodule(name)
-    assert theirs.site.board is hosts.board_of(other) is not hosts.board_of(model)
+    assert theirs.site.adapter_set is hosts.adapter_set_of(other) is not hosts.adapter_set_of(model)
     assert torch.equal(twin(model)(x), model(x))

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import finespun as fs
 from finespun import hosts
 from finespun.errors import TargetError
-from finespun.hosts.layers.slices import PartHost
+from finespun.hosts.layers.slices import SliceHost
 
 
 class Kinds(nn.Module):
@@ -69,7 +69,7 @@ def test_update_equals_its_dense_form(structure, targets):
     for name, delta in adapter.deltas.items():
         layer = wanted.get_submodule(name.partition(":")[0])
         change = delta.dense(delta.base_weight()).detach()
-        if isinstance(delta.site, PartHost):
+        if isinstance(delta.site, SliceHost):
             layer.weight.data[delta.site.start : delta.site.end] += change
         elif isinstance(layer, (Conv1D, nn.Embedding)):
             layer.weight.data += change.T
@@ -169,7 +169,7 @@ def test_wrong_parts_are_refused_and_nothing_stays(targets, message):
         fs.adapt(model, fs.LoRA(rank=2), targets)
     assert type(model.qkv) is nn.Linear
     assert type(model.table) is nn.Embedding
-    assert "_finespun_board" not in model.__dict__
+    assert "_finespun_adapters" not in model.__dict__
 
 
 # Structures of every kind of path: factors, `through`, a map of the weight, entries, a moved bias.
@@ -228,7 +228,7 @@ def test_a_dense_update_of_an_embedding_is_refused_with_its_size(structure):
     model = Kinds()
     with pytest.raises(TargetError, match="'table' its dense update would hold 360 numbers"):
         fs.adapt(model, structure, ["table"])
-    assert "_finespun_board" not in model.__dict__
+    assert "_finespun_adapters" not in model.__dict__
 
 
 @pytest.mark.parametrize("kind", ["embedding", "convolution"])

@@ -26,7 +26,7 @@ from torch import nn
 
 import finespun as fs
 from finespun import hosts
-from finespun.adapters.packed import FlatState
+from finespun.adapters.packed import PackedTensors
 from finespun.errors import InputError, StateError, TargetError
 from finespun.hosts.layers.host import hooked
 
@@ -71,7 +71,7 @@ def test_every_path_gives_the_definition(case):
     assert relative(model(x), wanted) <= case.tolerance
     for handle in watched:
         handle.remove()
-    adapter.entry.former = None
+    adapter.entry.factor_cache = None
     assert relative(model(x), wanted) <= case.tolerance
 
 
@@ -199,7 +199,7 @@ def test_a_trained_head_is_chosen_by_activation(case):
     plain, x = net(), batch()
     model, adapter = stirred(case, twin(plain), ("head",))
     assert relative(model(x), by_definition(plain, adapter, x)) <= case.tolerance
-    assert adapter.num_trained == WIDTH * 5 + 5
+    assert adapter.num_module_parameters == WIDTH * 5 + 5
     assert torch.equal(model.head.weight, plain.head.weight)
     fs.activate(model, None)
     assert torch.equal(model(x), plain(x))
@@ -252,7 +252,7 @@ def test_tensors_go_out_and_come_back(case):
     model, adapter = stirred(case, net(), ("head",))
     x = batch()
     y, saved = model(x), {k: v.clone() for k, v in hosts.tensors_of(adapter.entry).items()}
-    packed = FlatState.pack(saved)
+    packed = PackedTensors.pack(saved)
     assert same(packed.tensors(), saved)
     assert all(slot.offset % 16 == 0 for slot in packed.table.values())
     stir(adapter.parameters(), seed=40)
@@ -304,7 +304,7 @@ def test_a_failed_attachment_leaves_the_model_alone():
         fs.adapt(plain, fs.LoRA(rank=30), ["up"], ())
     assert same(bytes_of(plain), before)
     assert [type(m) for m in plain.modules()] == classes
-    assert "_finespun_board" not in plain.__dict__
+    assert "_finespun_adapters" not in plain.__dict__
     assert all(p.requires_grad for p in plain.parameters())
 
 

@@ -85,7 +85,7 @@ def test_a_thousand_adapters_cost_their_files(folder, count):
     on_disk = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     for i in range(count):
         register(model, folder, f"a{i}")
-    entries = hosts.board_of(model).entries
+    entries = hosts.adapter_set_of(model).entries
     assert len(entries) == count
     held = deep_size(entries, {id(model)})
     assert held <= 1.1 * count * on_disk
@@ -120,14 +120,14 @@ def switching(layers):
     for name in ("one", "two", "three"):
         adapter = fs.adapt(model, fs.LSR(rank=4, separation_rank=2), "all-linear", name=name)
         stir(adapter.parameters())
-    board, written = hosts.board_of(model), []
+    adapter_set, written = hosts.adapter_set_of(model), []
 
-    class Watched(type(board)):
+    class Watched(type(adapter_set)):
         def __setattr__(self, name, value):
             written.append(name)
             super().__setattr__(name, value)
 
-    board.__class__ = Watched
+    adapter_set.__class__ = Watched
     with Operators() as made:
         fs.activate(model, "one")
         fs.activate(model, {"two": 0.5, "three": 0.5})

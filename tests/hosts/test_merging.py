@@ -150,7 +150,7 @@ def test_an_error_on_the_way_restores_every_weight(case, monkeypatch):
         adapter.merge()
     assert pointers(model) == before
     assert same(base_of(model, plain), bytes_of(plain))
-    assert hosts.board_of(model).merged == {}
+    assert hosts.adapter_set_of(model).merged == {}
 
 
 @every(lambda case: not mergeable(case))

@@ -75,7 +75,7 @@ def test_features_of_clip_are_adapted_trained_and_routed():
         for got, adapted, own in zip(mixed, first, base):
             assert relative(got[[0, 2]], adapted[[0, 2]]) < 1e-5
             assert relative(got[1], own[1]) < 1e-6
-    one = fs.Adapter(model, "one").train()
+    one = fs.Adapter(model, "one").make_trainable()
     sum(f.sum() for f in features(model)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in one.parameters())
     with torch.no_grad():

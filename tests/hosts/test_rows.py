@@ -9,7 +9,7 @@ from torch import nn
 
 import finespun as fs
 from finespun.errors import InputError, StateError
-from finespun.hosts import board_of
+from finespun.hosts import adapter_set_of
 from finespun.hosts.adapter_set import Rows
 
 LORA = CASES[0]
@@ -58,7 +58,7 @@ def test_repeated_rows_go_to_blocks_of_the_batch(case):
 @every()
 def test_rows_carry_gradients_and_strength(case):
     model = pair(case, net())
-    first, second = fs.Adapter(model, "one"), fs.Adapter(model, "another").train()
+    first, second = fs.Adapter(model, "one"), fs.Adapter(model, "another").make_trainable()
     x, first.scale = batch(2), 0.5
     wanted = each_alone(model, x, ["one", "another"])
     with fs.rows(model, ["one", "another"]):
@@ -120,11 +120,11 @@ def test_rows_end_with_their_block_even_after_an_error():
     before = model(batch())
     with pytest.raises(StateError), fs.rows(model, ["one"] * 4):
         model(batch(6))
-    assert board_of(model).rows is None
+    assert adapter_set_of(model).rows is None
     with fs.rows(model, ["one"]):
         with fs.rows(model, [None]):
-            assert board_of(model).rows == Rows((None,))
-        assert board_of(model).rows == Rows(("one",))
+            assert adapter_set_of(model).rows == Rows((None,))
+        assert adapter_set_of(model).rows == Rows(("one",))
     assert torch.equal(model(batch()), before)
 
 
@@ -134,7 +134,7 @@ def test_unknown_names_are_refused_before_anything_happens():
         fs.activate(model, "oen")
     with pytest.raises(InputError, match=r"'oen'.*'one'"), fs.rows(model, ["oen"]):
         pass
-    assert board_of(model).active == (("another", 1.0),)
+    assert adapter_set_of(model).active == (("another", 1.0),)
     with pytest.raises(InputError, match=r"'one' is already there"):
         adapted(LORA, model, name="one")
     with pytest.raises(InputError, match=r"'a.b'"):
@@ -212,7 +212,7 @@ def test_what_serves_rows_can_neither_be_evicted_nor_detached():
         assert torch.equal(model(x), y)
     fs.evict(model, "one")
     fs.Adapter(model, "one").detach()
-    assert list(board_of(model).entries) == ["another"]
+    assert list(adapter_set_of(model).entries) == ["another"]
 
 
 @given(st.lists(st.sampled_from([None, "a", "b"]), min_size=1, max_size=7), st.integers(1, 5))

@@ -28,7 +28,9 @@ def two_adapters():
     torch.manual_seed(0)
     model = Packed()
     for name, structure in (("fr", fs.LoRA(rank=2)), ("de", fs.LSR(rank=2, separation_rank=2))):
-        adapter = fs.adapt(model, structure, ["table", "up"], train=["classifier"], name=name)
+        adapter = fs.adapt(
+            model, structure, ["table", "up"], train_modules=["classifier"], name=name
+        )
         with torch.no_grad():
             for p in adapter.parameters():
                 p.add_(0.3 * torch.randn_like(p))

@@ -90,7 +90,7 @@ def test_adapting_trains_saves_merges_and_leaves_no_trace(family, tmp_path):
     model, plain, call = built(family), built(family), FAMILIES[family].call
     plain.requires_grad_(False)  # attention takes another path where T5's position bias is trained
     y0 = call(plain)
-    adapter = fs.adapt(model, LSR, ["attention", "mlp"], train=())
+    adapter = fs.adapt(model, LSR, ["attention", "mlp"], train_modules=())
     assert torch.equal(call(model), y0)
 
     goal = torch.randn(y0.shape, generator=torch.Generator().manual_seed(6))
@@ -170,7 +170,7 @@ def test_the_output_head_is_adapted_only_by_name(name, config, head):
     assert head not in found
     assert hosts.find(model, [head]) == [head]
     assert hosts.find(model, ["all-linear", head]) == [*found, head]
-    adapter = fs.adapt(model, fs.LoRA(rank=1), [head], train=())
+    adapter = fs.adapt(model, fs.LoRA(rank=1), [head], train_modules=())
     assert list(adapter.deltas) == [head]
 
 
@@ -208,7 +208,7 @@ def test_fused_experts_are_refused_by_name(name, config, options, fused):
         fs.adapt(model, LSR, [fused])
     with pytest.raises(TargetError, match="Experts"):
         fs.adapt(model, LSR, ["experts"])
-    assert "_finespun_board" not in model.__dict__
+    assert "_finespun_adapters" not in model.__dict__
     y0 = model(words())[0]
     adapter = fs.adapt(model, LSR, "all-linear")
     assert all("experts" not in target for target in adapter.deltas)

@@ -206,7 +206,7 @@ def test_a_head_that_trl_reads_past_is_warned_of_without_a_driver(tmp_path, how)
     if how == "adapted":
         fs.adapt(model, fs.LSR(rank=4, separation_rank=3), ["q_proj", "lm_head"])
     else:
-        fs.adapt(model, fs.LSR(rank=4, separation_rank=3), ["q_proj"], train=["lm_head"])
+        fs.adapt(model, fs.LSR(rank=4, separation_rank=3), ["q_proj"], train_modules=["lm_head"])
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**options(tmp_path, max_length=16)),

@@ -307,7 +307,7 @@ def test_what_cannot_be_converted_is_told(tmp_path):
     convert(tmp_path / "a", tmp_path / "p", "lora", format="peft")
     with pytest.raises(InputError, match="in PEFT's format, which stays"):
         convert(tmp_path / "a", tmp_path / "p", "lora")
-    fresh(bert(), fs.LoRA(), (), train=("classifier",)).save(tmp_path / "head")
+    fresh(bert(), fs.LoRA(), (), train_modules=("classifier",)).save(tmp_path / "head")
     with pytest.raises(InputError, match="nothing to convert"):
         convert(tmp_path / "head", tmp_path / "b", "lora")
     fresh(bert(), fs.structure("ia3"), TARGETS).save(tmp_path / "ia3")

@@ -190,7 +190,7 @@ def test_commands_print_tables_and_json(done, tmp_path, capsys):
     assert found["runs"] == {}
     both = json.loads(printed(["compare", src, src, "--json"], capsys))
     assert both["runs"]["accuracy after"][0] == both["runs"]["accuracy after"][1]
-    assert "update_numbers" in printed(["compare", src, src], capsys)
+    assert "num_update_parameters" in printed(["compare", src, src], capsys)
     shown = printed(["inspect", dst], capsys)
     assert "rank 1, effective 1.00" in shown
     assert "parents" in shown
@@ -279,7 +279,7 @@ def diffusers(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("way", ["export", "convert"])
 def test_all_servers_compute_the_same_update_from_one_file(tmp_path, structure, way):
     model = bert()
-    adapter = fs.adapt(model, structure, ("query", "value"), train=())
+    adapter = fs.adapt(model, structure, ("query", "value"), train_modules=())
     stir(adapter.parameters())
     adapter.scale = 0.7
     wanted = {n: u.dense().detach() for n, u in adapter.updates().items()}
@@ -297,7 +297,7 @@ def test_all_servers_compute_the_same_update_from_one_file(tmp_path, structure, 
 
 def test_ranks_of_their_own_are_for_peft_alone(tmp_path):
     model = bert()
-    adapter = fs.adapt(model, fs.LoRA(rank=6), ("query", "value"), train=())
+    adapter = fs.adapt(model, fs.LoRA(rank=6), ("query", "value"), train_modules=())
     stir(adapter.parameters())
     first = next(iter(adapter.deltas.values()))
     with torch.no_grad():
@@ -438,7 +438,7 @@ def test_a_gguf_adapter_of_the_exported_tensors_says_the_same(tmp_path):
     import gguf
 
     model = bert()
-    adapter = fs.adapt(model, fs.LSR(rank=4), ("query", "value"), train=())
+    adapter = fs.adapt(model, fs.LSR(rank=4), ("query", "value"), train_modules=())
     stir(adapter.parameters())
     wanted = {n: u.dense().detach() for n, u in adapter.updates().items()}
     adapter.export(tmp_path / "x")

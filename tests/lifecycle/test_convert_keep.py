@@ -28,7 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model.save_pretrained("base")
     for name, rank, seed in (("a", 4, 0), ("b", 2, 1)):
         structure = fs.LoRA(rank=rank, seed=seed)
-        adapter = fresh(model, structure, TARGETS, name=name, train=())
+        adapter = fresh(model, structure, TARGETS, name=name, train_modules=())
         adapter.save(name)
         adapter.detach()
     return tmp_path
@@ -216,7 +216,7 @@ def test_an_adapter_that_python_saved_is_exported_on_the_base_that_is_named(plac
     adapted = bert()
     fs.load(adapted, "a")
     assert relative(logits(in_peft(bert(), Path("out"))), logits(adapted)) < 1e-5
-    shape = fresh(bert(), fs.structure("dora", rank=2), TARGETS, train=())
+    shape = fresh(bert(), fs.structure("dora", rank=2), TARGETS, train_modules=())
     shape.save("dora")
     small = ["export", "dora", "small", "--model", "base", "--rank", "1", "--per-module-rank"]
     assert run(small) == 0
@@ -243,7 +243,7 @@ def test_a_base_that_cannot_be_the_one_is_told_in_a_line(place, capsys):
     assert write("merge", "a", "out") == 3
     assert "cannot be loaded as BertForSequenceClassification" in capsys.readouterr().err
     plain = torch.nn.Sequential(torch.nn.Linear(8, 8))
-    fresh(plain, fs.LoRA(rank=2), ["0"], train=()).save("plain")
+    fresh(plain, fs.LoRA(rank=2), ["0"], train_modules=()).save("plain")
     for way in ("merge", "export"):
         assert write(way, "plain", "out") == 2
         assert "made for a 'Sequential', which is no class of" in capsys.readouterr().err
@@ -269,6 +269,6 @@ def test_options_of_a_conversion_are_told_as_they_are_typed(place, capsys):
         assert error.startswith(f"error: {to}: structure")
         assert told in error
         assert error.count("\n") == 1
-    fresh(bert(), fs.structure("shira", rank=2), TARGETS, train=()).save("shira")
+    fresh(bert(), fs.structure("shira", rank=2), TARGETS, train_modules=()).save("shira")
     assert write("convert", "shira", "out") == 2
     assert "--set rank=16 or --energy 0.95" in capsys.readouterr().err

@@ -28,17 +28,17 @@ training:
 def test_defaults_are_filled_in() -> None:
     recipe = Recipe.parse("model: m\ndata: {file: a.csv}\n")
     assert recipe.structure == LSR()
-    assert (recipe.targets, recipe.train, recipe.output) == ("all-linear", None, "out")
+    assert (recipe.targets, recipe.train_modules, recipe.output) == ("all-linear", None, "out")
     assert (recipe.data.text, recipe.data.label, recipe.data.pair) == ("text", "label", None)
     assert (recipe.training.epochs, recipe.training.batch_size) == (3, 32)
 
 
 def test_the_rate_follows_the_structure_unless_given() -> None:
     recipe = Recipe.parse(TEXT)
-    assert recipe.rate == 3e-3
-    assert recipe.changed(["structure={kind: lora}"]).rate == 1e-3
-    assert recipe.changed(["structure={kind: c3a}"]).rate == 1.0
-    assert recipe.changed(["training.rate=2e-4"]).rate == 2e-4
+    assert recipe.lr == 3e-3
+    assert recipe.changed(["structure={kind: lora}"]).lr == 1e-3
+    assert recipe.changed(["structure={kind: c3a}"]).lr == 1.0
+    assert recipe.changed(["training.lr=2e-4"]).lr == 2e-4
 
 
 def test_options_reach_the_structure_under_its_own_and_pefts_names() -> None:
@@ -67,8 +67,8 @@ def test_options_reach_the_structure_under_its_own_and_pefts_names() -> None:
         ),
         (("rank: 4", "rank: -4"), "line 3: structure: rank=-4 must be at least 1"),
         (("rank: 4", "start: balancd"), "line 5: structure.start = 'balancd' .*: 'balanced'"),
-        (("epochs: 3", "rate: -1"), "line 8: training.rate = -1 should be greater than 0"),
-        (("epochs: 3", "rate: .nan"), "line 8: training.rate = nan should be a finite"),
+        (("epochs: 3", "rate: -1"), "line 8: training.lr = -1 should be greater than 0"),
+        (("epochs: 3", "rate: .nan"), "line 8: training.lr = nan should be a finite"),
         (("epochs: 3", "schedule: linar"), "line 8: training.schedule = .*nearest: 'linear'"),
         (("{task: trec}", "{}"), "line 2: data: needs either a task or a file"),
         (("{task: trec}", "{task: trec, file: a}"), "data: needs either a task or a file"),
@@ -102,10 +102,10 @@ def test_every_wrong_key_is_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("training.rate", "not of the form section.key=value"),
+        ("training.lr", "not of the form section.key=value"),
         ("training..rate=1", "not of the form"),
         ("model.x=1", "model is 'minilm-l6', which has no keys"),
-        ("training.rate=[", "the value is not YAML"),
+        ("training.lr=[", "the value is not YAML"),
         ("trainig.rate=1", "trainig is not a key of a recipe; nearest: 'training'"),
         ("structure.kind=lora", None),
     ],
@@ -120,7 +120,7 @@ def test_overrides_are_checked_like_the_file(override: str, says: str | None) ->
 
 def test_a_number_in_an_override_may_have_an_exponent() -> None:
     for text in ("1e-3", "1E-3", "0.1e-2", ".001", "0.001"):
-        assert Recipe.parse(TEXT, [f"training.rate={text}"]).rate == 1e-3
+        assert Recipe.parse(TEXT, [f"training.lr={text}"]).lr == 1e-3
 
 
 def test_an_error_from_an_override_does_not_blame_a_line() -> None:
@@ -138,13 +138,13 @@ words = st.text(min_size=1, max_size=12).filter(lambda s: "\x00" not in s)
 @settings(deadline=None)
 @given(
     structure=structures,
-    rate=st.none() | st.floats(1e-8, 10),
+    lr=st.none() | st.floats(1e-8, 10),
     column=words,
     targets=st.just("all-linear") | st.lists(words, min_size=1, max_size=3),
     train=st.none() | st.lists(words, max_size=2),
 )
 def test_dump_and_parse_are_inverse_to_the_byte(
-    structure: Any, rate: float | None, column: str, targets: Any, train: Any
+    structure: Any, lr: float | None, column: str, targets: Any, train: Any
 ) -> None:
     recipe = Recipe.model_validate(
         {
@@ -153,14 +153,14 @@ def test_dump_and_parse_are_inverse_to_the_byte(
             "structure": structure,
             "targets": targets,
             "train": train,
-            "training": {"rate": rate},
+            "training": {"lr": lr},
         }
     )
     text = recipe.dump()
     again = Recipe.parse(text)
     assert again.dump() == text
-    assert (again.structure, again.rate, again.data) == (structure, recipe.rate, recipe.data)
-    assert (again.targets, again.train) == (recipe.targets, recipe.train)
+    assert (again.structure, again.lr, again.data) == (structure, recipe.lr, recipe.data)
+    assert (again.targets, again.train) == (recipe.targets, recipe.train_modules)
 
 
 def test_a_task_recipe_round_trips_and_names_every_choice() -> None:
@@ -169,7 +169,7 @@ def test_a_task_recipe_round_trips_and_names_every_choice() -> None:
     assert Recipe.parse(text).dump() == text
     values = yaml.safe_load(text)
     assert values["data"] == {"task": "trec", "seed": 0}
-    assert values["training"]["rate"] == 3e-3
+    assert values["training"]["lr"] == 3e-3
     assert values["structure"]["separation_rank"] == 16
 
 

@@ -96,19 +96,17 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("lsr r=4", LSR(), 3584, (0.81, 0.82)),
         ("lsr r=8", LSR(rank=8), 7000, (0.9, None)),
     ):
-        rates = (1e-3, 1e-2, 1e-1)
+        lrs = (1e-3, 1e-2, 1e-1)
         seconds = {"seconds": 1.5, "cpu_seconds": 1.4}
         rows.append(
-            Row(name, structure, ("query",), None, count, 34, 5000, 1e-2, rates, False, scores,
+            Row(name, structure, ("query",), None, count, 34, 5000, 1e-2, lrs, False, scores,
                 **seconds)
         )  # fmt: skip
     summary = Summary(tuple(rows), "accuracy", (0, 1), 100, "finespun bench 'a b.yaml'")
     (folder / TABLE).write_text(markdown(summary))
     (folder / SHEET).write_text(csv_text(summary))
     trial = {"member": "lsr r=4", "held": [0.2, 0], "metrics": {"accuracy": 0.7}}
-    lines = [
-        {**trial, "recipe": {"training": {"rate": rate, "epochs": 2}}} for rate in (1e-3, 1e-2)
-    ]
+    lines = [{**trial, "recipe": {"training": {"lr": lr, "epochs": 2}}} for lr in (1e-3, 1e-2)]
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -124,7 +122,7 @@ def test_the_page_of_a_run_says_what_its_files_say(done: Path) -> None:
     text, page = opened(done)
     before, after = result.before["accuracy"], result.after["accuracy"]
     assert page.cells("accuracy") == [shown(before), shown(after), shown(after - before)]
-    assert page.cells("trained numbers in layers") == [shown(result.update_numbers)]
+    assert page.cells("trained numbers in layers") == [shown(result.num_update_parameters)]
     assert page.cells("steps") == ["16"]
     words = "".join(page.words)
     assert (done / "recipe.yaml").read_text() in words

@@ -212,7 +212,7 @@ def test_a_run_learns_to_answer(done):
     assert result.after["accuracy"] == result.after["exact_match"] == 1.0
     assert result.after["loss"] < 0.1 < result.before["loss"]
     assert result.before["exact_match"] == 0.0
-    assert result.module_numbers == 0
+    assert result.num_module_parameters == 0
     log = [json.loads(line) for line in (done / "out" / "metrics.jsonl").open()]
     told = [record["text"] for record in log if record["event"] == "note"]
     assert len([t for t in told if "before" in t and "after" in t]) == 3

@@ -106,12 +106,12 @@ def test_counts_are_those_of_the_run(file: Path, tmp_path: Path) -> None:
     assert run(["train", str(file), *changes, "-q"]) == 0
     result = Result.read(tmp_path / "out")
     assert len(found.targets) == result.sites
-    assert found.update_numbers == result.update_numbers
-    assert found.module_numbers == result.module_numbers
+    assert found.num_update_parameters == result.num_update_parameters
+    assert found.num_module_parameters == result.num_module_parameters
     assert found.adapter_bytes == (tmp_path / "out" / "adapter.safetensors").stat().st_size
     assert (found.train_rows, found.test_rows) == (result.train_rows, result.test_rows)
     assert found.steps == result.steps
-    assert found.optimiser == 3 * 4 * (result.update_numbers + result.module_numbers)
+    assert found.optimiser == 3 * 4 * (result.num_update_parameters + result.num_module_parameters)
     assert found.modules == ("classifier",)
 
 
@@ -141,7 +141,9 @@ def test_operations_of_a_head_alone_by_hand(file: Path) -> None:
 
 def test_operations_of_the_updates_come_from_the_structure(file: Path) -> None:
     found = estimate(Recipe.load(file, ["structure={kind: lora, rank: 4}"]))
-    assert found.update_flops == 2 * found.tokens * LoRA(rank=4).numbers(found.targets[0]) * 4
+    assert (
+        found.update_flops == 2 * found.tokens * LoRA(rank=4).num_parameters(found.targets[0]) * 4
+    )
 
 
 # --- time ----------------------------------------------------------------------------------------

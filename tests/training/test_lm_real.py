@@ -29,7 +29,7 @@ def test_smollm2_learns_what_a_question_asks_for(tmp_path):
     assert result.after["accuracy"] > result.before["accuracy"] + 0.15
     assert result.after["exact_match"] > 0.45
     assert result.after["loss"] < result.before["loss"] / 4
-    assert result.update_numbers == 30 * 8 * ((576 + 576) + (576 + 192) + 2 * (576 + 1536))
+    assert result.num_update_parameters == 30 * 8 * ((576 + 576) + (576 + 192) + 2 * (576 + 1536))
 
     log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
     notes = [r["text"] for r in log if r["event"] == "note"]

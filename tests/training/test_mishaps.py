@@ -17,10 +17,10 @@ def case(name):
 
 def test_compacting_what_was_never_switched_off_changes_nothing():
     model, adapter = stirred(case("uni"), net())
-    y, numbers, bank = model(batch()), adapter.num_parameters, adapter.entry.bank
+    y, numbers, bank = model(batch()), adapter.num_update_parameters, adapter.entry.bank
     adapter.compact()
     assert torch.equal(model(batch()), y)
-    assert (adapter.num_parameters, adapter.entry.bank) == (numbers, bank)
+    assert (adapter.num_update_parameters, adapter.entry.bank) == (numbers, bank)
 
 
 def test_a_gated_update_with_a_bank_becomes_loras_and_the_bank_goes():
@@ -95,14 +95,14 @@ def test_the_base_stays_frozen_when_the_first_of_two_goes_first():
     assert all(p.requires_grad for p in base)
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.0])
-def test_a_bank_is_watched_in_the_first_real_step(rate):
+@pytest.mark.parametrize("lr", [0.1, 0.0])
+def test_a_bank_is_watched_in_the_first_real_step(lr):
     model, adapter = stirred(case("uni"), net().train())
-    optimizer = torch.optim.SGD(adapter.parameters(), lr=rate)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=lr)
     driver = Driver(model, "default", optimizer)
     model(batch()).sum().backward()
     optimizer.step()
-    assert driver.checked == (rate > 0)
+    assert driver.checked == (lr > 0)
 
 
 def test_a_module_switched_off_on_purpose_is_not_warned_of(recwarn):
@@ -168,8 +168,8 @@ def test_nothing_else_is_activated_while_an_adapter_is_merged():
         (lambda m: fs.adapt(m, fs.LoRA, ["up"]), "an instance such as"),
         (lambda m: fs.adapt(m, fs.LoRA(), 3), "targets are names"),
         (lambda m: fs.adapt(m, fs.LoRA(), [3]), "targets are names"),
-        (lambda m: fs.adapt(m, fs.LoRA(rank=1), ["up"], train="haed"), "called 'haed'"),
-        (lambda m: fs.adapt(m, fs.LoRA(rank=1), ["head"], train=["head"]), "whole: head;"),
+        (lambda m: fs.adapt(m, fs.LoRA(rank=1), ["up"], train_modules="haed"), "called 'haed'"),
+        (lambda m: fs.adapt(m, fs.LoRA(rank=1), ["head"], train_modules=["head"]), "whole: head;"),
     ],
 )
 def test_values_of_another_kind_are_refused_by_name(call, message):

@@ -66,7 +66,14 @@ def check_equal(folder: Path, unbroken: Path) -> None:
     for key, value in ours.items():
         assert torch.equal(value, theirs[key]), key
     results = [json.loads((f / "out" / "metrics.json").read_text()) for f in (folder, unbroken)]
-    for key in ("before", "after", "steps", "loss", "update_numbers", "module_numbers"):
+    for key in (
+        "before",
+        "after",
+        "steps",
+        "loss",
+        "num_update_parameters",
+        "num_module_parameters",
+    ):
         assert results[0][key] == results[1][key]
     assert losses(folder) == losses(unbroken)
     assert not (folder / "out" / "checkpoints").exists()

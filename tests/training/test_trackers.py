@@ -296,7 +296,7 @@ def test_trackers_are_no_part_of_what_makes_the_result(recipe: Recipe, books: li
 def test_a_bench_has_no_trackers(folder: Path) -> None:
     text = (folder / "run.yaml").read_text()
     recipe = {**yaml.safe_load(text), "trackers": ["wandb"]}
-    del recipe["output"], recipe["structure"], recipe["training"]["rate"]
+    del recipe["output"], recipe["structure"], recipe["training"]["lr"]
     members = [{"structure": {"kind": "lora", "rank": 1}}]
     with pytest.raises(InputError, match="recipe must not set trackers"):
         BenchSpec.parse(yaml.safe_dump({"recipe": recipe, "members": members}))

@@ -80,7 +80,7 @@ def test_an_unfinished_run_is_not_overwritten_unasked(recipe: Recipe) -> None:
 @pytest.mark.parametrize("resume", [False, True])
 def test_an_adapter_without_a_run_is_not_overwritten(resume: bool, recipe: Recipe) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    fs.adapt(model, fs.LoRA(rank=1), ["0"], train=[]).save(recipe.output)
+    fs.adapt(model, fs.LoRA(rank=1), ["0"], train_modules=[]).save(recipe.output)
     with pytest.raises(InputError, match="holds an adapter: --overwrite replaces it"):
         run(recipe, resume)
 
@@ -146,8 +146,8 @@ def test_a_run_that_broke_off_before_any_checkpoint_is_begun_again(recipe: Recip
 def test_resuming_another_recipe_names_the_key(recipe: Recipe) -> None:
     interrupted(recipe)
     with pytest.raises(InputError) as caught:
-        run(recipe.changed(["training.rate=0.5"]), resume=True)
-    assert "training.rate was 0.03" in str(caught.value)
+        run(recipe.changed(["training.lr=0.5"]), resume=True)
+    assert "training.lr was 0.03" in str(caught.value)
     assert "is 0.5 now" in str(caught.value)
 
 

@@ -33,7 +33,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def s2ft(recipe: Recipe, select: str) -> Recipe:
     structure = f"structure={{kind: s2ft, channels: 0.25, heads: 0.5, select: {select}}}"
-    return recipe.changed([structure, FEEDFORWARD, "training.rate=1e-2"])
+    return recipe.changed([structure, FEEDFORWARD, "training.lr=1e-2"])
 
 
 def events(recipe: Recipe, **options: int) -> Recipe:
@@ -43,7 +43,7 @@ def events(recipe: Recipe, **options: int) -> Recipe:
             "structure={kind: lor2c, rank: 4}",
             BLOCKS,
             f"allocation={allocation}",
-            "training.rate=1e-2",
+            "training.lr=1e-2",
         ]
     )
 
@@ -101,7 +101,7 @@ def test_chosen_units_are_trained_and_kept(recipe: Recipe) -> None:
     recipe = s2ft(recipe, "gradient")
     plan = prepare(recipe).adapter.entry.plan
     result = run(recipe)
-    assert result.update_numbers == recipe.structure.total(plan) > 0
+    assert result.num_update_parameters == recipe.structure.total_parameters(plan) > 0
     model = prepare(recipe.changed(["targets=[]"])).text.model
     again = fs.load(model, recipe.output, name="again")
     assert again.entry.plan == plan
@@ -136,7 +136,7 @@ def test_another_choice_on_resuming_is_refused(
 def test_sizes_are_counted_without_scores(recipe: Recipe) -> None:
     sites = [TensorSite(f"layer.{i}", torch.empty(40, 30, device="meta")) for i in range(3)]
     counts = {
-        select: form.total(form.plan(sites, Unmeasured()))
+        select: form.total_parameters(form.plan(sites, Unmeasured()))
         for select in ("random", "weight", "activation", "product", "gradient")
         for form in [S2FT(channels=0.1, select=select)]  # type: ignore[arg-type]
     }
@@ -147,16 +147,16 @@ def test_sizes_are_counted_without_scores(recipe: Recipe) -> None:
 def test_events_happen_and_what_they_removed_is_gone(recipe: Recipe) -> None:
     """Two bypasses of 2·16·4 numbers merge into one; sleeping layers go; a file holds the rest."""
     merged = run(events(recipe, merges=1, fade=0))
-    assert merged.update_numbers == 2 * 16 * 4
+    assert merged.num_update_parameters == 2 * 16 * 4
     recipe = events(recipe.changed([f"output={recipe.output}-2"]), injects=1, fade=2)
-    assert estimate(recipe).update_numbers == 2 * 2 * 16 * 4, "what sleeps is not counted"
+    assert estimate(recipe).num_update_parameters == 2 * 2 * 16 * 4, "what sleeps is not counted"
     result = run(recipe, reporter=(heard := Events()))
-    assert result.update_numbers == 2 * 16 * 4 + 2 * (16 + 16) * 2
+    assert result.num_update_parameters == 2 * 16 * 4 + 2 * (16 + 16) * 2
     assert "inject of encoder.encoder.layer." in heard.notes()
     assert "after step 4, sfs" in heard.notes()
     model = prepare(recipe.changed(["targets=[]", "allocation=null", "structure={kind: lora}"]))
     again = fs.load(model.text.model, recipe.output, name="again")
-    assert again.num_parameters == result.update_numbers
+    assert again.num_update_parameters == result.num_update_parameters
     assert sorted(again.deltas)[-1].endswith("value")
     assert Recipe.load(Path(recipe.output) / "recipe.yaml").allocation == recipe.allocation
 
@@ -168,7 +168,10 @@ def test_a_run_with_events_is_resumed_exactly(recipe: Recipe, after: int) -> Non
     whole = run(recipe)
     kept = load_file(Path(recipe.output) / "adapter.safetensors")
     result, tensors = resumed(recipe, after)
-    assert (result.after, result.update_numbers) == (whole.after, whole.update_numbers)
+    assert (result.after, result.num_update_parameters) == (
+        whole.after,
+        whole.num_update_parameters,
+    )
     assert tensors.keys() == kept.keys()
     assert all(torch.equal(kept[name], tensors[name]) for name in kept)
 
@@ -198,7 +201,7 @@ def test_what_cannot_happen_is_told_before_training(
 
 def test_members_of_a_bench_have_allocations_of_their_own(recipe: Recipe, tmp_path: Path) -> None:
     values = recipe.model_dump(mode="json", exclude={"structure", "output", "trackers"})
-    del values["training"]["rate"], values["allocation"]
+    del values["training"]["lr"], values["allocation"]
     values["training"]["epochs"] = 1
     blocks = BLOCKS.partition("=")[2]
     text = (
@@ -211,7 +214,7 @@ def test_members_of_a_bench_have_allocations_of_their_own(recipe: Recipe, tmp_pa
     ).replace("None", "null")
     text = text.replace("False", "false")
     summary = Bench(BenchSpec.parse(text), "test").run()
-    numbers = {row.name: row.update_numbers for row in summary.rows}
+    numbers = {row.name: row.num_update_parameters for row in summary.rows}
     assert numbers["merging"] == 2 * 16 * 4
     assert numbers["still"] == 2 * numbers["merging"]
     assert numbers["chosen"] == 2 * (6 * (16 + 16) + 8 * 16)

@@ -17,7 +17,7 @@ import finespun as fs
 from finespun.errors import InputError, TrainingError
 from finespun.recipes.recipe import Training
 from finespun.tasks.text import Batch, Position
-from finespun.training.loop import Interrupted, Loop, adamw, outputs_of, rate_factor, train_mode
+from finespun.training.loop import Interrupted, Loop, adamw, lr_factor, outputs_of, train_mode
 from finespun.training.progress import Reporter
 
 
@@ -76,15 +76,17 @@ class Events(Reporter):
 def make(
     rows: Any,
     dropout: float = 0.0,
-    rate: float = 1e-2,
+    lr: float = 1e-2,
     net: nn.Module | None = None,
     **training: Any,
 ) -> Loop:
     torch.manual_seed(2)
     model = Net(dropout) if net is None else net
-    adapter = fs.adapt(model, fs.LSR(rank=2, separation_rank=2), ["first"], train=["second"])
+    adapter = fs.adapt(
+        model, fs.LSR(rank=2, separation_rank=2), ["first"], train_modules=["second"]
+    )
     options = {k: training.pop(k) for k in ("reporter", "save") if k in training}
-    return Loop(adapter, rows, Training(**training), rate, **options)
+    return Loop(adapter, rows, Training(**training), lr, **options)
 
 
 def steps_into(saved: list[int]) -> Any:
@@ -105,7 +107,7 @@ def test_the_rate_rises_to_its_peak_and_never_ends_at_zero(
     steps: int, warmup: float, schedule: Any
 ) -> None:
     training = Training(warmup_share=warmup, schedule=schedule)
-    factors = [rate_factor(i, steps, training) for i in range(steps)]
+    factors = [lr_factor(i, steps, training) for i in range(steps)]
     rise = round(warmup * steps)
     assert all(0 < f <= 1 for f in factors)
     assert factors[:rise] == [(i + 1) / rise for i in range(rise)]
@@ -120,19 +122,19 @@ def test_the_rate_rises_to_its_peak_and_never_ends_at_zero(
 
 def test_linear_and_cosine_in_closed_form() -> None:
     linear = Training(warmup_share=0, schedule="linear")
-    assert [rate_factor(i, 4, linear) for i in range(4)] == [1, 0.75, 0.5, 0.25]
+    assert [lr_factor(i, 4, linear) for i in range(4)] == [1, 0.75, 0.5, 0.25]
     cosine = Training(warmup_share=0, schedule="cosine")
-    assert [rate_factor(i, 4, cosine) for i in range(4)] == pytest.approx(
+    assert [lr_factor(i, 4, cosine) for i in range(4)] == pytest.approx(
         [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]
     )
 
 
 def test_every_step_has_the_rate_of_the_schedule() -> None:
     events = Events()
-    loop = make(Rows(4, 4, 4), epochs=2, warmup_share=0.34, rate=0.02, reporter=events)
+    loop = make(Rows(4, 4, 4), epochs=2, warmup_share=0.34, lr=0.02, reporter=events)
     loop.run()
-    told = [r["rate"] for r in events.records if r["event"] == "step"]
-    assert told == [0.02 * rate_factor(i, 6, loop.training) for i in range(6)]
+    told = [r["lr"] for r in events.records if r["event"] == "step"]
+    assert told == [0.02 * lr_factor(i, 6, loop.training) for i in range(6)]
     assert loop.step == loop.steps == 6
 
 
@@ -162,7 +164,7 @@ def test_a_last_group_may_be_smaller() -> None:
 
 
 def test_training_lowers_the_loss_and_moves_the_adapter_alone() -> None:
-    loop = make(Rows(16, 16), epochs=30, rate=0.05)
+    loop = make(Rows(16, 16), epochs=30, lr=0.05)
     model, mine = loop.adapter.model, {id(p) for p in loop.adapter.parameters()}
     base = {n: v.clone() for n, v in model.state_dict().items()}
     kept = {n for n, p in model.named_parameters() if id(p) in mine}
@@ -188,7 +190,7 @@ def test_dropout_of_the_base_acts_while_training_and_modes_come_back() -> None:
 def test_a_norm_that_is_trained_keeps_statistics() -> None:
     torch.manual_seed(0)
     model = Net()
-    adapter = fs.adapt(model, fs.LoRA(rank=2), ["first"], train=["norm"])
+    adapter = fs.adapt(model, fs.LoRA(rank=2), ["first"], train_modules=["norm"])
     with train_mode(adapter):
         copy = adapter.entry.copies["norm"]
         assert copy.training
@@ -227,8 +229,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(value: float) -> None:
         loop.run()
     told = str(caught.value)
     assert "loss is nan in step 3 of 4" in told
-    assert f"at rate {rate_factor(2, 4, loop.training) * 1e-2:.3g}" in told
-    assert "try training.rate=0.003" in told
+    assert f"at rate {lr_factor(2, 4, loop.training) * 1e-2:.3g}" in told
+    assert "try training.lr=0.003" in told
     assert "the checkpoint of step 2 is kept" in told
     assert saved == [2]
     assert caught.value.exit_code == 4
@@ -260,8 +262,8 @@ def test_numbers_that_are_not_finite_are_never_saved() -> None:
 
 
 def test_a_rate_beyond_reason_ends_in_an_error_not_in_nan() -> None:
-    with pytest.raises(TrainingError, match=r"try training\.rate=3e\+37"):
-        make(Rows(4, 4), epochs=20, rate=1e38, warmup_share=0).run()
+    with pytest.raises(TrainingError, match=r"try training\.lr=3e\+37"):
+        make(Rows(4, 4), epochs=20, lr=1e38, warmup_share=0).run()
 
 
 # --- interrupts ----------------------------------------------------------------------------------
@@ -341,7 +343,7 @@ def stop_after(step: int) -> Any:
 def test_a_state_of_another_adapter_is_refused() -> None:
     state = make(Rows(4)).state_dict()
     model = Net()
-    adapter = fs.adapt(model, fs.LoRA(rank=1), ["first"], train=["second"])
+    adapter = fs.adapt(model, fs.LoRA(rank=1), ["first"], train_modules=["second"])
     other = Loop(adapter, Rows(4), Training(), 1e-2)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="first"):
         other.load_state_dict(state)

@@ -41,7 +41,7 @@ def test_the_bar_shows_loss_rate_and_speed() -> None:
     step = {"event": "step", "epoch": 0.5, "grad_norm": 1.0, "examples_per_second": 123.0}
     bar.tell({"event": "evaluation", "when": "before", "metrics": {"accuracy": 0.25}})
     bar.tell({"event": "start", "steps": 8, "done": 3})
-    bar.tell({**step, "step": 4, "loss": 0.75, "rate": 1e-3})
+    bar.tell({**step, "step": 4, "loss": 0.75, "lr": 1e-3})
     bar.tell({"event": "note", "text": "a [note]"})
     bar.close()
     shown = text.getvalue()

@@ -32,8 +32,10 @@ def test_it_learns_with_few_numbers(done: tuple[Recipe, Result]) -> None:
     assert result.before["accuracy"] < 0.4
     assert result.after["accuracy"] > 0.8
     assert (result.train_rows, result.test_rows, result.steps) == (3000, 1000, 188)
-    assert result.update_numbers == 6 * recipe.structure.numbers(SiteShape("any", 384, 384))
-    assert result.module_numbers == 384 * 6 + 6
+    assert result.num_update_parameters == 6 * recipe.structure.num_parameters(
+        SiteShape("any", 384, 384)
+    )
+    assert result.num_module_parameters == 384 * 6 + 6
     assert result.adapter_bytes < 200_000
 
 

@@ -44,8 +44,8 @@ def test_the_result_counts_what_the_closed_form_says(done: tuple[Path, Recipe, R
     folder, recipe, result = done
     site = SiteShape("any", 16, 16)
     assert result.sites == 4
-    assert result.update_numbers == 4 * recipe.structure.numbers(site)
-    assert result.module_numbers == 16 * 2 + 2
+    assert result.num_update_parameters == 4 * recipe.structure.num_parameters(site)
+    assert result.num_module_parameters == 16 * 2 + 2
     assert (result.train_rows, result.test_rows, result.steps) == (64, 16, 48)
     assert result.classes == list(CLASSES)
     files = [folder / "out" / name for name in ("adapter.safetensors", "adapter.json")]
@@ -122,7 +122,7 @@ def test_a_saved_run_measures_the_same_and_predicts(done: tuple[Path, Recipe, Re
 
 def test_the_head_alone_can_be_trained(recipe: Recipe) -> None:
     result = run(recipe.changed(["targets=[]"]))
-    assert (result.sites, result.update_numbers, result.module_numbers) == (0, 0, 34)
+    assert (result.sites, result.num_update_parameters, result.num_module_parameters) == (0, 0, 34)
     assert Trained.open(recipe.output).evaluate() == result.after
     keys = adapter_of(Path(recipe.output)).keys()
     assert set(keys) == {"trained/classifier/weight", "trained/classifier/bias"}
@@ -250,8 +250,8 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
 
 
 def test_a_rate_beyond_reason_keeps_the_checkpoint(recipe: Recipe) -> None:
-    changes = ["training.rate=1e37", "training.epochs=9", "training.warmup_share=0.5"]
-    with pytest.raises(TrainingError, match=r"try training\.rate=3e\+36"):
+    changes = ["training.lr=1e37", "training.epochs=9", "training.warmup_share=0.5"]
+    with pytest.raises(TrainingError, match=r"try training\.lr=3e\+36"):
         run(recipe.changed([*changes, "training.checkpoint_every=1"]))
     assert not (Path(recipe.output) / "metrics.json").exists()
 

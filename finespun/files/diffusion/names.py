@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from finespun.adapters.packed import FlatState
+from finespun.adapters.packed import PackedTensors
 from finespun.contract import Plan, SiteShape
 from finespun.errors import InputError, PlanError, TargetError, nearest
 from finespun.files.native import Saved
@@ -218,7 +218,7 @@ def _renamed(
         if raw in names
     }
     entry = dataclasses.replace(
-        old, plan=Plan(tuple(shapes), choices), flat=FlatState.pack(tensors)
+        old, plan=Plan(tuple(shapes), choices), flat=PackedTensors.pack(tensors)
     )
     told = (*saved.notes, *notes)
     return Saved(entry, saved.base, saved.lineage, saved.sha256, told)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from finespun.adapters.packed import FlatState
+from finespun.adapters.packed import PackedTensors
 from finespun.contract import Plan, SiteShape, Structure
 from finespun.errors import FileError, nearest
 from finespun.files.diffusion.names import PARTS, Unplaced, split_kohya
@@ -118,7 +118,7 @@ def read_diffusion(path: str | Path, strict: bool = True) -> Unplaced:
         structure=structure,
         plan=Plan(tuple(shapes), choices),
         trained=(),
-        flat=FlatState.pack(tensors),
+        flat=PackedTensors.pack(tensors),
     )
     return Unplaced(
         entry,

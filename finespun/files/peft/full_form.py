@@ -15,7 +15,7 @@ from finespun.contract import Delta
 from finespun.errors import InputError
 from finespun.files.peft.keys import keys_of
 from finespun.hosts import Entry, modules
-from finespun.hosts.layers.slices import PartHost
+from finespun.hosts.layers.slices import SliceHost
 from finespun.hosts.layers.tied import TIE
 from finespun.linalg import LowRank
 from finespun.methods.structures.dora import DoRADelta
@@ -90,7 +90,7 @@ def _lengths(name: str, delta: DoRADelta, entry: Entry, form: Form) -> Tensor:
 
 def _bias(name: str, delta: Delta, change: Tensor) -> Tensor:
     b0 = delta.site.bias()
-    if b0 is None or isinstance(delta.site, PartHost):
+    if b0 is None or isinstance(delta.site, SliceHost):
         raise InputError(f"the bias of {name!r} is a slice of a layer's, which PEFT cannot say")
     return b0.detach().float() + change
 

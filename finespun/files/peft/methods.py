@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from finespun.adapters.packed import FlatState
+from finespun.adapters.packed import PackedTensors
 from finespun.contract import Bank, Plan, Ranked, Site, Structure
 from finespun.errors import FileError, StrictError, nearest
 from finespun.files.native import Saved, blame, named_after
@@ -83,7 +83,7 @@ def read_method(
             notes.append(f"{kind} is read as the LoRA of rank {made.rank} that it is")
     tensors |= {f"trained/{m}/{k}": t for m, state in whole.items() for k, t in state.items()}
     entry = Entry(
-        named_after(folder), made, plan, trained=tuple(whole), flat=FlatState.pack(tensors)
+        named_after(folder), made, plan, trained=tuple(whole), flat=PackedTensors.pack(tensors)
     )
     return Saved(entry, None, None, held.sha256, tuple(notes), base)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finespun.adapters.packed import FlatState
+from finespun.adapters.packed import PackedTensors
 from finespun.contract import Plan, SiteShape, Structure
 from finespun.errors import FileError, StrictError, nearest
 from finespun.files.native import Saved, blame, finite_number, named_after
@@ -119,7 +119,7 @@ def read_peft(folder: str | Path, strict: bool = True) -> Saved:
         structure=made,
         plan=Plan(sites, choices),
         trained=tuple(parts.whole),
-        flat=FlatState.pack(tensors),
+        flat=PackedTensors.pack(tensors),
     )
     return Saved(entry, base, lineage, held.sha256, tuple(notes), parts.base)
 

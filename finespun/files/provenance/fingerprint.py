@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from finespun.errors import BaseMismatch, FileError, nearest
-from finespun.hosts import board_of, disabled, modules, plain_class
+from finespun.hosts import adapter_set_of, disabled, modules, plain_class
 from finespun.hosts.layers.quantised import dequantise, quantised
 
 MATRICES, VECTORS, VALUES = 8, 4, 32
@@ -231,11 +231,11 @@ def _sample(parameter: Tensor) -> tuple[str, tuple[float, ...]]:
 
 def _base(model: nn.Module) -> Any:
     """A context in which the model's own parameters are those of its base."""
-    if "_finespun_board" not in model.__dict__:
+    if "_finespun_adapters" not in model.__dict__:
         return nullcontext()
-    board = board_of(model)
-    board.check_in_place()
-    return disabled(model) if board.merged else nullcontext()
+    adapter_set = adapter_set_of(model)
+    adapter_set.check_in_place()
+    return disabled(model) if adapter_set.merged else nullcontext()
 
 
 def _source(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from finespun.contract import Delta, Plan, SiteShape
 from finespun.errors import PlanError, StateError, TargetError, nearest
-from finespun.hosts.adapter_set import Board
+from finespun.hosts.adapter_set import AdapterSet
 from finespun.hosts.layers.host import Base, Host, Stored
 
 
@@ -63,8 +63,8 @@ class BlockHost(Host):
 
     kind: ClassVar[str] = "block"
 
-    def __init__(self, layer: nn.Module, name: str, board: Board) -> None:
-        super().__init__(layer, name, board)
+    def __init__(self, layer: nn.Module, name: str, adapter_set: AdapterSet) -> None:
+        super().__init__(layer, name, adapter_set)
         self.begins: dict[str, list[Span]] = {}
         self.ends: dict[str, list[Span]] = {}
         self.away: set[str] = set()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from finespun.contract import SiteShape
 from finespun.errors import TargetError
-from finespun.hosts.adapter_set import Board
+from finespun.hosts.adapter_set import AdapterSet
 from finespun.hosts.layers.host import Host, Stored
 
 
@@ -19,8 +19,8 @@ class ConvHost(Host):
     featured: ClassVar[bool] = False
     layer: Any
 
-    def __init__(self, layer: nn.Module, name: str, board: Board) -> None:
-        super().__init__(layer, name, board)
+    def __init__(self, layer: nn.Module, name: str, adapter_set: AdapterSet) -> None:
+        super().__init__(layer, name, adapter_set)
         if self.layer.groups != 1:
             raise TargetError(
                 f"{name!r} is a convolution of {self.layer.groups} groups; only groups=1 can be "

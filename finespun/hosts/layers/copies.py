@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from finespun.errors import StateError
-from finespun.hosts.adapter_set import Board, Rows
+from finespun.hosts.adapter_set import AdapterSet, Rows
 from finespun.hosts.layers.layer import plain_class
 
 
@@ -15,8 +15,8 @@ class CopyHost:
     """Stands beside a module and chooses between it and the adapters' copies of it, by the same
     activation and rows as deltas. Copies live in the module's `copies`, the original is frozen."""
 
-    def __init__(self, layer: nn.Module, name: str, board: Board) -> None:
-        self.layer, self.name, self.board = layer, name, board
+    def __init__(self, layer: nn.Module, name: str, adapter_set: AdapterSet) -> None:
+        self.layer, self.name, self.adapter_set = layer, name, adapter_set
         self.ran = False
 
     def copies(self) -> nn.ModuleDict:
@@ -37,11 +37,11 @@ class CopyHost:
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             self.ran = True
-            self.board.check_recomputed()
+            self.adapter_set.check_recomputed()
         copies = self.copies()
-        if self.board.rows is not None:
-            return self._by_rows(base, copies, self.board.rows, *args, **kwargs)
-        mine = [name for name, _ in self.board.active if name in copies]
+        if self.adapter_set.rows is not None:
+            return self._by_rows(base, copies, self.adapter_set.rows, *args, **kwargs)
+        mine = [name for name, _ in self.adapter_set.active if name in copies]
         if len(mine) > 1:
             raise StateError(
                 f"adapters {', '.join(map(repr, mine))} each have their own {self.name!r}: "

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from finespun.contract import SiteShape
 from finespun.errors import TargetError
-from finespun.hosts.adapter_set import Board
+from finespun.hosts.adapter_set import AdapterSet
 from finespun.hosts.layers.host import Host, Stored
 
 
@@ -20,8 +20,8 @@ class EmbeddingHost(Host):
     featured: ClassVar[bool] = False
     layer: Any
 
-    def __init__(self, layer: nn.Module, name: str, board: Board) -> None:
-        super().__init__(layer, name, board)
+    def __init__(self, layer: nn.Module, name: str, adapter_set: AdapterSet) -> None:
+        super().__init__(layer, name, adapter_set)
         if self.layer.max_norm is not None:
             raise TargetError(f"{name!r} renormalises its rows (max_norm) and cannot be adapted")
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from finespun.contract import Coupling, Delta, SiteShape
 from finespun.contract.delta import Factors
 from finespun.errors import StateError
-from finespun.hosts.adapter_set import Board, Kept, Patch, Rows
+from finespun.hosts.adapter_set import AdapterSet, Kept, Patch, Rows
 from finespun.kernels.entries import entries_of, write_entries
 
 Base = Callable[..., Any]
@@ -44,8 +44,8 @@ class Host:
     gain: Tensor | None = None
     overlay: Callable[[Tensor], Tensor] | None = None
 
-    def __init__(self, layer: nn.Module, name: str, board: Board) -> None:
-        self.layer, self.name, self.board = layer, name, board
+    def __init__(self, layer: nn.Module, name: str, adapter_set: AdapterSet) -> None:
+        self.layer, self.name, self.adapter_set = layer, name, adapter_set
         self.ran = False
 
     @property
@@ -54,7 +54,7 @@ class Host:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Host":
         """A host goes with its layer: copied with the model, shared by a copy of a delta alone."""
-        if id(self.layer) not in memo and id(self.board) not in memo:
+        if id(self.layer) not in memo and id(self.adapter_set) not in memo:
             return self
         twin = memo[id(self)] = copy.copy(self)
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
@@ -120,14 +120,14 @@ class Host:
     def let_edit(self) -> None:
         """From now on the entries that a merge wrote may be changed."""
         kept = self._kept()
-        if isinstance(kept, Patch) and self.board.kept is not None:
-            self.board.kept[self.name] = dataclasses.replace(kept, written=None)
+        if isinstance(kept, Patch) and self.adapter_set.kept is not None:
+            self.adapter_set.kept[self.name] = dataclasses.replace(kept, written=None)
 
     def _kept(self) -> Kept | None:
         """What a merge kept of this layer."""
-        if self.board.merged and self.board.kept is None:
+        if self.adapter_set.merged and self.adapter_set.kept is None:
             raise StateError(f"{self.name!r} was merged with undo='none': its base weight is gone")
-        return (self.board.kept or {}).get(self.name)
+        return (self.adapter_set.kept or {}).get(self.name)
 
     def _original(self) -> Stored:
         """What was stored before any merge, single entries of the weight apart."""
@@ -188,18 +188,18 @@ class Host:
         """The adapted output for x, where `base` computes the layer's own."""
         if not torch.compiler.is_compiling():
             self.ran = True
-            self.board.check_recomputed()
-        if self.board.rows is not None:
-            return self._by_rows(base, x, self.board.rows)
+            self.adapter_set.check_recomputed()
+        if self.adapter_set.rows is not None:
+            return self._by_rows(base, x, self.adapter_set.rows)
         found = self.held()
-        active = [(found[n], c) for n, c in self.board.in_force() if n in found and c != 0.0]
+        active = [(found[n], c) for n, c in self.adapter_set.in_force() if n in found and c != 0.0]
         if len(active) == 1:
             y = self._alone(base, x, *active[0])
         else:
             y = base(x)
             for delta, strength in active:
                 y = y + self.change(delta, strength, x, base).to(y.dtype)
-        if self.overlay is not None and self.board.active:
+        if self.overlay is not None and self.adapter_set.active:
             y = y + self.overlay(x).to(y.dtype)
         return y
 
@@ -220,7 +220,7 @@ class Host:
             x, y = self._flat(x), self._flat(y, output=True)
         if y.shape[0] != x.shape[0]:
             raise StateError(f"{self.name!r} changes the number of rows; rows() cannot follow")
-        strength = {n: e.scale for n, e in self.board.entries.items()}
+        strength = {n: e.scale for n, e in self.adapter_set.entries.items()}
         for name, numbers in rows.index(x.shape[0], self.name, x.device):
             if name in found and strength[name] != 0.0:
                 part = x.index_select(0, numbers)
@@ -253,7 +253,7 @@ class Host:
 
     def _around(self, delta: Delta) -> bool:
         """Whether `through` may be used: features last, the whole update, the original's base."""
-        whole = self.gain is None and delta.origin is None and not self.board.merged
+        whole = self.gain is None and delta.origin is None and not self.adapter_set.merged
         return "through" in delta.written and self.featured and whole
 
     def _direct(self, delta: Delta, x: Tensor, formed: Factors | None = None) -> bool:
@@ -271,8 +271,8 @@ class Host:
         return change
 
     def _formed(self, delta: Delta) -> Factors | None:
-        former = self.board.entries[self._owner(delta)].former
-        return None if former is None else former.factors(delta)
+        factor_cache = self.adapter_set.entries[self._owner(delta)].factor_cache
+        return None if factor_cache is None else factor_cache.factors(delta)
 
     def _low_rank(self, delta: Delta, x: Tensor, formed: Factors | None) -> Tensor:
         A, B = delta.factors() if formed is None else formed  # type: ignore[misc]
@@ -301,7 +301,7 @@ class Host:
         return str(delta.__dict__["owner"])
 
     def _dropout(self, delta: Delta) -> float:
-        return self.board.entries[self._owner(delta)].structure.dropout
+        return self.adapter_set.entries[self._owner(delta)].structure.dropout
 
     def _drops(self, delta: Delta) -> bool:
         return delta.training and self._dropout(delta) > 0.0

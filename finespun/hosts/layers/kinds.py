@@ -6,7 +6,7 @@ from torch import nn
 
 from finespun.contract import Structure
 from finespun.errors import TargetError, nearest
-from finespun.hosts.adapter_set import Board
+from finespun.hosts.adapter_set import AdapterSet
 from finespun.hosts.coupling import couple
 from finespun.hosts.insertion import host_at
 from finespun.hosts.layers.block import BlockHost
@@ -16,7 +16,7 @@ from finespun.hosts.layers.host import Host
 from finespun.hosts.layers.layer import plain_class
 from finespun.hosts.layers.linear import LinearHost, QuantisedHost, TransposedHost
 from finespun.hosts.layers.quantised import quantised
-from finespun.hosts.layers.slices import PartHost
+from finespun.hosts.layers.slices import SliceHost
 from finespun.hosts.targets import modules, unread
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
@@ -29,22 +29,26 @@ def sites(model: nn.Module, targets: Iterable[str], structure: Structure) -> dic
 
     Raises TargetError for modules that cannot carry a delta, or would carry it in vain.
     """
-    known, board = modules(model), model.__dict__.get("_finespun_board") or Board()
-    found = {t: _site(model, known, board, t, structure) for t in targets}
+    known, adapter_set = modules(model), model.__dict__.get("_finespun_adapters") or AdapterSet()
+    found = {t: _site(model, known, adapter_set, t, structure) for t in targets}
     for host in found.values():
         host.coupling = couple(model, known, host)
     return found
 
 
 def _site(
-    model: nn.Module, known: dict[str, nn.Module], board: Board, target: str, structure: Structure
+    model: nn.Module,
+    known: dict[str, nn.Module],
+    adapter_set: AdapterSet,
+    target: str,
+    structure: Structure,
 ) -> Host:
     name, _, part = target.partition(":")
     if name not in known:
         raise TargetError(f"no module is called {name!r}; {nearest(name, known)}")
     module = known[name]
     own = host_at(module, part)
-    if own is not None and own.board is not board:
+    if own is not None and own.adapter_set is not adapter_set:
         raise TargetError(
             f"{name!r} is adapted already, as {own.name!r} of a module inside or around this one: "
             "adapt everything through the same module"
@@ -63,13 +67,13 @@ def _site(
                 f"{name!r} is a {plain_class(module).__name__}, which would run its adapters as "
                 "layers: name the blocks inside it, or wrap it in a module of its own"
             )
-        return BlockHost(module, name, board)
-    host = _host(module, name, board)
+        return BlockHost(module, name, adapter_set)
+    host = _host(module, name, adapter_set)
     if not part:
         return host
     if not isinstance(host, LinearHost) or isinstance(host, QuantisedHost):
         raise TargetError(f"{name!r} is no plain linear layer: it has no parts such as {part!r}")
-    return PartHost(host, part)
+    return SliceHost(host, part)
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -92,18 +96,18 @@ def _check_weight(module: nn.Module, name: str) -> None:
         )
 
 
-def _host(module: nn.Module, name: str, board: Board) -> Host:
+def _host(module: nn.Module, name: str, adapter_set: AdapterSet) -> Host:
     cls = plain_class(module)
     if _is_layer(module):
         _check_weight(module, name)
     if issubclass(cls, nn.Linear):
-        return (QuantisedHost if quantised(module) else LinearHost)(module, name, board)
+        return (QuantisedHost if quantised(module) else LinearHost)(module, name, adapter_set)
     if cls.__name__ == "Conv1D" and hasattr(module, "nf"):
-        return TransposedHost(module, name, board)
+        return TransposedHost(module, name, adapter_set)
     if issubclass(cls, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return ConvHost(module, name, board)
+        return ConvHost(module, name, adapter_set)
     if issubclass(cls, nn.Embedding):
-        return EmbeddingHost(module, name, board)
+        return EmbeddingHost(module, name, adapter_set)
     raise TargetError(
         f"{name!r} is a {cls.__module__}.{cls.__name__}; what can be adapted: {KINDS}"
     )

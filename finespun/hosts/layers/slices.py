@@ -31,11 +31,11 @@ def span(part: str, width: int) -> tuple[int, int]:
     )
 
 
-class PartHost(LinearHost):
+class SliceHost(LinearHost):
     """Outputs start..end of a linear layer; its deltas lie in the layer under the part's name."""
 
     def __init__(self, whole: LinearHost, part: str) -> None:
-        super().__init__(whole.layer, f"{whole.name}:{part}", whole.board)
+        super().__init__(whole.layer, f"{whole.name}:{part}", whole.adapter_set)
         self.whole, self.part = whole, part
         self.start, self.end = span(part, whole.shape.out_features)
 
@@ -81,15 +81,15 @@ class PartHost(LinearHost):
         return Host._alone(self, base, x, delta, strength)
 
 
-class PartsHost:
+class SlicesHost:
     """Stands beside a fused layer whose parts are adapted: runs the layer once, then each part."""
 
     kind: ClassVar[str] = "parts"
 
     def __init__(self, whole: LinearHost) -> None:
-        self.whole, self.parts = whole, dict[str, PartHost]()
+        self.whole, self.parts = whole, dict[str, SliceHost]()
 
-    def add(self, part: PartHost) -> None:
+    def add(self, part: SliceHost) -> None:
         """Take in another part. Raises TargetError where it overlaps one that is there."""
         for other in self.parts.values():
             if part.start < other.end and other.start < part.end:

@@ -10,7 +10,7 @@ from finespun.hosts.layers.host import Host
 TIE = "tie"
 
 
-class Mirror(Delta):
+class TiedDelta(Delta):
     """The update of another site, seen from the other side: ΔW' = ΔWᵀ where one use is a table and
     the other a linear layer, ΔW' = ΔW where both are alike. It has no numbers of its own."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from finespun import files
-from finespun.adapters.packed import FlatState
+from finespun.adapters.packed import PackedTensors
 from finespun.contract import Plan, Structure
 from finespun.errors import InputError, nearest
 from finespun.files import Lineage, Parent, Saved, lineage_of
@@ -261,7 +261,7 @@ def _entry(saved: Saved, made: Structure, fitted: _Fitted, allow_full: bool) -> 
     whole = {k: v for k, v in tensors_of(old).items() if k.startswith(owners)}
     made = dataclasses.replace(made, dropout=old.structure.dropout)
     plan = Plan(old.plan.sites, fitted.choices, tied)
-    flat = FlatState.pack({**fitted.tensors, **whole})
+    flat = PackedTensors.pack({**fitted.tensors, **whole})
     return Entry(old.name, made, plan, trained, flat=flat)
 
 

@@ -65,7 +65,7 @@ class BlockLoRA(Ranked):
         delta.A.data.copy_(self.kaiming(site.shape.name, "A", delta.A.shape))
         return delta
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         thin, n = self.rank // self.blocks, self.blocks
         return {
             "folded": thin * (shape.in_features + shape.out_features),
@@ -77,7 +77,7 @@ class BlockLoRA(Ranked):
         """Two products a row; adding the blocks of B once a step or the pieces of every row."""
         n_in, n_out, n = shape.in_features, shape.out_features, self.blocks
         if self.layout == "input":
-            return tokens * (2 * self.numbers(shape) + (n - 1) * (n_in // n))
+            return tokens * (2 * self.num_parameters(shape) + (n - 1) * (n_in // n))
         adds = (n - 1) * n_out * (self.rank // n) if self.layout == "literal" else 0
         return 2 * tokens * (self.rank // n) * (n_in + n_out) + adds
 

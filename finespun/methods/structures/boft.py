@@ -62,7 +62,7 @@ class BOFT(Structure):
         choice = plan.choices[site.shape.name]
         return BOFTDelta(site, choice["block_size"], choice["factors"])
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return self.factors * shape.in_features * self.block_size + shape.out_features
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:

@@ -33,7 +33,7 @@ class C3A(Structure):
     block_size: int = 256
 
     kind = "c3a"
-    usual_rate = 1.0
+    default_lr = 1.0
     source = "arXiv 2407.19342"
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class C3A(Structure):
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "C3ADelta":
         return C3ADelta(site, plan.choices[site.shape.name]["block_size"])
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return shape.out_features * shape.in_features // self.block_size
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:

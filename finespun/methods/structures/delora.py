@@ -56,7 +56,7 @@ class DeLoRA(Ranked):
             delta.B.data.copy_(self.kaiming(name, "B", delta.B.shape))
         return delta
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return self.rank * (shape.in_features + shape.out_features) + 1
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:

@@ -39,7 +39,7 @@ class DoRA(Ranked):
         delta.m.data.copy_(delta.norm(delta.base_weight()))
         return delta
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return self.rank * (shape.in_features + shape.out_features) + shape.out_features
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:

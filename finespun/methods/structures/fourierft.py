@@ -35,7 +35,7 @@ class FourierFT(Structure):
     draw: Literal["stream", "torch"] = "stream"
 
     kind = "fourierft"
-    usual_rate = 0.1
+    default_lr = 0.1
     source = "arXiv 2405.03003"
     aliases = {"n_frequency": "frequencies", "random_loc_seed": "seed"}
 
@@ -69,7 +69,7 @@ class FourierFT(Structure):
             places = streams.choice(key, out * inner, n)
         return FourierFTDelta(site, places, self.scaling)
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return self.frequencies
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:

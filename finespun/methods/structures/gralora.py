@@ -75,11 +75,11 @@ class GraLoRA(Ranked):
             delta.A_hybrid.data.copy_(self.kaiming(name, "A_hybrid", delta.A_hybrid.shape))
         return delta
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return self.total_rank * (shape.in_features + shape.out_features)
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 2 * tokens * self.numbers(shape)
+        return 2 * tokens * self.num_parameters(shape)
 
 
 class GraLoRADelta(Delta):

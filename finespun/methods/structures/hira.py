@@ -25,7 +25,7 @@ class HiRA(Ranked):
 
     rank: int = 32
 
-    usual_scale = 1.0
+    default_scale = 1.0
 
     kind = "hira"
     source = "arXiv 2601.22708"
@@ -36,7 +36,7 @@ class HiRA(Ranked):
         delta.A.data.copy_(self.kaiming(name, "A", delta.A.shape))
         return delta
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return self.rank * (shape.in_features + shape.out_features)
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:

@@ -41,11 +41,11 @@ class IA3(Structure):
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "IA3Delta":
         return (InputGain if plan.choices[site.shape.name]["input"] else OutputGain)(site)
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return shape.in_features if self.reads_input(shape.name) else shape.out_features
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return tokens * self.numbers(shape)
+        return tokens * self.num_parameters(shape)
 
 
 class IA3Delta(Delta):

@@ -53,14 +53,14 @@ class KAdaptation(Ranked):
         delta.V.data.copy_(self.kaiming(site.shape.name, "V", delta.V.shape))
         return delta
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return self.rank * (shape.in_features + shape.out_features)
 
-    def shared_numbers(self, plan: Plan) -> int:
+    def num_shared_parameters(self, plan: Plan) -> int:
         return self.terms**3
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 2 * tokens * (self.terms * self.numbers(shape) + self.rank * self.terms**3)
+        return 2 * tokens * (self.terms * self.num_parameters(shape) + self.rank * self.terms**3)
 
 
 class Slow(Bank):

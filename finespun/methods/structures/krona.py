@@ -64,7 +64,7 @@ class KronA(Structure):
         delta.P.data.copy_(self.kaiming(site.shape.name, "P", delta.P.shape))
         return delta
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         p_out, p_in = self.split(shape)
         return p_out * p_in + shape.out_features // p_out * (shape.in_features // p_in)
 

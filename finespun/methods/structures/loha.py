@@ -37,7 +37,7 @@ class LoHa(Ranked):
             drawn.copy_(self.kaiming(site.shape.name, name, drawn.shape))
         return delta
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return 2 * self.rank * (shape.in_features + shape.out_features)
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:

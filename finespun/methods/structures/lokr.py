@@ -70,7 +70,7 @@ class LoKr(Ranked):
         """Whether a matrix of these sides is written with rank r."""
         return 2 * self.rank < max(sides)
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         u, v = self.split(shape)
         P = self.rank * sum(u) if self.decompose_both and self.low(u) else math.prod(u)
         return P + (self.rank * sum(v) if self.low(v) else math.prod(v))

@@ -81,17 +81,17 @@ class LoR2C(Ranked):
             delta.switch_off(module_group(delta))
         return delta
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         if shape.kind != "block":
             return self.inside_rank * (shape.in_features + shape.out_features)
         return (1 if self.share else 2) * self.rank * shape.in_features
 
-    def total(self, plan: Plan) -> int:
+    def total_parameters(self, plan: Plan) -> int:
         """Without what sleeps."""
         asleep = [s for s in plan.sites if plan.choices[s.name].get("asleep")]
-        return super().total(plan) - sum(map(self.numbers, asleep))
+        return super().total_parameters(plan) - sum(map(self.num_parameters, asleep))
 
-    def shared_numbers(self, plan: Plan) -> int:
+    def num_shared_parameters(self, plan: Plan) -> int:
         widths = [s.in_features for s in plan.sites if s.kind == "block"]
         return self.rank * widths[0] if self.share and widths else 0
 

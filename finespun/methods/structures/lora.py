@@ -60,11 +60,11 @@ class LoRA(Ranked):
         delta.A.data.copy_(drawn)
         return delta
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return self.rank * (shape.in_features + shape.out_features)
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 2 * tokens * self.numbers(shape)
+        return 2 * tokens * self.num_parameters(shape)
 
 
 class LoRADelta(Delta):

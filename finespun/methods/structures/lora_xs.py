@@ -35,7 +35,7 @@ class LoRAXS(Ranked):
 
     kind = "lora_xs"
     source = "arXiv 2405.17604"
-    usual_scale = 1.0
+    default_scale = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +57,7 @@ class LoRAXS(Ranked):
             delta.R.data.copy_(self.noise * torch.randn(delta.R.shape, generator=g))
         return delta
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return self.rank**2
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:

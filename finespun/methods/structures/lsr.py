@@ -47,7 +47,7 @@ class LSR(Ranked):
     path: Literal["auto", "formed", "factorised"] = "auto"
 
     kind = "lsr"
-    usual_rate = 3e-3
+    default_lr = 3e-3
     source = "arXiv 2502.13568"
 
     def __post_init__(self) -> None:
@@ -110,7 +110,7 @@ class LSR(Ranked):
         formed = kron_sum_many([d.pair(s) for d in lsr for s in SIDES])
         return [d.trim(A, B) for d, A, B in zip(lsr, formed[::2], formed[1::2])]
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return self.separation_rank * sum(r * (p + q) for r, p, q in zip(*self.split(shape)))
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:

@@ -48,11 +48,11 @@ class MELoRA(Ranked):
         delta.A.data.copy_(self.kaiming(site.shape.name, "A", delta.A.shape))
         return delta
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return self.rank * (shape.in_features + shape.out_features) // self.blocks
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 2 * tokens * self.numbers(shape)
+        return 2 * tokens * self.num_parameters(shape)
 
 
 class MELoRADelta(Delta):

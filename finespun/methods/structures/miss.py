@@ -26,7 +26,7 @@ class MiSS(Ranked):
 
     rank: int = 64
 
-    usual_scale = 1.0
+    default_scale = 1.0
 
     kind = "miss"
     source = "arXiv 2409.15371"
@@ -36,7 +36,7 @@ class MiSS(Ranked):
         choice = plan.choices[site.shape.name]
         return MiSSDelta(site, choice["rank"], choice["scale"])
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return self.rank * shape.out_features
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:

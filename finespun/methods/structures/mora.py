@@ -32,7 +32,7 @@ class MoRA(Ranked):
 
     sharing: Literal["rotation", "sum"] = "rotation"
 
-    usual_scale = 1.0
+    default_scale = 1.0
 
     kind = "mora"
     source = "arXiv 2405.12130"
@@ -62,7 +62,7 @@ class MoRA(Ranked):
         cls = RotatedMoRA if self.sharing == "rotation" else SummedMoRA
         return cls(site, choice["size"], choice["scale"])
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return self.size(shape) ** 2
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:

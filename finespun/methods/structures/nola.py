@@ -39,7 +39,7 @@ class NOLA(Ranked):
 
     kind = "nola"
     source = "arXiv 2310.02556"
-    usual_scale = 1.0
+    default_scale = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +79,7 @@ class NOLA(Ranked):
         A, B = (mixed([d.mixture(side) for d in nola]) for side in (0, 1))
         return [d.complete_sides(a, b) for d, a, b in zip(nola, A, B)]
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return sum(self.terms)
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:

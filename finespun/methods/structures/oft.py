@@ -47,7 +47,7 @@ class OFT(Structure):
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "OFTDelta":
         return OFTDelta(site, plan.choices[site.shape.name]["block_size"], self.neumann)
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return shape.in_features * (self.block_size - 1) // 2
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:

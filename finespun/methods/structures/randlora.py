@@ -33,7 +33,7 @@ class RandLoRA(Ranked):
 
     kind = "randlora"
     source = "arXiv 2502.00987"
-    usual_scale = 20.0
+    default_scale = 20.0
     aliases = {
         **Ranked.aliases,
         "randlora_alpha": "alpha",
@@ -54,7 +54,7 @@ class RandLoRA(Ranked):
         B = Frozen("symmetric", self.seed, ("randlora", "B"), (M, -(-m // rank) * rank))
         return RandLoRADelta(site, A, B, 3 * scale)
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         m = min(shape.in_features, shape.out_features)
         return -(-m // self.rank) * (self.rank + m)
 

@@ -38,7 +38,7 @@ class S2LoRA(Ranked):
 
     kind = "s2_lora"
     source = "arXiv 2309.11756"
-    usual_scale = 1.0
+    default_scale = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,10 +56,10 @@ class S2LoRA(Ranked):
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "S2LoRADelta":
         return S2LoRADelta(site, bank, plan.choices[site.shape.name])
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return self.rank
 
-    def shared_numbers(self, plan: Plan) -> int:
+    def num_shared_parameters(self, plan: Plan) -> int:
         sizes = pair_sizes(plan.sites, self.share == "slice")
         return self.rank * sum(out + inner for out, inner in sizes)
 

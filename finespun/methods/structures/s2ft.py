@@ -120,17 +120,17 @@ class S2FT(Structure):
         found = units.lines(choice["units"], choice["of"], size)
         return (RowsDelta if rows else ColumnsDelta)(site, found)
 
-    def numbers(self, shape: SiteShape) -> int:
-        """Of a layer that shares nothing; `total` asks the plan."""
+    def num_parameters(self, shape: SiteShape) -> int:
+        """Of a layer that shares nothing; `total_parameters` asks the plan."""
         size = shape.out_features if self.alone(shape).side == "out" else shape.in_features
         return shape.out_features * shape.in_features // size * share_of(size, self.channels)
 
-    def total(self, plan: Plan) -> int:
+    def total_parameters(self, plan: Plan) -> int:
         sizes = {s.name: s.out_features * s.in_features for s in plan.sites}
         return sum(sizes[n] // c["of"] * len(c["units"]) for n, c in plan.choices.items())
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 2 * tokens * self.numbers(shape)
+        return 2 * tokens * self.num_parameters(shape)
 
 
 def share_of(size: int, share: float) -> int:

@@ -37,7 +37,7 @@ class SHiRA(Ranked):
     mask: Literal["random", "structured", "magnitude", "gradient", "snip", "given"] = "random"
     skip: int = 0
 
-    usual_scale = 1.0
+    default_scale = 1.0
 
     kind = "shira"
     source = "arXiv 2406.13175"
@@ -74,7 +74,7 @@ class SHiRA(Ranked):
         return {"rank": self.rank, "scale": self.scale}
 
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> EntriesDelta:
-        shape, count = site.shape, self.numbers(site.shape)
+        shape, count = site.shape, self.num_parameters(site.shape)
         scale = plan.choices[shape.name]["scale"]
         if self.mask == "random":
             return EntriesDelta(site, masks.random(shape, count, self.seed), scale)
@@ -90,7 +90,7 @@ class SHiRA(Ranked):
         """Rows, or columns, of the structured mask."""
         return masks.whole_lines(shape, self.rank * (shape.in_features + shape.out_features))
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         short, long = sorted((shape.out_features, shape.in_features))
         if self.mask == "structured":
             return self.lines(shape) * (long - 1) + short
@@ -98,5 +98,5 @@ class SHiRA(Ranked):
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
         """Entry by entry, or a dense product where more than one in `WORTH` is trained."""
-        size, count = shape.in_features * shape.out_features, self.numbers(shape)
+        size, count = shape.in_features * shape.out_features, self.num_parameters(shape)
         return 2 * tokens * (count if WORTH * count <= size else size)

@@ -60,7 +60,7 @@ class TeRA(Ranked):
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "TeRADelta":
         return TeRADelta(site, plan.choices[site.shape.name], self.seed)
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return sum(self.modes)
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:

@@ -40,15 +40,15 @@ class TiedLoRA(Ranked):
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "TiedLoRADelta":
         return TiedLoRADelta(site, bank, plan.choices[site.shape.name])
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return shape.out_features + self.rank
 
-    def shared_numbers(self, plan: Plan) -> int:
+    def num_shared_parameters(self, plan: Plan) -> int:
         return self.rank * sum(out + inner for out, inner in pair_sizes(plan.sites))
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
         products = 2 * self.rank * (shape.in_features + shape.out_features)
-        return tokens * (products + self.numbers(shape))
+        return tokens * (products + self.num_parameters(shape))
 
 
 class TiedLoRADelta(PairsDelta):

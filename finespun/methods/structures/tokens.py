@@ -46,7 +46,7 @@ class Tokens(Structure):
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> TokensDelta:
         return TokensDelta(site, plan.choices[site.shape.name]["tokens"])
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return len(self.tokens) * table(shape)[1]
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:

@@ -36,7 +36,7 @@ class UniLoRA(Ranked):
 
     kind = "unilora"
     source = "arXiv 2506.00799"
-    usual_scale = 1.0
+    default_scale = 1.0
     aliases = {
         **Ranked.aliases,
         "theta_d_length": "size",
@@ -78,10 +78,10 @@ class UniLoRA(Ranked):
         """√(D/d): a step of θ moves each entry of A and B by √(d/D) of it."""
         return float((plan.shared["total"] / plan.shared["size"]) ** 0.5)
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return 0
 
-    def shared_numbers(self, plan: Plan) -> int:
+    def num_shared_parameters(self, plan: Plan) -> int:
         return int(plan.shared["size"])
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:

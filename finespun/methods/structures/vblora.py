@@ -36,7 +36,7 @@ class VBLoRA(Ranked):
 
     kind = "vblora"
     source = "arXiv 2405.15179"
-    usual_scale = 1.0
+    default_scale = 1.0
     aliases = {
         **Ranked.aliases,
         "topk": "top_k",
@@ -72,11 +72,11 @@ class VBLoRA(Ranked):
             logits.data.copy_(0.1 * torch.randn(logits.shape, generator=g))
         return delta
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         pieces = (shape.in_features + shape.out_features) // self.vector_length
         return self.rank * pieces * self.num_vectors
 
-    def shared_numbers(self, plan: Plan) -> int:
+    def num_shared_parameters(self, plan: Plan) -> int:
         return self.num_vectors * self.vector_length
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:

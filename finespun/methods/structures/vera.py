@@ -33,7 +33,7 @@ class VeRA(Ranked):
 
     kind = "vera"
     source = "arXiv 2310.11454"
-    usual_scale = 1.0
+    default_scale = 1.0
     aliases = {**Ranked.aliases, "vera_dropout": "dropout", "projection_prng_key": "seed"}
 
     def plan(self, sites: Sequence[Site], scores: Scores | None = None) -> Plan:
@@ -51,12 +51,12 @@ class VeRA(Ranked):
         scale *= 6 / math.sqrt(plan.shared["in"] * rank)
         return VeRADelta(site, A, B, self.d_initial, scale)
 
-    def numbers(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape) -> int:
         return shape.out_features + self.rank
 
     def flops(self, shape: SiteShape, tokens: int = 1) -> int:
         products = 2 * self.rank * (shape.in_features + shape.out_features)
-        return tokens * (products + self.numbers(shape))
+        return tokens * (products + self.num_parameters(shape))
 
 
 class VeRADelta(Delta):

@@ -22,10 +22,10 @@ from finespun.methods.structures import BlockLoRA
 )
 def test_counts(form, small, operations):
     shape = SiteShape("s", 768, 768)
-    assert form.numbers(shape) == small
+    assert form.num_parameters(shape) == small
     assert form.flops(shape, 1) - form.flops(shape, 0) == operations
     if form.layout == "literal" and form.rank == 8:
-        assert form.numbers(SiteShape("s", 4096, 4096)) == 40_960
+        assert form.num_parameters(SiteShape("s", 4096, 4096)) == 40_960
 
 
 def test_numbers_of_clip():
@@ -33,7 +33,7 @@ def test_numbers_of_clip():
     widths = [SiteShape("s", d, d) for d in (768, 512)]
 
     def total(**options):
-        return 36 * sum(BlockLoRA(rank=2, **options).numbers(s) for s in widths)
+        return 36 * sum(BlockLoRA(rank=2, **options).num_parameters(s) for s in widths)
 
     assert total(blocks=1) == 184_320
     assert total(blocks=2, layout="literal") == 138_240
@@ -118,7 +118,7 @@ def test_sixteen_shots_beat_none():
 
     before = accuracy()
     targets = ["seen.0", "seen.2", "told.0", "told.2"]
-    adapter = fs.adapt(model, BlockLoRA(rank=4, blocks=2, alpha=8.0), targets, train=())
+    adapter = fs.adapt(model, BlockLoRA(rank=4, blocks=2, alpha=8.0), targets, train_modules=())
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=3e-3)
     losses = []
     for _ in range(200):

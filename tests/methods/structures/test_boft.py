@@ -78,14 +78,14 @@ def test_the_start_is_the_base_bit_for_bit(dtype):
     model = Layers((40, 24), bias=True).to(dtype)
     x = torch.randn(7, 24).to(dtype)
     before = model.fc0(x)
-    fs.adapt(model, BOFT(block_size=4, factors=2), ["fc0"], train=())
+    fs.adapt(model, BOFT(block_size=4, factors=2), ["fc0"], train_modules=())
     assert torch.equal(model.fc0(x), before)
 
 
 @pytest.mark.parametrize(("size", "count", "on_x"), [(768, 3_840, 6_144), (4096, 20_480, 32_768)])
 def test_counts(size, count, on_x):
     form, shape = BOFT(), SiteShape("s", size, size)
-    assert form.numbers(shape) == count
+    assert form.num_parameters(shape) == count
     assert form.flops(shape, 1) - form.flops(shape, 0) - 3 * size == on_x
 
 

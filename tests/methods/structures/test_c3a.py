@@ -45,7 +45,7 @@ def test_outputs_are_pefts(b):
 
 def test_counts():
     shape = SiteShape("s", 768, 3072)
-    assert C3A().numbers(shape) == 3 * 12 * 256
+    assert C3A().num_parameters(shape) == 3 * 12 * 256
     assert C3A().flops(shape, 1) < 2 * 768 * 3072
     assert C3A(block_size=1).flops(SiteShape("s", 2, 3)) == 5 + 8 * 6 + 6
 

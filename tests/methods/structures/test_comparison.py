@@ -141,8 +141,8 @@ each = pytest.mark.parametrize("row", ROWS, ids=str)
 def test_counts(row):
     for side, numbers, shared in zip(SIDES, row.numbers, row.shared):
         place = TensorSite("s", torch.zeros(side, side, device="meta"), kind=row.form.site_kind)
-        assert row.form.numbers(place.shape) == numbers
-        assert row.form.shared_numbers(row.form.plan([place])) == shared
+        assert row.form.num_parameters(place.shape) == numbers
+        assert row.form.num_shared_parameters(row.form.plan([place])) == shared
 
 
 @each
@@ -190,5 +190,5 @@ def test_numbers_of_whole_models():
     for side, blocks, size, whole in ((768, 24, 23_040, 147_456), (4096, 64, 524_288, 2_097_152)):
         sites = [TensorSite(f"s{i}", torch.zeros(side, side, device="meta")) for i in range(blocks)]
         form = UniLoRA(rank=4, size=size)
-        assert form.total(form.plan(sites)) == size
-        assert sum(fs.LoRA(rank=4).numbers(s.shape) for s in sites) == whole
+        assert form.total_parameters(form.plan(sites)) == size
+        assert sum(fs.LoRA(rank=4).num_parameters(s.shape) for s in sites) == whole

@@ -50,7 +50,7 @@ def test_a_drawn_start_is_the_base_with_an_exact_start_and_does_not_jump():
             delta.keep_start()
         w0, G = delta.base_weight(), torch.randn(24, 16)
         assert torch.count_nonzero(delta.dense(w0)) == 0
-        optimizer = torch.optim.AdamW(list(delta.numbers()), lr=1e-3)
+        optimizer = torch.optim.AdamW(list(delta.trained_parameters()), lr=1e-3)
         (delta.dense(w0) * G).sum().backward()
         optimizer.step()
         jumps[form.start] = float(delta.dense(w0).norm() / w0.norm())
@@ -63,7 +63,7 @@ def test_counts_and_names():
     assert form == DeLoRA(rank=8, alpha=15.0)
     assert form.strength == DeLoRA().strength == 15.0
     shape = SiteShape("s", 768, 768)
-    assert form.numbers(shape) == 12_289
+    assert form.num_parameters(shape) == 12_289
     assert form.flops(shape, 1) - form.flops(shape, 0) == fs.LoRA(rank=8).flops(shape)
     with pytest.raises(InputError, match=r"'paper'.*'drawn'"):
         DeLoRA(start="paper")

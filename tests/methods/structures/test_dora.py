@@ -39,7 +39,7 @@ def test_the_start_is_the_base_bit_for_bit(dtype):
     model = Layers((40, 24), bias=True).to(dtype)
     x = torch.randn(7, 24).to(dtype)
     before = model.fc0(x)
-    delta = fs.adapt(model, DoRA(rank=2), ["fc0"], train=()).deltas["fc0"]
+    delta = fs.adapt(model, DoRA(rank=2), ["fc0"], train_modules=()).deltas["fc0"]
     assert torch.equal(model.fc0(x), before)
     assert torch.count_nonzero(delta.dense(delta.base_weight())) == 0
 
@@ -58,7 +58,7 @@ def test_outputs_are_pefts(bias):
 @pytest.mark.parametrize(("size", "count", "row"), [(768, 13_056, 26_880), (4096, 69_632, 143_360)])
 def test_counts(size, count, row):
     form, shape = DoRA(rank=8), SiteShape("s", size, size)
-    assert form.numbers(shape) == count
+    assert form.num_parameters(shape) == count
     assert form.flops(shape, 1) - form.flops(shape, 0) == row
     assert form.flops(shape, 0) == 2 * 8 * size**2 + 2 * size**2
 

@@ -67,7 +67,7 @@ def test_places_belong_to_the_shape_and_the_seed():
 def test_counts():
     for size, row in ((768, 1_179_648), (4096, 33_554_432)):
         shape = SiteShape("s", size, size)
-        assert FourierFT().numbers(shape) == 1000
+        assert FourierFT().num_parameters(shape) == 1000
         assert FourierFT().flops(shape, 1) - FourierFT().flops(shape, 0) == row
 
 

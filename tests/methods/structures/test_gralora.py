@@ -41,7 +41,7 @@ def test_rank_is_k_times_r():
 def test_numbers_are_loras(k):
     for size, count, operations in ((768, 49_152, 98_304), (4096, 262_144, 524_288)):
         shape = SiteShape("s", size, size)
-        assert GraLoRA(k=k).numbers(shape) == fs.LoRA(rank=32).numbers(shape) == count
+        assert GraLoRA(k=k).num_parameters(shape) == fs.LoRA(rank=32).num_parameters(shape) == count
         assert GraLoRA(k=k).flops(shape) == operations
 
 

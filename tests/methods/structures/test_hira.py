@@ -38,7 +38,7 @@ def test_outputs_are_pefts():
 
 
 def test_counts_and_usual_scale():
-    assert HiRA(rank=32).numbers(SiteShape("q", 3072, 3072)) == 196_608
-    assert HiRA(rank=8).numbers(SiteShape("s", 768, 768)) == 12_288
+    assert HiRA(rank=32).num_parameters(SiteShape("q", 3072, 3072)) == 196_608
+    assert HiRA(rank=8).num_parameters(SiteShape("s", 768, 768)) == 12_288
     (delta,), _, _ = built(HiRA(rank=4), site(24, 16))
     assert delta.scale == 1.0

@@ -33,13 +33,13 @@ def test_the_start_is_the_base_bit_for_bit(dtype, feedforward):
     model = Layers((40, 24), bias=True).to(dtype)
     x = torch.randn(7, 24).to(dtype)
     before = model.fc0(x)
-    fs.adapt(model, IA3(feedforward=feedforward), ["fc0"], train=())
+    fs.adapt(model, IA3(feedforward=feedforward), ["fc0"], train_modules=())
     assert torch.equal(model.fc0(x), before)
 
 
 def test_a_small_gain_survives_a_half_precision_base():
     model = Layers((40, 24)).to(torch.bfloat16)
-    delta = fs.adapt(model, IA3(), ["fc0"], train=()).deltas["fc0"]
+    delta = fs.adapt(model, IA3(), ["fc0"], train_modules=()).deltas["fc0"]
     x = torch.randn(64, 24).to(torch.bfloat16)
     before = model.fc0(x)
     delta.g.data += 2**-8
@@ -50,7 +50,7 @@ def test_a_small_gain_survives_a_half_precision_base():
 def test_merging_and_taking_back_is_exact():
     model = Layers((24, 16), bias=True)
     weight, bias = model.fc0.weight.clone(), model.fc0.bias.clone()
-    adapter = fs.adapt(model, IA3(), ["fc0"], train=())
+    adapter = fs.adapt(model, IA3(), ["fc0"], train_modules=())
     adapter.deltas["fc0"].g.data.zero_()
     adapter.merge()
     assert model.fc0.bias.norm() == model.fc0.weight.norm() == 0
@@ -61,7 +61,7 @@ def test_merging_and_taking_back_is_exact():
 
 def test_counts_and_suffixes():
     form = IA3(feedforward=("output.dense",))
-    assert form.numbers(SiteShape("layer.0.output.dense", 768, 3072)) == 3072
-    assert form.numbers(SiteShape("layer.0.key", 768, 512)) == 768
-    assert form.numbers(SiteShape("layer.0.myoutput.dense", 768, 3072)) == 768
+    assert form.num_parameters(SiteShape("layer.0.output.dense", 768, 3072)) == 3072
+    assert form.num_parameters(SiteShape("layer.0.key", 768, 512)) == 768
+    assert form.num_parameters(SiteShape("layer.0.myoutput.dense", 768, 3072)) == 768
     assert form.flops(SiteShape("layer.0.key", 768, 512), 10) == 7680

@@ -14,8 +14,8 @@ from finespun.methods.structures import KAdaptation
 )
 def test_counts_of_the_comparison_table(size, count, operations):
     form, shape = KAdaptation(), SiteShape("s", size, size)
-    assert form.numbers(shape) == count
-    assert form.shared_numbers(form.plan([site(8, 8)])) == 64
+    assert form.num_parameters(shape) == count
+    assert form.num_shared_parameters(form.plan([site(8, 8)])) == 64
     assert form.flops(shape) == operations
 
 

@@ -32,7 +32,7 @@ def test_the_rank_is_the_product_of_the_ranks():
 @pytest.mark.parametrize(("size", "count", "row"), [(768, 1_600, 86_016), (4096, 8_192, 1_048_576)])
 def test_counts(size, count, row):
     shape = SiteShape("s", size, size)
-    assert KronA().numbers(shape) == count
+    assert KronA().num_parameters(shape) == count
     assert KronA().flops(shape, 1) == row
 
 

@@ -47,7 +47,7 @@ def test_outputs_are_pefts(r):
 )
 def test_counts(size, count, row):
     form, shape = LoHa(rank=8), SiteShape("s", size, size)
-    assert form.numbers(shape) == count
+    assert form.num_parameters(shape) == count
     assert form.flops(shape, 1) - form.flops(shape, 0) == row
 
 

@@ -63,7 +63,7 @@ def test_sides_are_split_as_the_library_splits_them(n, factor):
 @pytest.mark.parametrize(("size", "count", "row"), [(768, 1_088, 33_792), (4096, 5_120, 196_608)])
 def test_counts(size, count, row):
     form, shape = LoKr(rank=8), SiteShape("s", size, size)
-    assert form.numbers(shape) == count
+    assert form.num_parameters(shape) == count
     assert form.flops(shape, 1) == row
     most = form.rank * min(form.split(shape)[0])
     assert most == {768: 192, 4096: 512}[size]

@@ -42,7 +42,7 @@ def test_the_output_is_the_block_s_and_the_bypass(share):
     model, x = Stack(8, 8), torch.randn(5, 8)
     plain = copy.deepcopy(model.layer)
     before = model(x)
-    adapter = fs.adapt(model, LoR2C(rank=2, alpha=6.0, share=share), r"layer\.\d", train=())
+    adapter = fs.adapt(model, LoR2C(rank=2, alpha=6.0, share=share), r"layer\.\d", train_modules=())
     assert torch.equal(model(x), before)
     h = x
     for layer, delta in zip(plain, adapter.deltas.values()):
@@ -56,23 +56,23 @@ def test_the_output_is_the_block_s_and_the_bypass(share):
 
 def test_counts():
     own, shared = LoR2C(rank=8), LoR2C(rank=8, share=True)
-    assert own.total(own.plan(blocks(12, 768))) == 147_456
-    assert shared.total(shared.plan(blocks(12, 768))) == 79_872
+    assert own.total_parameters(own.plan(blocks(12, 768))) == 147_456
+    assert shared.total_parameters(shared.plan(blocks(12, 768))) == 79_872
     assert own.flops(blocks(1, 768)[0].shape) == 24_576
-    assert own.total(own.plan(blocks(32, 4096))) == 2_097_152
+    assert own.total_parameters(own.plan(blocks(32, 4096))) == 2_097_152
 
 
 def test_a_shared_a_is_one_tensor_and_needs_one_width():
     deltas, bank, _ = built(LoR2C(rank=2, share=True), *blocks(3, 8))
     assert all(d.low_rank()[0] is bank.A for d in deltas)
     with pytest.raises(PlanError, match=r"'layer.0' has 8.*'layer.1' has 12.*share=False"):
-        fs.adapt(Stack(8, 12), LoR2C(rank=2, share=True), r"layer\.\d", train=())
+        fs.adapt(Stack(8, 12), LoR2C(rank=2, share=True), r"layer\.\d", train_modules=())
 
 
 def test_a_container_is_no_block():
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
     with pytest.raises(TargetError, match=r"'0' is a Sequential.*inside it"):
-        fs.adapt(model, LoR2C(rank=2), ["0"], train=())
+        fs.adapt(model, LoR2C(rank=2), ["0"], train_modules=())
     assert type(model[0]) is nn.Sequential
 
 
@@ -92,14 +92,14 @@ def test_the_measure_of_a_spectrum():
 
 def test_a_compact_bypass_is_a_smaller_bypass():
     model, x = Stack(8, 8), torch.randn(5, 8)
-    adapter = fs.adapt(model, LoR2C(rank=4), r"layer\.\d", train=())
+    adapter = fs.adapt(model, LoR2C(rank=4), r"layer\.\d", train_modules=())
     for delta in adapter.deltas.values():
         delta.B.data.normal_()
         delta.switch_off(delta.groups("rank")[1])
     before = model(x)
     adapter.compact()
     assert adapter.structure.kind == "lor2c"
-    assert adapter.num_parameters == 2 * 2 * 3 * 8
+    assert adapter.num_update_parameters == 2 * 2 * 3 * 8
     torch.testing.assert_close(model(x), before)
 
 
@@ -124,7 +124,7 @@ def test_the_gradient_reaches_the_first_layer():
     model.layer = nn.ModuleList(Attention(16) for _ in range(12))
     model.forward = lambda h: [h := layer(h) for layer in model.layer][-1]
     for form, targets in ((LoR2C(rank=2), r"layer\.\d+"), (fs.LoRA(rank=2), ["q"])):
-        adapter = fs.adapt(model, form, targets, train=())
+        adapter = fs.adapt(model, form, targets, train_modules=())
         model(x).square().sum().backward()
         norms[form.kind] = float(next(iter(adapter.deltas.values())).B.grad.norm())
         adapter.detach()

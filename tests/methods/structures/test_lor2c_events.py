@@ -94,7 +94,7 @@ def test_sleeping_layers_do_nothing_until_they_are_woken():
 
 def test_a_layer_outside_all_blocks_is_refused():
     with pytest.raises(PlanError, match=r"'layer.3.query'.*none of the targets"):
-        fs.adapt(Stack(), LoR2C(rank=2), ["layer.0", "layer.3.query"], train=())
+        fs.adapt(Stack(), LoR2C(rank=2), ["layer.0", "layer.3.query"], train_modules=())
 
 
 def test_the_rules_choose_by_the_spectrum():

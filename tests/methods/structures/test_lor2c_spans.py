@@ -96,7 +96,7 @@ def decoder():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SIZE, num_key_value_heads=1, pad_token_id=0)
     model = transformers.LlamaForCausalLM(config)
-    adapter = fs.adapt(model, LoR2C(rank=2), r"model\.layers\.\d", train=())
+    adapter = fs.adapt(model, LoR2C(rank=2), r"model\.layers\.\d", train_modules=())
     for delta in adapter.deltas.values():
         nn.init.normal_(delta.B)
     names = list(adapter.deltas)

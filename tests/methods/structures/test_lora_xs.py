@@ -12,13 +12,13 @@ from finespun.methods.structures.lora_xs import main_directions
 @pytest.mark.parametrize(("size", "operations"), [(768, 49_664), (4096, 262_656)])
 def test_counts_of_the_comparison_table(size, operations):
     shape = SiteShape("s", size, size)
-    assert LoRAXS().numbers(shape) == 256
+    assert LoRAXS().num_parameters(shape) == 256
     assert LoRAXS().flops(shape) == operations
 
 
 def test_numbers_of_mistral_7b():
     shapes = [SiteShape(str(i), o, n) for i, (o, n) in enumerate([(4096, 4096), (1024, 4096)])]
-    assert [sum(112 * LoRAXS(rank=r).numbers(s) for s in shapes) for r in (96, 64, 32)] == [
+    assert [sum(112 * LoRAXS(rank=r).num_parameters(s) for s in shapes) for r in (96, 64, 32)] == [
         2_064_384,
         917_504,
         229_376,

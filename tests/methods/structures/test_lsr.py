@@ -45,7 +45,7 @@ def by_definition(factors):
     ("out", "n", "count"), [(768, 768, 3_584), (4096, 4096, 8_192), (11008, 4096, 10_944)]
 )
 def test_numbers_of_the_worked_sizes(out, n, count):
-    assert fs.LSR().numbers(SiteShape("s", out, n)) == count
+    assert fs.LSR().num_parameters(SiteShape("s", out, n)) == count
 
 
 @given(
@@ -61,7 +61,7 @@ def test_factors_are_sums_of_kronecker_products_cut_to_size(out, n, rank, terms,
     assert (A.shape, B.shape) == ((rank, n), (out, rank))
     assert relative(A, by_definition(delta.side("A"))[:, :n]) <= 1e-12
     assert relative(B, by_definition(delta.side("B"))[:out]) <= 1e-12
-    assert sum(p.numel() for p in delta.parameters()) == form.numbers(delta.site.shape)
+    assert sum(p.numel() for p in delta.parameters()) == form.num_parameters(delta.site.shape)
     x = draw(5, n, dtype=WIDE)
     assert relative(delta(x), delta.scale * (x @ A.T) @ B.T) <= 1e-11
 
@@ -157,12 +157,12 @@ def test_an_awkward_width_is_padded():
     assert relative(delta(x), delta.scale * (x @ A.T) @ B.T) <= 1e-6
     fresh = built(fs.LSR(separation_rank=2), 1009, 1009)
     assert torch.count_nonzero(fresh(x)) == 0
-    assert fs.LSR().numbers(delta.site.shape) == 16 * 2 * 128
+    assert fs.LSR().num_parameters(delta.site.shape) == 16 * 2 * 128
 
 
 def test_three_factors():
     form = fs.LSR(rank=8, separation_rank=1, rank_split=(2, 2, 2))
-    assert form.numbers(SiteShape("s", 4096, 4096)) == 2 * 96
+    assert form.num_parameters(SiteShape("s", 4096, 4096)) == 2 * 96
     delta = stirred(form)
     assert delta.diagnostics() == {}
     for refused in (delta.rebalance, lambda: delta.project(delta.as_low_rank())):

@@ -12,8 +12,8 @@ from finespun.methods.structures import MELoRA
 
 def test_counts():
     shape = SiteShape("s", 768, 768)
-    assert MELoRA().numbers(shape) == 6_144
-    assert MELoRA(rank=16, blocks=4).numbers(shape) == 6_144
+    assert MELoRA().num_parameters(shape) == 6_144
+    assert MELoRA(rank=16, blocks=4).num_parameters(shape) == 6_144
     assert MELoRA().flops(shape) == 12_288
 
 

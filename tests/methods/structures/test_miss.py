@@ -36,7 +36,7 @@ def test_outputs_are_pefts(inner):
 
 
 def test_counts():
-    assert MiSS().numbers(SiteShape("s", 768, 768)) == 49_152
+    assert MiSS().num_parameters(SiteShape("s", 768, 768)) == 49_152
     assert MiSS().flops(SiteShape("s", 768, 512), 2) == 2 * (512 + 2 * 49_152)
     assert MiSS().scale == 1.0
     assert MiSS(rank=4, alpha=8.0).scale == 2.0

@@ -53,8 +53,8 @@ def test_twice_the_input_gives_twice_the_output(sharing):
 
 def test_counts():
     shape = SiteShape("s", 768, 768)
-    assert MoRA(rank=8, sharing="sum").numbers(shape) == 12_321
-    assert MoRA(rank=8).numbers(shape) == 110**2
+    assert MoRA(rank=8, sharing="sum").num_parameters(shape) == 12_321
+    assert MoRA(rank=8).num_parameters(shape) == 110**2
     assert MoRA(rank=8, sharing="sum").flops(shape) == 768 + 2 * 12_321
     assert MoRA(rank=8).flops(shape) == 7 * (3 * 110 + 2 * 12_100)
 

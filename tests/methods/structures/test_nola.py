@@ -18,16 +18,16 @@ from finespun.methods.structures import NOLA
 )
 def test_counts_of_the_comparison_table(size, token, step):
     form, shape = NOLA(k=1000), SiteShape("s", size, size)
-    assert form.numbers(shape) == 2_000
+    assert form.num_parameters(shape) == 2_000
     assert form.flops(shape, 1) - form.flops(shape, 0) == token
     assert form.flops(shape, 0) == step
 
 
 def test_numbers_of_published_models():
     any_shape = SiteShape("s", 1024, 1024)
-    assert 48 * NOLA(k=1000).numbers(any_shape) == 96_000
+    assert 48 * NOLA(k=1000).num_parameters(any_shape) == 96_000
     blocks = {512: 80, 256: 40, 128: 32}
-    counts = [7 * n * NOLA(k=k).numbers(any_shape) for k, n in blocks.items()]
+    counts = [7 * n * NOLA(k=k).num_parameters(any_shape) for k, n in blocks.items()]
     assert counts == [573_440, 143_360, 57_344]
 
 
@@ -126,7 +126,7 @@ def test_merging_keeps_what_was_learnt():
     """The released merge multiplied the frozen inner weights alone, hence added exactly zero."""
     model = nn.Sequential(nn.Linear(10, 12))
     before = model[0].weight.detach().clone()
-    adapter = fs.adapt(model, NOLA(rank=2, k=9), ["0"], train=())
+    adapter = fs.adapt(model, NOLA(rank=2, k=9), ["0"], train_modules=())
     with torch.no_grad():
         adapter.deltas["0"].beta.normal_()
     x = torch.randn(3, 10)

@@ -80,12 +80,12 @@ def test_the_start_is_the_base_bit_for_bit(dtype, neumann):
     model = Layers((40, 24), bias=True).to(dtype)
     x = torch.randn(7, 24).to(dtype)
     before = model.fc0(x)
-    fs.adapt(model, OFT(block_size=8, neumann=neumann), ["fc0"], train=())
+    fs.adapt(model, OFT(block_size=8, neumann=neumann), ["fc0"], train_modules=())
     assert torch.equal(model.fc0(x), before)
 
 
 def test_counts():
-    assert OFT(block_size=32).numbers(SiteShape("s", 768, 768)) == 11_904
+    assert OFT(block_size=32).num_parameters(SiteShape("s", 768, 768)) == 11_904
     small_step = OFT(block_size=4).flops(SiteShape("s", 768, 768), 1) - OFT(block_size=4).flops(
         SiteShape("s", 768, 768), 0
     )
@@ -107,7 +107,7 @@ def test_what_cannot_be_is_named():
 def test_a_slice_of_a_fused_layer_sees_the_turned_input(form):
     model, x = Layers((12, 8), bias=True).double(), torch.randn(4, 3, 8, dtype=torch.float64)
     layer = copy.deepcopy(model.fc0)
-    adapter = fs.adapt(model, form, ["fc0:k"], train=())
+    adapter = fs.adapt(model, form, ["fc0:k"], train_modules=())
     (delta,) = adapter.deltas.values()
     for p in delta.double().parameters():
         nn.init.normal_(p)

@@ -11,8 +11,8 @@ from finespun.methods.structures import RandLoRA
 
 def test_counts():
     form = RandLoRA()
-    assert form.numbers(SiteShape("s", 768, 768)) == 24 * (32 + 768)
-    assert form.numbers(SiteShape("s", 1024, 100)) == 4 * (32 + 100)
+    assert form.num_parameters(SiteShape("s", 768, 768)) == 24 * (32 + 768)
+    assert form.num_parameters(SiteShape("s", 1024, 100)) == 4 * (32 + 100)
     one, dense = SiteShape("s", 768, 768), 2 * 768 * 768
     assert form.flops(one, 1) - form.flops(one, 0) == 2 * dense
     assert form.flops(one, 100_000) - form.flops(one, 99_999) == dense

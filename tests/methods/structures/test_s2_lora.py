@@ -18,15 +18,15 @@ def test_counts_of_the_comparison_table():
     for size, shared, operations in ((768, 49_152, 98_304), (4096, 262_144, 524_288)):
         shape = SiteShape("s", size, size)
         plan = S2LoRA().plan([TensorSite("s", torch.empty(size, size, device="meta"))])
-        assert S2LoRA().numbers(shape) == 32
-        assert S2LoRA().shared_numbers(plan) == shared
+        assert S2LoRA().num_parameters(shape) == 32
+        assert S2LoRA().num_shared_parameters(plan) == shared
         assert S2LoRA().flops(shape) == pytest.approx(operations, rel=0.01)
 
 
 def test_numbers_of_whisper_small():
     weight = torch.zeros(1, 1).expand(768, 768)
     sites = [TensorSite(f"{i}", weight) for i in range(144)]
-    assert S2LoRA().total(S2LoRA().plan(sites)) == 53_760
+    assert S2LoRA().total_parameters(S2LoRA().plan(sites)) == 53_760
     assert size_of_file(*built(S2LoRA(), *sites)[0]) < 230_000
 
 
@@ -37,7 +37,7 @@ def test_one_slice_for_all_shapes():
         "A_20x30": (4, 30),
         "B_20x30": (20, 4),
     }
-    assert form.shared_numbers(plan) == 200
+    assert form.num_shared_parameters(plan) == 200
     assert torch.equal(deltas[1].shared()[0][:, :12], deltas[0].shared()[0])
 
 
@@ -61,7 +61,7 @@ def test_the_shared_pair_collects_the_gradients_of_all_sites():
 
 def test_a_support_that_was_switched_off_stays():
     model = Layers((12, 10))
-    adapter = fs.adapt(model, S2LoRA(rank=6), ["fc0"], train=())
+    adapter = fs.adapt(model, S2LoRA(rank=6), ["fc0"], train_modules=())
     (delta,) = adapter.deltas.values()
     delta.s.data.normal_()
     for group in delta.groups("rank")[1:4]:

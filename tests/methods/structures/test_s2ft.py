@@ -60,7 +60,11 @@ def test_chosen_lines_move_and_no_others(outputs, out, inner, share):
     assert trained_lines(delta) == delta.lines.tolist() == sorted(set(delta.lines.tolist()))
     size = out if outputs else inner
     assert len(delta.lines) == max(1, int(share * size + 1e-9))
-    assert delta.D.numel() == form.numbers(where.shape) == form.total(form.plan([where]))
+    assert (
+        delta.D.numel()
+        == form.num_parameters(where.shape)
+        == form.total_parameters(form.plan([where]))
+    )
     for shape in ((inner,), (3, inner), (2, 3, inner)):
         x = inputs(*shape)
         torch.testing.assert_close(delta(x), x @ update(delta).T)
@@ -246,7 +250,7 @@ def test_a_hundred_switches_leave_no_trace(dtype):
                 nn.init.normal_(p)
             adapter.activate()
             kept = adapter.merge(0.1 * step, undo="entries")
-            assert kept == adapter.num_parameters * (8 + 2 * dtype.itemsize)
+            assert kept == adapter.num_update_parameters * (8 + 2 * dtype.itemsize)
             adapter.unmerge()
     assert all(torch.equal(model.get_parameter(n), p) for n, p in before.items())
     assert all(model.get_parameter(n).is_leaf for n in before)
@@ -319,7 +323,7 @@ def test_tuning_the_second_layer_follows_a_shifted_teacher():
         teacher.fc2.weight += 0.05 * torch.randn(32, 2) @ torch.randn(2, 256)
     before, W0 = error(), model.fc2.weight.detach().clone()
     adapter = fs.adapt(model, S2FT(channels=18 / 256), ["fc2"], ())
-    assert adapter.num_parameters == 576
+    assert adapter.num_update_parameters == 576
     train(adapter.parameters(), 1e-2, 600)
     assert error() <= 0.85 * before
     adapter.merge()
@@ -371,11 +375,11 @@ def test_counts_of_llama_2_7b_as_published():
         for kind in ("attn", "mlp")
     }
     assert chosen == {"attn": 53, "mlp": 7045}
-    assert form.total(plan) == 56_643_584
+    assert form.total_parameters(plan) == 56_643_584
     none = [s.shape for s in layers if s.shape not in plan.sites]
     assert all(s.name.endswith("attn.o") for s in none)
     even = S2FT(channels=0.02, heads=0.052)
-    assert even.total(even.plan(layers)) == 32 * 4096 * (128 + 220)
+    assert even.total_parameters(even.plan(layers)) == 32 * 4096 * (128 + 220)
 
 
 @pytest.mark.parametrize("per_layer", [True, False])
@@ -469,6 +473,6 @@ def test_scores_that_say_nothing_are_refused():
 
 def test_counts():
     form = S2FT(channels=0.02)
-    assert form.numbers(SiteShape("down", 4096, 11008)) == 220 * 4096
-    assert S2FT(outputs=("up",)).numbers(SiteShape("mlp.up", 11008, 4096)) == 220 * 4096
+    assert form.num_parameters(SiteShape("down", 4096, 11008)) == 220 * 4096
+    assert S2FT(outputs=("up",)).num_parameters(SiteShape("mlp.up", 11008, 4096)) == 220 * 4096
     assert form.flops(SiteShape("down", 4096, 11008), 512) == 2 * 512 * 220 * 4096

@@ -187,7 +187,7 @@ def test_counts_of_the_structured_mask(out, inner, r):
         return
     (delta,), _, _ = built(form, where)
     count = len(delta.index)
-    assert count == form.numbers(where.shape) <= r * (out + inner)
+    assert count == form.num_parameters(where.shape) <= r * (out + inner)
     mask = torch.zeros(out * inner, dtype=torch.bool)
     mask[delta.index] = True
     mask = mask.view(out, inner)
@@ -232,7 +232,7 @@ def test_outputs_are_pefts():
 def test_counts():
     form = SHiRA(rank=32)
     shapes = SiteShape("q", 3072, 3072), SiteShape("v", 1024, 3072)
-    assert 28 * sum(form.numbers(s) for s in shapes) == 9_175_040
+    assert 28 * sum(form.num_parameters(s) for s in shapes) == 9_175_040
     assert form.flops(shapes[0], 1) == 2 * 32 * 6144
     assert form.flops(shapes[0], 512) == 2 * 512 * 32 * 6144
     assert SHiRA(rank=400).flops(shapes[0], 512) == 2 * 512 * 3072**2

@@ -41,8 +41,8 @@ def test_ranks(ranks, expected):
 def test_counts_of_the_comparison_table():
     """The table takes 208,896 operations at 768²; the better order of one side saves 2 %."""
     small, large = SiteShape("s", 768, 768), SiteShape("s", 4096, 4096)
-    assert TeRA().numbers(small) == TeRA().numbers(large) == 64
-    assert TeRA(rank=64).numbers(large) == 256
+    assert TeRA().num_parameters(small) == TeRA().num_parameters(large) == 64
+    assert TeRA(rank=64).num_parameters(large) == 256
     assert TeRA().flops(small) == 204_800
     assert TeRA().flops(large) == 458_752
 

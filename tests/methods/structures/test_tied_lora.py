@@ -15,10 +15,10 @@ from finespun.methods.structures import TiedLoRA
 )
 def test_counts_of_the_comparison_table(size, own, shared, operations):
     form, shapes = TiedLoRA(), [SiteShape(n, size, size) for n in "ab"]
-    assert form.numbers(shapes[0]) == own
+    assert form.num_parameters(shapes[0]) == own
     assert form.flops(shapes[0]) == operations
     plan = form.plan([site(16, 8, "a"), site(16, 8, "b"), site(8, 16, "c")])
-    assert form.shared_numbers(plan) == 8 * 24 * 2
+    assert form.num_shared_parameters(plan) == 8 * 24 * 2
     assert size * 2 * form.rank == shared
 
 

@@ -22,7 +22,7 @@ def test_the_rows_named_are_the_trained_numbers_and_no_other_moves(name, rows):
     values = adapter.deltas[name].values.detach()
     wanted = base.get_submodule(name).weight.detach().clone()
     width = wanted.shape[1]
-    assert adapter.num_parameters == values.numel() == len(rows) * width
+    assert adapter.num_update_parameters == values.numel() == len(rows) * width
     wanted[list(rows)] = values
     adapter.merge()
     assert torch.allclose(model.get_submodule(name).weight, wanted, atol=1e-6)
@@ -57,8 +57,8 @@ def test_tokens_that_the_table_does_not_have_are_named():
 
 def test_a_table_is_read_by_its_kind():
     tokens = Tokens(tokens=(1, 2, 3))
-    assert tokens.numbers(SiteShape("x", 6, 11, "embedding")) == 3 * 6
-    assert tokens.numbers(SiteShape("x", 11, 6)) == 3 * 6
+    assert tokens.num_parameters(SiteShape("x", 6, 11, "embedding")) == 3 * 6
+    assert tokens.num_parameters(SiteShape("x", 11, 6)) == 3 * 6
 
 
 def test_biases_beside_a_lora_stay_when_it_is_made_smaller(tmp_path):
@@ -75,9 +75,9 @@ def test_biases_beside_a_lora_stay_when_it_is_made_smaller(tmp_path):
     delta.switch_off(delta.groups("rank")[1])
     with torch.no_grad():
         wanted = adapter.model(IDS)
-    numbers = adapter.num_parameters
+    numbers = adapter.num_update_parameters
     adapter.compact()
-    assert adapter.num_parameters == numbers - (6 + 8)
+    assert adapter.num_update_parameters == numbers - (6 + 8)
     with torch.no_grad():
         assert torch.allclose(adapter.model(IDS), wanted, atol=1e-6)
     adapter.export(tmp_path / "y", portable=False)

@@ -51,7 +51,7 @@ def sized(layers, width):
 def test_sizes_of_published_models():
     base = UniLoRA(size=23_040).plan(sized(24, 768))
     assert base.shared == {"total": 147_456, "size": 23_040}
-    assert UniLoRA().total(base) == 23_040
+    assert UniLoRA().total_parameters(base) == 23_040
     assert UniLoRA(size=23_040).plan(sized(48, 1024)).shared["total"] == 393_216
     counts = spread(streams.key(0, "unilora", "columns"), (147_456, 23_040)).bincount()
     assert counts.unique().tolist() == [6, 7]
@@ -62,7 +62,7 @@ def test_sizes_of_published_models():
 def test_counts_of_the_comparison_table():
     for size, token in ((768, 12_288), (4096, 65_536)):
         shape = SiteShape("s", size, size)
-        assert UniLoRA().numbers(shape) == 0
+        assert UniLoRA().num_parameters(shape) == 0
         assert UniLoRA().flops(shape, 1) - UniLoRA().flops(shape, 0) == token
 
 

@@ -15,8 +15,8 @@ from finespun.methods.structures import VBLoRA
 )
 def test_counts_of_the_comparison_table(size, count, operations):
     form, shape = VBLoRA(), SiteShape("s", size, size)
-    assert form.numbers(shape) == count
-    assert form.shared_numbers(form.plan([site(256, 256)])) == 65_536
+    assert form.num_parameters(shape) == count
+    assert form.num_shared_parameters(form.plan([site(256, 256)])) == 65_536
     assert form.flops(shape, 1) - form.flops(shape, 0) == operations
     assert form.flops(shape, 0) == 4 * 4 * 2 * size
 

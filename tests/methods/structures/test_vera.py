@@ -13,7 +13,7 @@ from finespun.methods.structures import VeRA
 )
 def test_counts_of_the_comparison_table(size, count, operations):
     shape = SiteShape("s", size, size)
-    assert VeRA().numbers(shape) == count
+    assert VeRA().num_parameters(shape) == count
     assert VeRA().flops(shape) == operations
 
 
