@@ -236,7 +236,7 @@ class Bench:
 
 
 def must_carry(contenders: Sequence[Contender]) -> None:
-    """Raise InputError where a `rate_of` names no one, or a `rate_power` has no numbers to go by:
+    """Raise InputError where a `lr_of` names no one, or a `lr_power` has no numbers to go by:
     those of a head alone are none, those beside an allocation are known after the run only."""
     sources = {one.name: one for one in contenders if one.lr_of is None}
     for one in contenders:
@@ -253,6 +253,6 @@ def must_carry(contenders: Sequence[Contender]) -> None:
                 why = "has an allocation, so that its numbers are known after the run only"
             if why:
                 raise InputError(
-                    f"rate_power = {one.lr_power:g} of {one.name!r} scales by numbers, but "
-                    f"{other.name!r} {why}; leave rate_power out, or give {one.name!r} a rate"
+                    f"lr_power = {one.lr_power:g} of {one.name!r} scales by numbers, but "
+                    f"{other.name!r} {why}; leave lr_power out, or give {one.name!r} a rate"
                 )

@@ -27,7 +27,7 @@ def choose_lr(
 ) -> Choice:
     """The rate with the highest score after `rungs[-1]` epochs.
 
-    `measure(rate, epochs)` gives a score, larger is better, or None for a run that diverged. All
+    `measure(lr, epochs)` gives a score, larger is better, or None for a run that diverged. All
     rates run for `rungs[0]` epochs and the best ⌈keep·n⌉ go on to the next rung. Short runs like
     high rates, so in the end the neighbours of the best rate are trained whole too, until it beats
     both. With `extend`, a best rate at an edge of the grid is followed outwards by the grid's own

@@ -97,7 +97,7 @@ class Member(Section):
         0.0,
         ge=-MOST_POWER,
         le=MOST_POWER,
-        description="p: the rate of `rate_of` is multiplied by (its numbers / these numbers)^p; "
+        description="p: the rate of `lr_of` is multiplied by (its numbers / these numbers)^p; "
         "numbers are those trained in the layers, which without an allocation are known before",
     )
     _given: frozenset[str] = PrivateAttr(frozenset())
@@ -123,7 +123,7 @@ class Member(Section):
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} exclude each other; leave one in")
         if member.lr_of is None and "lr_power" in values:
-            raise InputError("rate_power needs rate_of, the member whose rate it scales")
+            raise InputError("lr_power needs lr_of, the member whose rate it scales")
         options = values.get("structure")
         if isinstance(options, Mapping):
             aliases = type(member.structure).aliases

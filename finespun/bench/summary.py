@@ -17,7 +17,7 @@ LEVEL = 0.95
 class Row:
     """One member at one size. `scores`: the metric for every seed, None where the run diverged.
     `seconds` and `cpu_seconds`: mean over the seeds, in training steps and of the whole process.
-    `rate_of`: the row whose rate was carried over to this one."""
+    `lr_of`: the row whose rate was carried over to this one."""
 
     name: str
     structure: Structure
@@ -83,7 +83,7 @@ class Summary:
         edges = [row for row in self.rows if row.at_edge and row.lr_of is None]
         if edges:
             told = "; ".join(map(self._edge, edges))
-            return f"no ranking: the best rate lies at the edge of its grid ({told}); widen rates"
+            return f"no ranking: the best rate lies at the edge of its grid ({told}); widen lrs"
         failed = [row.name for row in self.rows if row.mean is None]
         return f"no ranking: runs diverged ({', '.join(failed)})" if failed else None
 
@@ -160,7 +160,7 @@ def cells(row: Row) -> dict[str, Any]:
         "num_head_parameters": row.num_module_parameters,
         "adapter_bytes": row.bytes,
         "best_lr": row.lr,
-        "rate_at_edge": row.at_edge,
+        "lr_at_edge": row.at_edge,
         "mean": row.mean,
         "half_interval_95": row.half,
         "runs": len(row.scores),

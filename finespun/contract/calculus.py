@@ -49,7 +49,8 @@ def parameters_of(delta: Delta) -> dict[str, Tensor]:
 def push(delta: Delta, v: Numbers) -> LowRank | Tensor:
     """J v: a LowRank of rank 2r where the method has factors, else a tensor (out, in).
 
-    `v` maps names of `parameters_of(delta)` to tensors of their shapes; missing names count as zero.
+    `v` maps names of `parameters_of(delta)` to tensors of their shapes; a missing name counts as
+    zero.
     """
     theta = parameters_of(delta)
     for name in v:

@@ -137,9 +137,9 @@ def _take_out(hosts: dict[str, Host], kept: dict[str, Kept]) -> dict[str, Kept]:
             continue
         _put_back(hosts, found)
         raise StateError(
-            f"the weight of {name!r} was edited while {', '.join(hosts[name].adapter_set.merged)} is "
-            "merged into it: taking the update out would lose half of that edit. Undo the edit, or "
-            "reload the model"
+            f"the weight of {name!r} was edited while "
+            f"{', '.join(hosts[name].adapter_set.merged)} is merged into it: taking the "
+            "update out would lose half of that edit. Undo the edit, or reload the model"
         )
     return found
 

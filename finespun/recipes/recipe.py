@@ -21,9 +21,10 @@ from pydantic import (
 )
 
 from finespun.contract import Structure
-from finespun.contract.allocation import ALLOCATIONS, Allocation
+from finespun.contract.allocation import Allocation
 from finespun.contract.method import Method
 from finespun.errors import InputError, nearest
+from finespun.methods.allocation import ALLOCATIONS
 from finespun.methods.structures import LSR, STRUCTURES
 from finespun.recipes.yaml import Document, Quoting, Section
 
@@ -140,7 +141,7 @@ class Data(Section):
 
 
 class Training(Section):
-    """How to learn: AdamW, its rate over time, batches, and what is repeated exactly."""
+    """How to learn: AdamW, its learning rate over time, batches, and what is repeated exactly."""
 
     epochs: int = Field(3, ge=1)
     batch_size: int = Field(32, ge=1)
@@ -148,7 +149,9 @@ class Training(Section):
     pack: bool = Field(False, description="with a prompt: a batch as one row, without padding")
     lr: float | None = Field(None, gt=0, description="null: the structure's own, 1e-3 for most")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_share: float = Field(0.06, ge=0, lt=1, description="the share of steps of rising rate")
+    warmup_share: float = Field(
+        0.06, ge=0, lt=1, description="the share of steps in which lr rises"
+    )
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, ge=0, description="0: gradients are not clipped")
     max_length: int = Field(128, ge=1, description="tokens of a row; the rest is cut")

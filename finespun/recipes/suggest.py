@@ -73,7 +73,7 @@ def suggest_recipe(data_path: str | Path, model_name: str) -> str:
         "training:",
         f"  epochs: {_epochs(len(table), batch)}",
         f"  batch_size: {batch}",
-        f"  rate: {structure.default_lr}  # 1e-3 suits lora",
+        f"  lr: {structure.default_lr}  # 1e-3 suits lora",
         f"  max_length: {_max_length(table, text, pair)}  # tokens; longer rows are cut",
         f"output: {_plain('out/' + Path(data_path).stem)}",
     ]

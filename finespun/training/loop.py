@@ -39,7 +39,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Loop:
-    """Trains `adapter` on `batches` as `training` says, with AdamW and the peak rate `rate`.
+    """Trains `adapter` on `batches` as `training` says, with AdamW and the peak learning rate `lr`.
 
     A step is made of `training.accumulate` batches; their losses are weighted by rows (by labelled
     tokens in a language model), so that the gradient is that of one batch with all of them. `save`

@@ -30,8 +30,9 @@ class Result:
 
     `before` and `after` are metrics on the held-out rows: of the model as loaded, its fresh head
     untrained, and of the adapted model. `num_update_parameters` are trained in the layers,
-    `num_module_parameters` in modules trained whole (the head). `adapter_bytes`: on disk. `loss`: mean of
-    the last epoch. `seconds`: spent in training steps. `peak_memory`: bytes, of the whole process.
+    `num_module_parameters` in modules trained whole (the head). `adapter_bytes`: on disk. `loss`:
+    mean of the last epoch. `seconds`: spent in training steps. `peak_memory`: bytes, of the
+    whole process.
     """
 
     output: str

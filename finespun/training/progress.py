@@ -32,7 +32,7 @@ class Reporter:
     """Hears of every event of a run and shows nothing; others subclass it.
 
     An event is a mapping with the key "event": "start" (steps, done), "step" (step, epoch, loss,
-    rate, grad_norm, examples_per_second), "checkpoint" (step, diagnostics), "end", "note" (text),
+    lr, grad_norm, examples_per_second), "checkpoint" (step, diagnostics), "end", "note" (text),
     "evaluation" (when, metrics) or "result".
     """
 
@@ -107,7 +107,7 @@ class Bar(Reporter):
             old = record["loss"] if self.loss is None else self.loss
             self.loss = 0.9 * old + 0.1 * record["loss"]
             about = (
-                f"loss {self.loss:.3f}  rate {record['rate']:.1e}  "
+                f"loss {self.loss:.3f}  lr {record['lr']:.1e}  "
                 f"{record['examples_per_second']:.0f}/s"
             )
             self.progress.update(self.task, completed=record["step"], about=about)

@@ -37,8 +37,8 @@ members:
   - structure: {kind: lora, r: 8}
   - structure: {kind: lsr, rank: 4}
     numbers: [9000, 4000]
-    rates: [1e-3, 3e-3, 1e-2]
-rates: {low: 1e-3, high: 1e-1, count: 5}
+    lrs: [1e-3, 3e-3, 1e-2]
+lrs: {low: 1e-3, high: 1e-1, count: 5}
 search: {epochs: [1]}
 """
 
@@ -65,7 +65,7 @@ def test_a_bench_file_is_read_whole() -> None:
         ("sead=3", "sead is not a key .*nearest: 'seeds'"),
         ("recipe.trainin={}", "recipe.trainin is not a key .*; nearest: 'training'"),
         ("recipe.training.epochs=x", "recipe.training.epochs = 'x' should be a valid integer"),
-        ("recipe.training.lr=1", "recipe must not set rate; a bench has rates"),
+        ("recipe.training.lr=1", "recipe must not set lr; a bench has lrs"),
         ("recipe.structure={kind: lora}", "recipe must not set structure; a bench has members"),
         ("members=[]", "members: is a list of members"),
         (
@@ -128,12 +128,12 @@ def test_the_examples_are_lawful(name: str) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("rate: 1e-3, rates: [1e-3, 2e-3, 3e-3]", "rate and rates exclude each other"),
-        ("rate: 1e-3, rate_of: other", "rate and rate_of exclude each other"),
-        ("rate_power: 0.5", "rate_power needs rate_of"),
-        ("rate_of: a, rate_power: 1e6", r"member 1: rate_power = 1000000.0 .* less .* to 4"),
-        ("rate_of: a, rate_power: -5", r"member 1: rate_power = -5 .* greater .* to -4"),
-        ("rate_of: a, rate_power: .nan", r"member 1: rate_power = nan .* finite"),
+        ("lr: 1e-3, lrs: [1e-3, 2e-3, 3e-3]", "lr and lrs exclude each other"),
+        ("lr: 1e-3, lr_of: other", "lr and lr_of exclude each other"),
+        ("lr_power: 0.5", "rate_power needs rate_of"),
+        ("lr_of: a, lr_power: 1e6", r"member 1: rate_power = 1000000.0 .* less .* to 4"),
+        ("lr_of: a, lr_power: -5", r"member 1: rate_power = -5 .* greater .* to -4"),
+        ("lr_of: a, lr_power: .nan", r"member 1: rate_power = nan .* finite"),
     ],
 )
 def test_a_member_says_in_one_way_where_its_rate_comes_from(more: str, message: str) -> None:
@@ -426,7 +426,7 @@ def test_a_rate_carried_over_is_refused_by_the_name_of_its_source() -> None:
     two = row("LoRA r=8", (0.8, 0.8, 0.8), lr=1.06e-2, **same)
     assert summary(source, one, two).refusal == (
         "no ranking: the best rate lies at the edge of its grid "
-        "(LoRA r=1: 0.03 of 0.001 to 0.03, carried over to LoRA r=4, LoRA r=8); widen rates"
+        "(LoRA r=1: 0.03 of 0.001 to 0.03, carried over to LoRA r=4, LoRA r=8); widen lrs"
     )
 
 

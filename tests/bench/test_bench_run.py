@@ -70,7 +70,7 @@ def recipe(place: Path, *changes: str) -> Recipe:
     return Recipe.parse(
         f"model: {place / 'model'}\ndata: {{file: {place / 'rows.csv'}}}\n"
         "targets: [query, value]\nstructure: {kind: lora, rank: 2}\n"
-        "training: {epochs: 2, batch_size: 8, rate: 1e-2, threads: 1}\n",
+        "training: {epochs: 2, batch_size: 8, lr: 1e-2, threads: 1}\n",
         changes,
     )
 
@@ -83,7 +83,7 @@ def bench_text(place: Path, output: Path) -> str:
         "  - targets: []\n"
         "  - structure: {kind: lora}\n    numbers: [256]\n"
         "  - structure: {kind: lsr}\n    numbers: [256]\n"
-        "rates: [1e-3, 1e-2, 1e-1]\nseeds: [0, 1]\nsearch: {epochs: [1]}\n"
+        "lrs: [1e-3, 1e-2, 1e-1]\nseeds: [0, 1]\nsearch: {epochs: [1]}\n"
         f"output: {output}\n"
     )
 
@@ -240,11 +240,11 @@ def test_seeds_reach_head_structure_and_order(place: Path) -> None:
 
 def test_a_rate_is_carried_to_another_size_by_its_power(place: Path, tmp_path: Path) -> None:
     members = (
-        "[{name: a, structure: {kind: lora, rank: 1}, rates: [1e-3, 2e-3, 4e-3]},"
-        " {name: b, structure: {kind: lora, rank: 4}, rate_of: a, rate_power: 0.5},"
-        " {name: c, structure: {kind: lora, rank: 4}, rate_of: a},"
-        " {name: d, structure: {kind: lora, rank: 4}, rate: 7e-3},"
-        " {name: e, structure: {kind: lora, rank: 4}, rate_of: d}]"
+        "[{name: a, structure: {kind: lora, rank: 1}, lrs: [1e-3, 2e-3, 4e-3]},"
+        " {name: b, structure: {kind: lora, rank: 4}, lr_of: a, lr_power: 0.5},"
+        " {name: c, structure: {kind: lora, rank: 4}, lr_of: a},"
+        " {name: d, structure: {kind: lora, rank: 4}, lr: 7e-3},"
+        " {name: e, structure: {kind: lora, rank: 4}, lr_of: d}]"
     )
     bench = Bench(spec(place, tmp_path / "out", f"members={members}"), "c")
     contenders = bench.contenders()
@@ -258,7 +258,7 @@ def test_a_rate_is_carried_to_another_size_by_its_power(place: Path, tmp_path: P
     lrs = {name: choice.lr for name, choice in bench.choices(contenders).items()}
     assert lrs == {"a": 2e-3, "d": 7e-3, "b": 1e-3, "c": 2e-3, "e": 7e-3}
     assert asked == ["a", "d"]
-    wrong = members.replace("rate_of: a}", "rate_of: aa}")
+    wrong = members.replace("lr_of: a}", "lr_of: aa}")
     with pytest.raises(InputError, match=r"'c' .* of 'aa', .* a rate or a search .*: 'a'"):
         Bench(spec(place, tmp_path / "out", f"members={wrong}"), "c").contenders()
 
@@ -267,16 +267,16 @@ LOR2C = (
     "structure: {kind: lor2c, rank: 4}, targets: [encoder.layer.0, encoder.layer.1, query, value]"
 )
 CARRIED = [
-    ("{targets: []}", "{name: b, structure: {kind: lora}, rate_of: head only%s}", "'head only'"),
-    ("{name: a, structure: {kind: lora}}", "{targets: [], name: b, rate_of: a%s}", "'b'"),
+    ("{targets: []}", "{name: b, structure: {kind: lora}, lr_of: head only%s}", "'head only'"),
+    ("{name: a, structure: {kind: lora}}", "{targets: [], name: b, lr_of: a%s}", "'b'"),
     (
         "{name: a, structure: {kind: lora}}",
-        f"{{name: b, {LOR2C}, allocation: {{kind: merge_inject, merges: 1}}, rate_of: a%s}}",
+        f"{{name: b, {LOR2C}, allocation: {{kind: merge_inject, merges: 1}}, lr_of: a%s}}",
         "'b'",
     ),
     (
         f"{{name: a, {LOR2C}, allocation: {{kind: merge_inject, merges: 1}}}}",
-        "{name: b, structure: {kind: lora}, rate_of: a%s}",
+        "{name: b, structure: {kind: lora}, lr_of: a%s}",
         "'a'",
     ),
 ]
@@ -356,7 +356,7 @@ def test_what_sleeps_counts_in_no_budget(place: Path, tmp_path: Path) -> None:
     """LoR2C with layers inside its blocks as targets: they never wake without an allocation."""
     change = (
         "members=[{structure: {kind: lor2c}, numbers: [600], "
-        "targets: [encoder.layer.0, encoder.layer.1, query, value], rate: 1e-2}]"
+        "targets: [encoder.layer.0, encoder.layer.1, query, value], lr: 1e-2}]"
     )
     [row] = Bench(spec(place, tmp_path, change, "seeds=[0]"), "test").measure().rows
     assert row.num_update_parameters == 2 * (2 * 16) * 9

@@ -200,7 +200,7 @@ def test_a_real_bench_has_a_page(tmp_path: Path) -> None:
         f"recipe:\n  model: {tmp_path / 'model'}\n  data: {{file: {tmp_path / 'table.csv'}}}\n"
         "  targets: [query]\n  training: {epochs: 1, batch_size: 16, threads: 1}\n"
         "members: [{structure: {kind: lora, rank: 1}}]\n"
-        f"rates: [1e-3, 1e-2, 1e-1]\nseeds: [0]\noutput: {tmp_path / 'out'}\n"
+        f"lrs: [1e-3, 1e-2, 1e-1]\nseeds: [0]\noutput: {tmp_path / 'out'}\n"
     )
     assert run(["bench", str(file), "-q"]) in (0, 5)
     _, page = opened(tmp_path / "out")

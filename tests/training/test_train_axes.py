@@ -206,10 +206,10 @@ def test_members_of_a_bench_have_allocations_of_their_own(recipe: Recipe, tmp_pa
     blocks = BLOCKS.partition("=")[2]
     text = (
         f"recipe: {values}\nmembers:\n"
-        f"  - {{structure: {{kind: lor2c, rank: 4}}, targets: {blocks}, rate: 1e-2, name: still}}\n"
-        f"  - {{structure: {{kind: lor2c, rank: 4}}, targets: {blocks}, rate: 1e-2, name: merging, "
+        f"  - {{structure: {{kind: lor2c, rank: 4}}, targets: {blocks}, lr: 1e-2, name: still}}\n"
+        f"  - {{structure: {{kind: lor2c, rank: 4}}, targets: {blocks}, lr: 1e-2, name: merging, "
         "allocation: {kind: merge_inject, merges: 1}}\n"
-        "  - {structure: {kind: s2ft, select: gradient, channels: 0.25}, name: chosen, rate: 1e-2, "
+        "  - {structure: {kind: s2ft, select: gradient, channels: 0.25}, name: chosen, lr: 1e-2, "
         f"targets: [intermediate.dense, output.dense]}}\nseeds: [0]\noutput: {tmp_path / 'bench'}\n"
     ).replace("None", "null")
     text = text.replace("False", "false")
