@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import settings
 
 from finespun.methods.structures import STRUCTURES
 
 torch.set_num_threads(1)
+settings.register_profile("finespun", deadline=None)  # time depends on what else runs
+settings.load_profile("finespun")
 
 
 @pytest.fixture(autouse=True)

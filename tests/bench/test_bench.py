@@ -130,10 +130,10 @@ def test_the_examples_are_lawful(name: str) -> None:
     [
         ("lr: 1e-3, lrs: [1e-3, 2e-3, 3e-3]", "lr and lrs exclude each other"),
         ("lr: 1e-3, lr_of: other", "lr and lr_of exclude each other"),
-        ("lr_power: 0.5", "rate_power needs rate_of"),
-        ("lr_of: a, lr_power: 1e6", r"member 1: rate_power = 1000000.0 .* less .* to 4"),
-        ("lr_of: a, lr_power: -5", r"member 1: rate_power = -5 .* greater .* to -4"),
-        ("lr_of: a, lr_power: .nan", r"member 1: rate_power = nan .* finite"),
+        ("lr_power: 0.5", "lr_power needs lr_of"),
+        ("lr_of: a, lr_power: 1e6", r"member 1: lr_power = 1000000.0 .* less .* to 4"),
+        ("lr_of: a, lr_power: -5", r"member 1: lr_power = -5 .* greater .* to -4"),
+        ("lr_of: a, lr_power: .nan", r"member 1: lr_power = nan .* finite"),
     ],
 )
 def test_a_member_says_in_one_way_where_its_rate_comes_from(more: str, message: str) -> None:

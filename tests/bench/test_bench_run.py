@@ -289,7 +289,7 @@ def test_a_power_needs_numbers_known_before_training(
     """Refused before the search; without a power the rate is the source's own."""
     power = f"members=[{source}, {follower % ', lr_power: 0.5'}]"
     why = "trains no numbers but the head's" if "[]" in power else "has an allocation"
-    with pytest.raises(InputError, match=f"rate_power = 0.5 of 'b' .* but {named} {why}"):
+    with pytest.raises(InputError, match=f"lr_power = 0.5 of 'b' .* but {named} {why}"):
         Bench(spec(place, tmp_path / "out", power), "c").run()
     assert not (tmp_path / "out" / "results.jsonl").exists()
     bench = Bench(spec(place, tmp_path / "out", f"members=[{source}, {follower % ''}]"), "c")

@@ -339,7 +339,7 @@ def test_export_is_exact_and_can_be_inspected(done: Path, tmp_path: Path, capsys
     assert "LoRA of rank 2 at 4 layers, exact" in capsys.readouterr().out
     assert run(["inspect", out, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["update numbers"] == 4 * LoRA(rank=2).numbers(
+    assert found["update numbers"] == 4 * LoRA(rank=2).num_parameters(
         finespun.contract.SiteShape("any", 16, 16)
     )
     assert run(["export", str(done / "out"), str(tmp_path / "one"), "--rank", "1"]) == 0

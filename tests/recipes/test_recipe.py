@@ -152,7 +152,7 @@ def test_dump_and_parse_are_inverse_to_the_byte(
             "data": {"file": "a.csv", "text": column},
             "structure": structure,
             "targets": targets,
-            "train": train,
+            "train_modules": train,
             "training": {"lr": lr},
         }
     )
@@ -160,7 +160,7 @@ def test_dump_and_parse_are_inverse_to_the_byte(
     again = Recipe.parse(text)
     assert again.dump() == text
     assert (again.structure, again.lr, again.data) == (structure, recipe.lr, recipe.data)
-    assert (again.targets, again.train) == (recipe.targets, recipe.train_modules)
+    assert (again.targets, again.train_modules) == (recipe.targets, recipe.train_modules)
 
 
 def test_a_task_recipe_round_trips_and_names_every_choice() -> None:

@@ -65,7 +65,7 @@ def test_merged_and_injected_numbers_go_on_learning():
     assert [e["event"] for e in run.events.events] == ["merge", "merge", "inject"]
     merged = next(n for n in names[1] if run.adapter.deltas[n].B.any())
     woken = inside(run.adapter.entry, names[2][0])
-    watched = [p for n in [merged, *woken] for p in run.adapter.deltas[n].numbers()]
+    watched = [p for n in [merged, *woken] for p in run.adapter.deltas[n].trained_parameters()]
     dead = [d for n, d in run.adapter.deltas.items() if n not in woken and d.masks()]
     for epoch in range(2):
         before = [p.detach().clone() for p in watched]
