@@ -155,13 +155,3 @@ def kron_macs(S: int, a: int, b: int, i: int, j: int, order: Order | None = None
 def form_macs(S: int, a: int, b: int, i: int, j: int) -> int:
     """Multiply-adds of `kron_sum`, whatever the number of tokens: S·a·b·i·j."""
     return S * a * b * i * j
-
-
-def cheapest_path(S: int, a: int, b: int, i: int, j: int, tokens: int) -> Path:
-    """The way of fewer multiply-adds to multiply `tokens` vectors by Σ_k P_k ⊗ Q_k.
-
-    formed: (S + tokens)·a·b·i·j; factorised: tokens·min(`kron_macs` of both orders), also on a tie.
-    """
-    formed = form_macs(S, a, b, i, j) + tokens * a * b * i * j
-    factorised = tokens * kron_macs(S, a, b, i, j)
-    return "formed" if formed < factorised else "factorised"

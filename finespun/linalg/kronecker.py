@@ -43,11 +43,6 @@ class KronShape:
         """Stored numbers of one term: r1·p1 + r2·p2."""
         return self.r1 * self.p1 + self.r2 * self.p2
 
-    @property
-    def full_terms(self) -> int:
-        """Terms that write every matrix of this shape: min(r1·p1, r2·p2)."""
-        return min(self.r1 * self.p1, self.r2 * self.p2)
-
 
 @dataclass(frozen=True)
 class KronShape3:

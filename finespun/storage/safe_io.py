@@ -197,11 +197,6 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         raise FileError(f"{path} cannot be read: {reason}") from error
 
 
-def plain_name(name: str) -> bool:
-    """Whether a name from a file may become part of a path."""
-    return bool(re.fullmatch(r"[\w][\w.\- ]{0,127}", name))
-
-
 def _check_header(path: Path, file: BinaryIO, size: int) -> dict[str, str]:
     """The metadata, once every entry is found lawful and the sizes add up to that of the file."""
     length = int.from_bytes(file.read(8), "little")

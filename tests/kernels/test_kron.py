@@ -1,7 +1,6 @@
 """Identities of the Kronecker kernels: every path equals Σ_k torch.kron, and counts are exact."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from finespun.errors import InputError
 from finespun.kernels.kron import (
-    cheapest_path,
     form_macs,
     kron_apply,
     kron_macs,
@@ -220,22 +218,6 @@ def test_counted_macs_are_the_macs_that_run(shape, tokens):
         assert ran == 2 * tokens * kron_macs(*shape, order)
     best = min(kron_macs(*shape, order) for order in ("first", "second"))
     assert matmul_flops(kron_apply, P, Q, x) == 2 * tokens * best
-
-
-def test_break_even_of_forming():
-    paper = (16, 2, 2, 32, 24)  # threshold 32/15 tokens
-    assert [cheapest_path(*paper, tokens) for tokens in (1, 2, 3, 1000)] == [
-        "factorised",
-        "factorised",
-        "formed",
-        "formed",
-    ]
-    assert cheapest_path(4, 1, 64, 512, 8, 10**6) == "factorised"  # few terms, large rank
-    S, r1, r2, p1, p2 = 8, 2, 4, 16, 48
-    threshold = S * r2 / (S * (1 + r2 / p1) - r2)  # of the first order, the cheaper one here
-    assert kron_macs(S, r1, r2, p1, p2, "second") > kron_macs(S, r1, r2, p1, p2, "first")
-    assert cheapest_path(S, r1, r2, p1, p2, math.floor(threshold)) == "factorised"
-    assert cheapest_path(S, r1, r2, p1, p2, math.floor(threshold) + 1) == "formed"
 
 
 def test_shapes_that_cannot_work_are_refused():

@@ -76,7 +76,6 @@ def test_parameter_counts_of_the_paper_configuration():
     assert layer(4, 16, 768, 768) == 3_584
     assert layer(4, 16, 4096, 4096) == 8_192
     assert layer(4, 16, 4096, 11008) == 10_944
-    assert choose_factors(4, 768).full_terms == 48
 
 
 def test_unequal_split_on_request_costs_no_numbers():

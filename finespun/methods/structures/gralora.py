@@ -1,7 +1,7 @@
 """GraLoRA: a k x k grid of small LoRAs, of rank k·r for LoRA's numbers (arXiv 2505.20355)."""
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,11 +48,6 @@ class GraLoRA(Ranked):
             raise InputError(f"k={self.k} does not divide rank={self.rank}; nearest: {best}")
         if self.hybrid_rank < 0:
             raise InputError(f"hybrid_rank={self.hybrid_rank} must not be negative; try 0")
-
-    @classmethod
-    def from_total(cls, rank: int, hybrid_rank: int = 0, **options: Any) -> Self:
-        """The official code's convention: `rank` counts the hybrid part too."""
-        return cls(rank=rank - hybrid_rank, hybrid_rank=hybrid_rank, **options)
 
     @property
     def scale(self) -> float:

@@ -1,6 +1,6 @@
 """S2-LoRA: one A and B for all layers, a short sparse vector of ranks for each (2309.11756)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ class S2LoRA(Ranked):
     zero; A has variance 1/in, B 1/r, both normal. c = alpha / r with alpha = r.
 
     s is meant to become sparse: its numbers are `rank` groups, whose `shrink` by rate·λ is the
-    proximal step of λ·Σ|s|. `normalise` keeps the pairs from growing while s shrinks. Compacting
+    proximal step of λ·Σ|s|. Compacting
     gives each site a LoRA of its own rank. Source: arXiv 2309.11756.
     """
 
@@ -88,19 +88,3 @@ class S2LoRADelta(PairsDelta):
         if kind != "rank":
             return []
         return [Group("rank", f"rank {i}", (("s", (i,)),)) for i in range(len(self.s))]
-
-
-@torch.no_grad()
-def normalise(deltas: Sequence[S2LoRADelta]) -> None:
-    """Give every row of A and column of B norm 1 and multiply s by what they had: each ΔW stays.
-    `deltas` are all those of one adapter."""
-    bank: Any = deltas[0].bank
-    for out, inner in bank.sizes:
-        A, B = bank.pair(out, inner)
-        norms = [n.clamp_min(torch.finfo(n.dtype).tiny) for n in (A.norm(dim=1), B.norm(dim=0))]
-        A.div_(norms[0][:, None])
-        B.div_(norms[1])
-        for delta in deltas:
-            shape = delta.site.shape
-            if len(bank.sizes) == 1 or (shape.out_features, shape.in_features) == (out, inner):
-                delta.s.mul_(norms[0] * norms[1])

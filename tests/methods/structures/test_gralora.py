@@ -85,14 +85,6 @@ def test_outputs_are_pefts(hybrid):
     assert agrees(delta, layer) <= 1e-5
 
 
-def test_both_conventions_of_a_hybrid_are_one():
-    library = GraLoRA.from_options(r=8, hybrid_r=4, gralora_k=2, alpha=24.0)
-    official = GraLoRA.from_total(rank=12, hybrid_rank=4, k=2, alpha=24.0)
-    assert library == official
-    assert official.scale == 2.0
-    assert GraLoRA(rank=8, hybrid_rank=8).scale == 2.0
-
-
 def test_what_does_not_divide_is_named():
     with pytest.raises(InputError, match=r"k=3.*rank=32.*4"):
         GraLoRA(k=3)

@@ -9,7 +9,6 @@ from finespun.adapters.compact import compact
 from finespun.contract import SiteShape, TensorSite
 from finespun.driver import Driver
 from finespun.methods.structures import S2LoRA
-from finespun.methods.structures.s2_lora import normalise
 
 SITES = tuple(site(20, 12, name) for name in "abc")
 
@@ -101,6 +100,22 @@ def test_each_site_becomes_a_lora_of_its_own_rank():
         torch.testing.assert_close(
             update(small[name].double()), wanted, rtol=1e-5, atol=1e-5, check_dtype=False
         )
+
+
+@torch.no_grad()
+def normalise(deltas):
+    """Give every row of A and column of B norm 1 and multiply s by what they had: each ΔW stays.
+    `deltas` are all those of one adapter."""
+    bank = deltas[0].bank
+    for out, inner in bank.sizes:
+        A, B = bank.pair(out, inner)
+        norms = [n.clamp_min(torch.finfo(n.dtype).tiny) for n in (A.norm(dim=1), B.norm(dim=0))]
+        A.div_(norms[0][:, None])
+        B.div_(norms[1])
+        for delta in deltas:
+            shape = delta.site.shape
+            if len(bank.sizes) == 1 or (shape.out_features, shape.in_features) == (out, inner):
+                delta.s.mul_(norms[0] * norms[1])
 
 
 def test_normalising_leaves_every_update():
