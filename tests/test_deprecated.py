@@ -1,6 +1,7 @@
 """Names of 0.1 work for one version, each with a warning that says the new name."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 from suite import net
@@ -12,6 +13,7 @@ from finespun.errors import StateError
 from finespun.recipes.recipe import Recipe, Training
 
 SECTIONS = {cls.__name__: cls for cls in (Recipe, Training, BenchSpec, Member)}
+PAGE = (Path(__file__).parent.parent / "docs" / "migration.md").read_text(encoding="utf-8")
 KEYS = [(s, *pair) for s, names in deprecated.KEYS.items() for pair in names.items()]
 
 
@@ -59,3 +61,10 @@ def test_an_adapter_has_no_mode_of_its_own():
             call()
     assert adapter.num_parameters == adapter.num_update_parameters + adapter.num_module_parameters
     assert adapter.num_module_parameters == sum(p.numel() for p in net().head.parameters())
+
+
+def test_the_page_of_the_migration_names_all_of_them():
+    for _, old, new in KEYS:
+        assert f"| `{old}` | `{new}` |" in PAGE
+    for old in deprecated.NAMES:
+        assert f"fs.{old}" in PAGE or f"finespun.{old}" in PAGE
