@@ -1,6 +1,7 @@
 """What a method owes and what it may ask: sites, plans, structures, deltas and their calculus."""
 
 from finespun.contract.allocation import ALLOCATIONS, Allocation
+from finespun.contract.axis import AxisValue, Dynamics, Initializer, Objective, hooks_of
 from finespun.contract.delta import Bank, Bypass, Delta
 from finespun.contract.groups import Group, module_group
 from finespun.contract.method import Method
@@ -13,24 +14,51 @@ from finespun.contract.structure import (
     Unmeasured,
     register,
 )
+from finespun.contract.training import (
+    AdapterView,
+    Measured,
+    MicroBatch,
+    Moment,
+    Need,
+    ParamGroup,
+    Setup,
+    Slots,
+    StepContext,
+    TrainingHooks,
+)
 
 __all__ = [
     "ALLOCATIONS",
+    "AdapterView",
     "Allocation",
+    "AxisValue",
     "Bank",
     "Bypass",
     "Coupling",
     "Delta",
+    "Dynamics",
     "Group",
+    "Initializer",
+    "Measured",
     "Method",
+    "MicroBatch",
+    "Moment",
+    "Need",
+    "Objective",
+    "ParamGroup",
     "Plan",
     "Ranked",
     "Scores",
+    "Setup",
     "Site",
     "SiteShape",
+    "Slots",
+    "StepContext",
     "Structure",
     "TensorSite",
+    "TrainingHooks",
     "Unmeasured",
+    "hooks_of",
     "module_group",
     "register",
 ]
