@@ -1,10 +1,13 @@
 """What the tests of LoR2C share: a stack of blocks, and every span of it written out."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
 import finespun as fs
-from finespun.hosts import link
+from finespun.driver import prepare
+from finespun.hosts import View, link
 from finespun.methods.allocation.merge_inject import span
 from finespun.methods.structures import LoR2C
 
@@ -71,3 +74,18 @@ def by_hand(plain, adapter, x):
                 A, B = delta.factors()
                 outs = outs + delta.scale * seen[int(first[-1])] @ A.T @ B.T
     return outs
+
+
+def view(adapter):
+    """The adapter as methods see it."""
+    return View(adapter.model, adapter.name)
+
+
+def begun(form, adapter, steps):
+    """The hooks of an allocation for a run of so many steps."""
+    return prepare(adapter.model, adapter.name, [form], steps).hooks[0]
+
+
+def after(hooks, step):
+    """What happens when `step` steps are finished."""
+    hooks.after_step(SimpleNamespace(step=step - 1))

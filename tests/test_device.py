@@ -28,11 +28,11 @@ from torch.utils._pytree import tree_leaves
 
 import finespun as fs
 from finespun import hosts
+from finespun.driver import adamw, param_groups
 from finespun.kernels.lowrank import low_rank_linear
 from finespun.methods.structures.pieces.frozen import DRAWS, Frozen
 from finespun.recipes.recipe import Recipe
 from finespun.training.estimate import estimate, steps_time
-from finespun.training.loop import adamw
 from finespun.training.run import prepare, run, surroundings
 
 CPU = torch.device("cpu")
@@ -168,7 +168,7 @@ def test_the_fused_optimiser_takes_the_steps_of_the_cpu():
     curves = []
     for device in (CPU, DEVICE):
         model, adapter = adapted(case, net().to(device), ("head",))
-        optimizer = adamw(adapter.parameters(), 1e-2, 0.01)
+        optimizer = adamw(param_groups(adapter.parameters(), (), 1e-2, 0.01), 1e-2)
         assert all(group["fused"] for group in optimizer.param_groups)
         x, goal = batch().to(device), draw(6, 5, seed=9).to(device)
         losses = []

@@ -49,7 +49,7 @@ class Workbench:
         train, test = self.tokens(Trial("", recipe), text)
         adapter = attach(recipe, text, train)
         try:
-            Job(recipe, text, adapter, train, test, None).moments()
+            Job(recipe, text, adapter, train, test, None).check()
         finally:
             adapter.detach()
 

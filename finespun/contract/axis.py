@@ -27,6 +27,10 @@ class AxisValue(Method):
         """Raise InputError where this is not for such a structure; any will do unless a value says
         otherwise."""
 
+    def check(self, adapter: AdapterView, steps: int) -> None:
+        """Raise InputError where a run of so many steps on this adapter cannot do it; asked before
+        training, nothing is changed."""
+
     def hooks(self) -> TrainingHooks:
         """New hooks for one run."""
         raise NotImplementedError(f"{type(self).__name__} must make its hooks")

@@ -12,6 +12,8 @@ from finespun.hosts import Host, adapter_set_of, hosts_of, merge, unmerge
 from finespun.hosts.adapter_set import Patch
 from finespun.kernels.entries import Entries, entries_gradient, write_entries
 
+_OWNER = "in_place"
+
 
 @contextmanager
 def in_place(model: nn.Module, name: str) -> Iterator[None]:
@@ -30,7 +32,7 @@ def in_place(model: nn.Module, name: str) -> Iterator[None]:
         raise StateError(f"{adapter_set[name].name!r} is not active: activate it before training")
     hosts = list(hosts_of(model, name).values())
     for host in hosts:
-        if not host.featured or host.overlay is not None:
+        if not host.featured or name in host.slots.overlays:
             what = "has an overlay" if host.featured else f"is a {host.kind}"
             raise StateError(f"{host.name!r} {what}: it cannot be trained in place")
     merge(model, {name: 1.0}, undo="entries")
@@ -57,12 +59,12 @@ class _Inside:
         self.at = Entries(index, (host.shape.out_features, host.shape.in_features))
         self.seen = id(index), index._version
         self.hook = host.layer.register_forward_pre_hook(self.write)
-        host.overlay = self.learn
+        host.slots.put("overlay", name, _OWNER, self.learn)
 
     def leave(self) -> None:
         """The layer is as it was."""
         self.hook.remove()
-        self.host.overlay = None
+        self.host.slots.free(_OWNER)
 
     @torch.no_grad()
     def write(self, module: nn.Module, args: Any) -> None:

@@ -23,6 +23,7 @@ from finespun.hosts.layers.linear import LinearHost
 from finespun.hosts.merging import disabled, merge, unmerge
 from finespun.hosts.routing import activate, evict, rows
 from finespun.hosts.targets import find, find_head, modules
+from finespun.hosts.view import View
 
 __all__ = [
     "Adapted",
@@ -31,6 +32,7 @@ __all__ = [
     "Host",
     "LinearHost",
     "PackedTensors",
+    "View",
     "activate",
     "adapted_class",
     "adapter_set_of",

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from finespun import hosts
 from finespun.adapter import Adapter
-from finespun.driver import Driver, Moments
-from finespun.errors import InputError, TrainingError
+from finespun.contract import AxisValue, TrainingHooks
+from finespun.driver import Driver, prepare, set_lr
+from finespun.errors import InputError, StateError, TrainingError
 from finespun.recipes.recipe import Training
 from finespun.tasks.text import Batch, Batches, Position, rows_of, weight_of
 from finespun.training.checkpoint import random_state, set_random_state
@@ -39,7 +40,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Loop:
-    """Trains `adapter` on `batches` as `training` says, with AdamW and the peak learning rate `lr`.
+    """Trains `adapter` on `batches` as `training` says, with AdamW or the stepper among
+    `hooks`, and the peak learning rate `lr`.
 
     A step is made of `training.accumulate` batches; their losses are weighted by rows (by labelled
     tokens in a language model), so that the gradient is that of one batch with all of them. `save`
@@ -54,13 +56,14 @@ class Loop:
         lr: float,
         reporter: Reporter | None = None,
         save: Save | None = None,
-        moments: Sequence[Moments] = (),
+        hooks: Sequence[AxisValue | TrainingHooks] = (),
     ) -> None:
         self.adapter, self.batches, self.training, self.lr = adapter, batches, training, lr
         self.reporter, self.save = reporter or Reporter(), save
-        self.optimizer = adamw(adapter.parameters(), lr, training.weight_decay)
+        prepared = prepare(adapter.model, adapter.name, hooks, self.steps, training.seed)
+        self.optimizer = prepared.optimizer(lr, training.weight_decay)
         self.driver = Driver(
-            adapter.model, adapter.name, self.optimizer, training.max_grad_norm, moments
+            adapter.model, adapter.name, self.optimizer, training.max_grad_norm, prepared
         )
         self.device = next(adapter.model.parameters()).device
         self.losses: list[float] = []
@@ -82,14 +85,16 @@ class Loop:
         return steps_of(len(self.batches), self.training)
 
     def run(self) -> None:
-        """Train from where the state stands to the end.
+        """Train from where the state stands to the end, once.
 
-        Raises TrainingError when a loss or gradient is not finite (the last checkpoint stays), and
-        Interrupted after Ctrl-C.
+        Raises TrainingError when a loss or gradient is not finite (the last checkpoint stays),
+        Interrupted after Ctrl-C, and StateError where it was run before.
         """
+        if not self.driver.open:
+            raise StateError("this loop has run: make another one, and load_state_dict to go on")
         self.reporter.tell({"event": "start", "steps": self.steps, "done": self.step})
         every = self.training.checkpoint_every or self.steps_per_epoch
-        with train_mode(self.adapter), caught_interrupt() as interrupted:
+        with self.driver, train_mode(self.adapter), caught_interrupt() as interrupted:
             while self.batches.position.epoch < self.training.epochs:
                 stream = self.batches.epoch()
                 while group := list(islice(stream, self.training.accumulate)):
@@ -99,20 +104,19 @@ class Loop:
                     if interrupted.is_set():
                         raise Interrupted(self.step)
             self.checkpoint()
-        self.driver.close()
         self.reporter.tell({"event": "end", "step": self.step, "seconds": self.seconds})
 
     def take(self, group: list[Batch]) -> None:
         """One optimiser step over all rows of `group`."""
         started = time.perf_counter()
         lr = self.lr * lr_factor(self.step, self.steps, self.training)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = lr
+        set_lr(self.optimizer, lr)
         rows, weights = sum(map(rows_of, group)), [weight_of(batch) for batch in group]
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for batch, weight in zip(group, weights):
+        for i, (batch, weight) in enumerate(zip(group, weights)):
             moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            self.driver.micro_batch(first=i == 0, share=weight / sum(weights))
             loss = self.adapter.model(**moved).loss * (weight / sum(weights))
             loss.backward()
             total += loss.detach()
@@ -121,7 +125,7 @@ class Loop:
         self.optimizer.step()
         self._check(self.driver.grad_norm, "gradient norm", self.step + 1)
         self.losses.append(value)
-        for text in (line for moment in self.driver.moments for line in moment.news(self.step)):
+        for text in self.driver.news():
             self.reporter.tell({"event": "note", "text": text})
         seconds = time.perf_counter() - started
         self.seconds += seconds
@@ -198,23 +202,6 @@ class Loop:
 def steps_of(batches: int, training: Training) -> int:
     """Optimiser steps of a run whose epochs have so many batches."""
     return -(-batches // training.accumulate) * training.epochs
-
-
-def adamw(parameters: Sequence[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, fused where the device allows it; vectors (biases, norms, magnitudes) do not decay.
-
-    Raises InputError when there is nothing to train.
-    """
-    if not parameters:
-        raise InputError("nothing to train: the structure has no numbers and no module is trained")
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=fused)
 
 
 def lr_factor(step: int, steps: int, training: Training) -> float:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from finespun.adapter import Adapter, adapt
-from finespun.driver import Moments
+from finespun.contract import AxisValue
+from finespun.driver import check
 from finespun.errors import InputError
 from finespun.files import Lineage, lineage_of
 from finespun.models.causal import load_language_model
@@ -87,14 +88,14 @@ class Job:
     def loop(self, reporter: Reporter | None = None, **options: Any) -> Loop:
         """The training loop of this recipe, at its start."""
         show_gradients(self.recipe, self.text, self.adapter, self.train)
-        training, moments = self.recipe.training, self.moments()
+        training = self.recipe.training
         return Loop(
             self.adapter,
             self.batches(),
             training,
             self.recipe.lr,
             reporter,
-            moments=moments,
+            hooks=self.values,
             **options,
         )
 
@@ -103,13 +104,15 @@ class Job:
         training = self.recipe.training
         return Batches(self.text.tokenizer, self.train, training.batch_size, seed=training.seed)
 
-    def moments(self) -> list[Moments]:
-        """What the recipe's axes do during training. Raises InputError where they cannot."""
-        allocation, training = self.recipe.allocation, self.recipe.training
-        if allocation is None:
-            return []
-        steps = steps_of(len(self.batches()), training)
-        return [allocation.begin(self.adapter.entry, steps)]
+    @property
+    def values(self) -> list[AxisValue]:
+        """The recipe's values of the axes beside the structure."""
+        return [] if self.recipe.allocation is None else [self.recipe.allocation]
+
+    def check(self) -> None:
+        """Raise InputError where a value of an axis cannot do its work in this run."""
+        steps = steps_of(len(self.batches()), self.recipe.training)
+        check(self.adapter.model, self.adapter.name, self.values, steps)
 
     def settle(self) -> None:
         """After training: remove what is switched off, or never woke."""
@@ -214,7 +217,7 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Job:
         reporter.tell({"event": "note", "text": note})
     classes = None if data.train.classes is None else list(data.train.classes)
     job = Job(recipe, model, adapter, tokens[0], tokens[1], classes)
-    job.moments()
+    job.check()
     return job
 
 

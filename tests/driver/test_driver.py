@@ -1,4 +1,4 @@
-"""The driver: its moments, clipping, dead numbers, and the checks of the first step."""
+"""The driver: when it calls hooks, clipping, dead numbers, and the checks of the first step."""
 
 import warnings
 
@@ -9,19 +9,20 @@ from suite import DEVICE, WIDTH, batch, draw, net, relative, stir
 from torch import nn
 
 import finespun as fs
-from finespun.driver import Driver, Moments
+from finespun.contract import TrainingHooks
+from finespun.driver import Driver
 from finespun.errors import InputError, StateError, TrainingError
 
 LORA, LSR = fs.LoRA(rank=3), fs.LSR(rank=4, separation_rank=3)
 
 
-def ready(structure=LORA, optimizer=torch.optim.AdamW, lr=0.05, moments=(), clip=0.0, **options):
+def ready(structure=LORA, optimizer=torch.optim.AdamW, lr=0.05, hooks=(), clip=0.0, **options):
     """A net in training, its adapter, the optimiser and the driver that watches it."""
     model = net().train()
     adapter = fs.adapt(model, structure, ["up", "down"], ("head",))
     stir(adapter.parameters())
     opt = optimizer(adapter.parameters(), lr=lr, **options)
-    return model, adapter, opt, Driver(model, "default", opt, clip, moments)
+    return model, adapter, opt, Driver(model, "default", opt, clip, hooks)
 
 
 def step(model, optimizer, seed=2, goal=None):
@@ -34,19 +35,19 @@ def step(model, optimizer, seed=2, goal=None):
     return loss.detach()
 
 
-class Recorder(Moments):
+class Recorder(TrainingHooks):
     """Writes down every call."""
 
     def __init__(self):
         self.calls, self.state = [], 0
 
-    def gradients_ready(self, step):
-        self.calls.append(("ready", step))
+    def gradients_ready(self, context):
+        self.calls.append(("ready", context.step))
 
-    def after_step(self, step):
-        self.calls.append(("after", step))
+    def after_step(self, context):
+        self.calls.append(("after", context.step))
 
-    def end(self):
+    def end(self, context):
         self.calls.append(("end",))
 
     def state_dict(self):
@@ -85,23 +86,23 @@ def test_without_a_limit_gradients_are_left_alone():
             Driver(model, "default", optimizer, bad)
 
 
-def test_the_moments_come_in_order_and_see_raw_gradients():
+def test_hooks_come_in_order_and_see_raw_gradients():
     seen = []
 
     class Raw(Recorder):
-        def gradients_ready(self, step):
-            super().gradients_ready(step)
+        def gradients_ready(self, context):
+            super().gradients_ready(context)
             seen.append(max(float(p.grad.abs().max()) for p in adapter.parameters()))
 
-    moment = Raw()
-    model, adapter, optimizer, driver = ready(moments=[moment], clip=1e-6)
+    recorder = Raw()
+    model, adapter, optimizer, driver = ready(hooks=[recorder], clip=1e-6)
     for seed in (2, 3):
         step(model, optimizer, seed)
     driver.close()
-    assert moment.calls == [("ready", 0), ("after", 1), ("ready", 1), ("after", 2), ("end",)]
+    assert recorder.calls == [("ready", 0), ("after", 0), ("ready", 1), ("after", 1), ("end",)]
     assert min(seen) > 1e-5
     step(model, optimizer, 4)
-    assert len(moment.calls) == 5
+    assert len(recorder.calls) == 5
     assert driver.step == 2
 
 
@@ -193,13 +194,13 @@ def test_an_evicted_adapter_cannot_be_trained():
 
 
 def test_state_comes_back():
-    moment = Recorder()
-    model, _, optimizer, driver = ready(moments=[moment])
+    recorder = Recorder()
+    model, _, optimizer, driver = ready(hooks=[recorder])
     step(model, optimizer)
     saved = driver.state_dict()
-    assert saved == {"step": 1, "moments": [{"calls": 2}]}
+    assert saved == {"step": 1, "hooks": [{"calls": 2}], "parameters": []}
     fresh = Recorder()
-    _, _, _, resumed = ready(moments=[fresh])
+    _, _, _, resumed = ready(hooks=[fresh])
     resumed.load_state_dict(saved)
     assert (resumed.step, resumed.checked, fresh.state) == (1, True, 2)
     _, _, _, bare = ready()
@@ -207,13 +208,13 @@ def test_state_comes_back():
         bare.load_state_dict(saved)
 
 
-class Penalty(Moments):
+class Penalty(TrainingHooks):
     """Adds half of the squared logits, counted."""
 
     def __init__(self):
         self.asked = 0
 
-    def extra_loss(self, batch, outputs):
+    def extra_loss(self, context, batch, outputs):
         self.asked += 1
         return 0.5 * outputs["logits"].square().mean()
 
@@ -241,7 +242,7 @@ def test_extra_loss_is_added_once_and_in_training_only(by_keyword):
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.01)
     x, labels = batch(), torch.arange(6, device=DEVICE) % 5
     one, two = Penalty(), Penalty()
-    driver = Driver(model, "default", optimizer, 0.0, [one, Moments(), two])
+    driver = Driver(model, "default", optimizer, 0.0, [one, TrainingHooks(), two])
     outputs = model(x, labels=labels) if by_keyword else model(x, labels)
     logits = model.inner(x)
     wanted = F.cross_entropy(logits, labels) + logits.square().mean()
@@ -279,9 +280,9 @@ def test_trainer_and_a_bare_loop_give_equal_numbers(structure, tmp_path):
         adapter = fs.adapt(model, structure, ["query", "value"])
         assert adapter.entry.trained == ("classifier",)
         optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.01)
-        moment = Recorder()
-        driver = Driver(model, adapter.name, optimizer, 0.05, [moment, Penalty()])
-        return model, adapter, optimizer, driver, moment
+        recorder = Recorder()
+        driver = Driver(model, adapter.name, optimizer, 0.05, [recorder, Penalty()])
+        return model, adapter, optimizer, driver, recorder
 
     g = torch.Generator().manual_seed(1)
     data = [
@@ -291,7 +292,7 @@ def test_trainer_and_a_bare_loop_give_equal_numbers(structure, tmp_path):
         }
         for i in range(16)
     ]
-    model, adapter, optimizer, driver, moment = tiny()
+    model, adapter, optimizer, driver, recorder = tiny()
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),
         per_device_train_batch_size=4,
@@ -307,7 +308,7 @@ def test_trainer_and_a_bare_loop_give_equal_numbers(structure, tmp_path):
     )
     transformers.Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None)).train()
     assert driver.step == 8
-    assert moment.calls[:2] == [("ready", 0), ("after", 1)]
+    assert recorder.calls[:2] == [("ready", 0), ("after", 0)]
     other, same, bare, watched, _ = tiny()
     other.to(DEVICE).train()
     for _ in range(2):

@@ -362,7 +362,7 @@ def test_every_way_out_restores_the_base():
         assert same(bytes_of(model), before)
         assert relative(model(batch()), y) <= 1e-6
     assert same(bytes_of(model), before)
-    assert all(h.overlay is None for h in hosts.hosts_of(model).values())
+    assert all(not h.slots.overlays for h in hosts.hosts_of(model).values())
     assert not any(model.get_submodule(s)._forward_pre_hooks for s in SITES)
     with in_place(model, "default"), pytest.raises(StateError, match="is merged; unmerge it"):
         adapter.detach()

@@ -134,7 +134,7 @@ def test_gain_scales_what_reaches_the_numbers_only(case):
     y = model(x)
     before = torch.autograd.grad(y.square().sum(), [x, *numbers.values()])
     for host in hosts.hosts_of(model).values():
-        host.gain = torch.tensor(0.25, device=DEVICE)
+        host.slots.put("gain", "default", "test", torch.tensor(0.25, device=DEVICE))
     z = model(x)
     after = torch.autograd.grad(z.square().sum(), [x, *numbers.values()])
     assert relative(z, y) <= case.tolerance
@@ -155,7 +155,7 @@ def test_gain_may_differ_by_output(case):
     expected = torch.autograd.grad(
         (layer(x) * goal * weights).sum(), numbers, allow_unused=True, materialize_grads=True
     )
-    host.gain = weights
+    host.slots.put("gain", "default", "test", weights)
     got = torch.autograd.grad(
         (layer(x) * goal).sum(), numbers, allow_unused=True, materialize_grads=True
     )
@@ -170,12 +170,12 @@ def test_an_overlay_is_added_and_nothing_else(case):
     y = model(x)
     host = next(iter(hosts.hosts_of(model).values()))
     noise = draw(host.shape.out_features, host.shape.in_features, seed=3) / 50
-    host.overlay = lambda h: F.linear(h, noise)
+    host.slots.put("overlay", "default", "test", lambda h: F.linear(h, noise))
     assert relative(model(x), y) > 1e-4
     assert same(bytes_of(model), before)
     with adapter.disabled():
         off = model(x)
-    host.overlay = None
+    host.slots.free("test")
     assert torch.equal(model(x), y)
     with adapter.disabled():
         assert torch.equal(model(x), off)

@@ -6,28 +6,13 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import built
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl_words import tokenizer
 
 import finespun as fs
 from finespun.driver import Driver
 from finespun.errors import TrainingError
-
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(36))]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    own = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=own,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    )
 
 
 def sentence(start: int, length: int) -> str:

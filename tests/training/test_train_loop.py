@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import finespun as fs
+from finespun.driver import adamw, param_groups
 from finespun.errors import InputError, TrainingError
 from finespun.recipes.recipe import Training
 from finespun.tasks.text import Batch, Position
-from finespun.training.loop import Interrupted, Loop, adamw, lr_factor, outputs_of, train_mode
+from finespun.training.loop import Interrupted, Loop, lr_factor, outputs_of, train_mode
 from finespun.training.progress import Reporter
 
 
@@ -207,7 +208,7 @@ def test_outputs_are_put_back_in_the_order_of_rows() -> None:
 
 def test_vectors_do_not_decay() -> None:
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    optimizer = adamw([matrix, vector], 0.1, 0.5)
+    optimizer = adamw(param_groups([matrix, vector], (), 0.1, 0.5), 0.1)
     matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
     optimizer.step()
     assert torch.allclose(matrix, torch.full((2, 2), 1 - 0.1 * 0.5))
@@ -217,7 +218,7 @@ def test_vectors_do_not_decay() -> None:
 # --- what cannot go on ---------------------------------------------------------------------------
 def test_nothing_to_train_is_refused() -> None:
     with pytest.raises(InputError, match="nothing to train"):
-        adamw([], 1e-3, 0.0)
+        param_groups([])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

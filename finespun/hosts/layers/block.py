@@ -12,7 +12,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from finespun.contract import Delta, Plan, SiteShape
 from finespun.errors import PlanError, StateError, TargetError, nearest
 from finespun.hosts.adapter_set import AdapterSet
-from finespun.hosts.layers.host import Base, Host, Stored
+from finespun.hosts.layers.host import Host, Stored
+from finespun.hosts.layers.slotted import Base
 
 
 class Span:

@@ -8,7 +8,6 @@ delta has factors, else `through`, else the dense form; with a hook on the delta
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -19,21 +18,21 @@ from finespun.contract import Coupling, Delta, SiteShape
 from finespun.contract.delta import Factors
 from finespun.errors import StateError
 from finespun.hosts.adapter_set import AdapterSet, Kept, Patch, Rows
+from finespun.hosts.layers.slotted import Base, Slotted
+from finespun.hosts.slots import SiteSlots
 from finespun.kernels.entries import entries_of, write_entries
 
-Base = Callable[..., Any]
 Stored = tuple[Tensor, Tensor | None]
 _GLOBAL = nn.modules.module
 
 
-class Host:
+class Host(Slotted):
     """Where deltas attach at one module; the object beside the layer that speaks for it.
 
     A host is also the Site that its deltas see. Five verbs hide the kind of layer: `weight()` as
-    (out, in), `multiply(x, W)`, `down(x, A)`, `up(h, B)` and `write(W)`. `gain` (scalar or (out,))
-    scales what reaches the trained numbers; `overlay` adds a term that is never saved or merged.
-    `featured` says that the last dimension of x and y holds the features, `writable` that what
-    `read` returns is a view of the stored numbers.
+    (out, in), `multiply(x, W)`, `down(x, A)`, `up(h, B)` and `write(W)`. `slots` holds gains,
+    overlays and mixers by adapter. `featured` says that the last dimension of x and y holds the
+    features, `writable` that what `read` returns is a view of the stored numbers.
     """
 
     kind: ClassVar[str] = ""
@@ -41,12 +40,10 @@ class Host:
     writable: ClassVar[bool] = True
     layer: Any
     coupling: Coupling | None = None
-    gain: Tensor | None = None
-    overlay: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, layer: nn.Module, name: str, adapter_set: AdapterSet) -> None:
         self.layer, self.name, self.adapter_set = layer, name, adapter_set
-        self.ran = False
+        self.ran, self.slots = False, SiteSlots()
 
     @property
     def shape(self) -> SiteShape:
@@ -193,14 +190,18 @@ class Host:
             return self._by_rows(base, x, self.adapter_set.rows)
         found = self.held()
         active = [(found[n], c) for n, c in self.adapter_set.in_force() if n in found and c != 0.0]
-        if len(active) == 1:
+        mixer = self._mixer(active)
+        if mixer is not None:
+            y = mixer(x, base(x), self._members(mixer, active, base))
+        elif len(active) == 1:
             y = self._alone(base, x, *active[0])
         else:
             y = base(x)
             for delta, strength in active:
                 y = y + self.change(delta, strength, x, base).to(y.dtype)
-        if self.overlay is not None and self.adapter_set.active:
-            y = y + self.overlay(x).to(y.dtype)
+        if self.slots.overlays:
+            for name, _ in self.adapter_set.active:
+                y = self._overlaid(y, x, name)
         return y
 
     def _alone(self, base: Base, x: Tensor, delta: Delta, strength: float) -> Tensor:
@@ -224,8 +225,7 @@ class Host:
         for name, numbers in rows.index(x.shape[0], self.name, x.device):
             if name in found and strength[name] != 0.0:
                 part = x.index_select(0, numbers)
-                change = self.change(found[name], strength[name], part, base)
-                y = y.index_add(0, numbers, change.to(y.dtype))
+                y = self._routed(y, numbers, part, found[name], strength[name], base)
         return y.view(shape) if packed else y
 
     def _flat(self, x: Tensor, output: bool = False) -> Tensor:
@@ -248,24 +248,26 @@ class Host:
         elif self._direct(delta, x):
             change = delta.forward(x)
         else:
-            change = self._gained(self.multiply, x, delta.dense(delta.base_weight()))
+            change = self._gained(delta, x, delta.dense(delta.base_weight()))
         return (change if moved is None else change + self.spread(moved)) * strength
 
     def _around(self, delta: Delta) -> bool:
         """Whether `through` may be used: features last, the whole update, the original's base."""
-        whole = self.gain is None and delta.origin is None and not self.adapter_set.merged
+        whole = self._gain(delta) is None and delta.origin is None and not self.adapter_set.merged
         return "through" in delta.written and self.featured and whole
 
     def _direct(self, delta: Delta, x: Tensor, formed: Factors | None = None) -> bool:
         """Whether the delta's own `forward` beats multiplying by what would have to be formed."""
         rows = x.numel() // max(x.shape[-1], 1)
-        return self.featured and self.gain is None and delta.direct(rows, formed is not None)
+        return (
+            self.featured and self._gain(delta) is None and delta.direct(rows, formed is not None)
+        )
 
     def _watched(self, delta: Delta, x: Tensor) -> Tensor:
         """The delta called as a module, so that hooks on it see x and ΔW x."""
         if not self.featured:
             raise StateError(f"hooks on {self.name!r}, a {self.kind}, would see no features")
-        if self.gain is not None:
+        if self._gain(delta) is not None:
             raise StateError(f"a gain at {self.name!r} needs an update without hooks; remove them")
         change: Tensor = delta(x)
         return change
@@ -276,29 +278,29 @@ class Host:
 
     def _low_rank(self, delta: Delta, x: Tensor, formed: Factors | None) -> Tensor:
         A, B = delta.factors() if formed is None else formed  # type: ignore[misc]
-        if self.gain is None:
+        gain = self._gain(delta)
+        if gain is None:
             return self.up(self.down(x, A), B) * delta.scale
         value = self.up(self.down(x, A.detach()), B.detach())
-        own = self.up(self.down(x.detach(), A), B) * self.spread(self.gain)
+        own = self.up(self.down(x.detach(), A), B) * self.spread(gain)
         return (value + (own - own.detach())) * delta.scale
 
-    def _gained(self, product: Callable[[Tensor, Tensor], Tensor], x: Tensor, W: Tensor) -> Tensor:
+    def _gained(self, delta: Delta, x: Tensor, W: Tensor) -> Tensor:
         if x.is_floating_point():
             x = x.to(W.dtype)
-        if self.gain is None:
-            return product(x, W)
-        own = product(x.detach(), W) * self.spread(self.gain)
-        return product(x, W.detach()) + (own - own.detach())
+        gain = self._gain(delta)
+        if gain is None:
+            return self.multiply(x, W)
+        own = self.multiply(x.detach(), W) * self.spread(gain)
+        return self.multiply(x, W.detach()) + (own - own.detach())
 
     def _bias_change(self, delta: Delta) -> Tensor | None:
         moved = delta.bias_change() if "map_bias" in delta.written else None
-        if moved is None or self.gain is None:
+        gain = None if moved is None else self._gain(delta)
+        if moved is None or gain is None:
             return moved
-        own = moved * self.gain
+        own = moved * gain
         return moved.detach() + (own - own.detach())
-
-    def _owner(self, delta: Delta) -> str:
-        return str(delta.__dict__["owner"])
 
     def _dropout(self, delta: Delta) -> float:
         return self.adapter_set.entries[self._owner(delta)].structure.dropout

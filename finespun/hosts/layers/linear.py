@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from finespun.contract import Delta, SiteShape
 from finespun.contract.delta import Factors
 from finespun.errors import StateError
-from finespun.hosts.layers.host import Base, Host, Stored, hooked
+from finespun.hosts.layers.host import Host, Stored, hooked
 from finespun.hosts.layers.layer import OWN, plain_class
 from finespun.hosts.layers.quantised import dequantise, quantised
+from finespun.hosts.layers.slotted import Base
 from finespun.kernels.lowrank import low_rank_linear, low_rank_reference
 
 
@@ -51,7 +52,7 @@ class LinearHost(Host):
         if self._direct(delta, x, formed):
             return delta.forward(x)
         A, B = delta.factors() if formed is None else formed  # type: ignore[misc]
-        return low_rank_reference(x, A, B, delta.scale, self.gain)
+        return low_rank_reference(x, A, B, delta.scale, self._gain(delta))
 
     def _alone(self, base: Base, x: Tensor, delta: Delta, strength: float) -> Tensor:
         """The fused kernel, base product included, where the layer's own forward is nn.Linear's."""
@@ -65,8 +66,8 @@ class LinearHost(Host):
             return super()._alone(base, x, delta, strength)
         A, B = delta.factors() if pair is None else pair  # type: ignore[misc]
         s = delta.scale * strength
-        drop = self._dropout(delta) if delta.training else 0.0
-        y = low_rank_linear(x, self.layer.weight, self.layer.bias, A, B, s, self.gain, drop)
+        drop, gain = self._dropout(delta) if delta.training else 0.0, self._gain(delta)
+        y = low_rank_linear(x, self.layer.weight, self.layer.bias, A, B, s, gain, drop)
         moved = self._bias_change(delta)
         return y if moved is None else y + (moved * strength).to(y.dtype)
 

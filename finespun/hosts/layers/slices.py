@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from finespun.contract import SiteShape
 from finespun.errors import StateError, TargetError
-from finespun.hosts.layers.host import Base, Host, Stored
+from finespun.hosts.layers.host import Host, Stored
 from finespun.hosts.layers.linear import LinearHost
+from finespun.hosts.layers.slotted import Base
 
 QKV = ("q", "k", "v")
 

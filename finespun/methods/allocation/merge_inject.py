@@ -12,12 +12,19 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from finespun.contract import Bypass, Delta, Structure, module_group
+from finespun.contract import (
+    AdapterView,
+    Bypass,
+    Delta,
+    Setup,
+    StepContext,
+    Structure,
+    TrainingHooks,
+    module_group,
+)
 from finespun.contract.allocation import Allocation, register
 from finespun.contract.structure import must_be_one_of
-from finespun.contract.training import Moments
 from finespun.errors import InputError
-from finespun.hosts import Entry, link
 from finespun.methods.structures import LoR2C
 from finespun.methods.structures.lor2c import spectrum_score
 
@@ -59,14 +66,15 @@ class MergeInject(Allocation):
             seen = "rank 1" if isinstance(structure, LoR2C) else structure.kind
             raise InputError(f"merge_inject needs LoR2C of rank 2 or more, not {seen}")
 
-    def begin(self, entry: Entry, steps: int) -> "Events":
-        self.suits(entry.structure)
+    def check(self, adapter: AdapterView, steps: int) -> None:
+        """Raise InputError where a run of so many steps cannot make these events."""
+        self.suits(adapter.structure)
         if steps < 1:
             raise InputError(f"merge_inject needs at least one step, not {steps}")
-        pairs = len(neighbours(entry))
+        pairs = len(neighbours(adapter))
         if self.merges > pairs:
             raise InputError(f"merges={self.merges}, but there are {pairs} neighbouring bypasses")
-        left, rest = len(lone(entry)) - 2 * self.merges, steps - math.ceil(steps / 4)
+        left, rest = len(lone(adapter)) - 2 * self.merges, steps - math.ceil(steps / 4)
         if self.injects and self.injects > left:
             raise InputError(
                 f"injects={self.injects}, but after {self.merges} merges only {max(left, 0)} "
@@ -77,19 +85,29 @@ class MergeInject(Allocation):
                 f"fade={self.fade} does not end in {steps} steps: {rest} of them follow the last "
                 f"injection; try fade={rest // 2}"
             )
-        return Events(self, entry, steps)
+
+    def hooks(self) -> "Events":
+        return Events(self)
 
 
-class Events(Moments):
+class Events(TrainingHooks):
     """The merges and injections of one run; `events` lists what happened."""
 
-    def __init__(self, form: MergeInject, entry: Entry, steps: int) -> None:
-        self.form, self.entry, self.steps = form, entry, steps
+    adapter: AdapterView
+    steps: int
+
+    def __init__(self, form: MergeInject) -> None:
+        self.form = form
         self.due = {"merge": form.merges, "inject": form.injects}
         self.events: list[dict[str, Any]] = []
         self.fading: dict[str, int] = {}
 
-    def after_step(self, step: int) -> None:
+    def prepare(self, setup: Setup) -> None:
+        self.form.check(setup.adapter, setup.steps)
+        self.adapter, self.steps = setup.adapter, setup.steps
+
+    def after_step(self, context: StepContext) -> None:
+        step = context.step + 1
         for block in list(self.fading):
             self._dim(block, step)
         for what, act in (("merge", self._merge), ("inject", self._inject)):
@@ -106,46 +124,48 @@ class Events(Moments):
 
     def _merge(self, step: int) -> dict[str, Any]:
         """Join the pair that the rule picks."""
-        deltas = self.entry.deltas
-        sums = {p: sum(score(deltas[n]) for n in p) for p in neighbours(self.entry)}
+        deltas = self.adapter.deltas
+        sums = {p: sum(score(deltas[n]) for n in p) for p in neighbours(self.adapter)}
         if not sums:
             raise InputError("no two neighbouring bypasses are left to merge")
         pick = (max if self.form.flattest else min)(sums, key=lambda pair: sums[pair])
-        merge(self.entry, *pick, self.form.keep)
+        merge(self.adapter, *pick, self.form.keep)
         return {"blocks": list(pick), "sfs": sums[pick]}
 
     def _inject(self, step: int) -> dict[str, Any]:
         """Wake the LoRAs inside the block that the rule picks."""
-        scores = {n: score(self.entry.deltas[n]) for n in lone(self.entry)}
+        scores = {n: score(self.adapter.deltas[n]) for n in lone(self.adapter)}
         if not scores:
             raise InputError("no bypass around one block with targets inside is left to inject")
         block = min(scores, key=lambda n: scores[n])
-        inject(self.entry, block)
+        inject(self.adapter, block)
         self.fading[block] = step
         self._dim(block, step)
         return {"blocks": [block], "sfs": scores[block]}
 
     def _dim(self, block: str, step: int) -> None:
         """Let the bypass fade, and switch it off at the end."""
-        delta, passed = self.entry.deltas[block], step - self.fading[block]
+        delta, passed = self.adapter.deltas[block], step - self.fading[block]
         left = 1 - passed / self.form.fade if self.form.fade else 0.0
         if "gate" not in delta._buffers:
-            delta.set_gate(torch.ones(self.entry.plan.choices[block]["rank"]).to(delta.site.device))
+            delta.set_gate(
+                torch.ones(self.adapter.plan.choices[block]["rank"]).to(delta.site.device)
+            )
         delta.get_buffer("gate").fill_(left)
         if left <= 0:
             delta.switch_off(module_group(delta))
             del self.fading[block]
 
     def state_dict(self) -> dict[str, Any]:
-        choices = {name: dict(choice) for name, choice in self.entry.plan.choices.items()}
+        choices = {name: dict(choice) for name, choice in self.adapter.plan.choices.items()}
         return {"events": list(self.events), "fading": dict(self.fading), "choices": choices}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.events, self.fading = list(state["events"]), dict(state["fading"])
-        _settle(self.entry, state["choices"])
+        _settle(self.adapter, state["choices"])
 
 
-def merge(entry: Entry, first: str, second: str, keep: Keep = "richer") -> None:
+def merge(adapter: AdapterView, first: str, second: str, keep: Keep = "richer") -> None:
     """One bypass instead of two neighbours: from where `first` reads to where `second` adds.
 
     It is the one with the flatter spectrum, or the first, or (svd) the best one of the same rank
@@ -153,19 +173,19 @@ def merge(entry: Entry, first: str, second: str, keep: Keep = "richer") -> None:
     Raises InputError unless the second begins right behind the first.
     """
     must_be_one_of("keep", keep, get_args(Keep))
-    if (first, second) not in (known := neighbours(entry)):
+    if (first, second) not in (known := neighbours(adapter)):
         raise InputError(
             f"{first!r} and {second!r} are no neighbouring bypasses; there are {known}"
         )
-    one, other = entry.deltas[first], entry.deltas[second]
+    one, other = adapter.deltas[first], adapter.deltas[second]
     richer = keep == "richer" and score(other) > score(one)
     kept, gone = (second, first) if richer else (first, second)
     if keep == "svd":
         _sum(one, other)
-    entry.deltas[gone].switch_off(module_group(entry.deltas[gone]))
-    ends = [span(entry, first)[0], span(entry, second)[1]]
-    plan = entry.plan.choose(gone, span=None).choose(kept, span=ends)
-    _settle(entry, plan.choices)
+    adapter.deltas[gone].switch_off(module_group(adapter.deltas[gone]))
+    ends = [span(adapter, first)[0], span(adapter, second)[1]]
+    plan = adapter.plan.choose(gone, span=None).choose(kept, span=ends)
+    _settle(adapter, plan.choices)
 
 
 @torch.no_grad()
@@ -181,33 +201,33 @@ def _sum(one: Delta, other: Delta) -> None:
     mine["B"].copy_(best.B)
 
 
-def inject(entry: Entry, block: str) -> None:
+def inject(adapter: AdapterView, block: str) -> None:
     """Wake the LoRAs inside a block, A drawn and B zero; its bypass stays. Raises InputError where
     no layer inside is a target."""
-    names = inside(entry, block)
+    names = inside(adapter, block)
     if not names:
         raise InputError(f"no layer inside {block!r} is a target; try 'query' and 'value' as well")
-    plan = entry.plan
+    plan = adapter.plan
     for name in names:
-        delta = entry.deltas[name]
+        delta = adapter.deltas[name]
         A = delta.get_parameter("A")
         with torch.no_grad():
-            A.copy_(entry.structure.kaiming(name, "A", A.shape))
+            A.copy_(adapter.structure.kaiming(name, "A", A.shape))
         for mask in delta.masks().values():
             mask.fill_(True)
         plan = plan.choose(name, asleep=False)
-    _settle(entry, plan.choices)
+    _settle(adapter, plan.choices)
 
 
-def neighbours(entry: Entry) -> list[tuple[str, str]]:
+def neighbours(adapter: AdapterView) -> list[tuple[str, str]]:
     """Pairs of bypasses of which the second begins right behind the first, in one list of blocks
     and of one width."""
-    living = {n: span(entry, n) for n in _living(entry)}
+    living = {n: span(adapter, n) for n in _living(adapter)}
     found = []
     for one, (_, last) in living.items():
         for other, (first, _) in living.items():
             ends = [_NUMBER.fullmatch(name) for name in (last, first)]
-            widths = {entry.deltas[name].site.shape.in_features for name in (one, other)}
+            widths = {adapter.deltas[name].site.shape.in_features for name in (one, other)}
             if all(ends) and len(widths) == 1:
                 (before, i), (behind, j) = (end.groups() for end in ends if end)
                 if before == behind and int(j) == int(i) + 1:
@@ -215,25 +235,25 @@ def neighbours(entry: Entry) -> list[tuple[str, str]]:
     return found
 
 
-def lone(entry: Entry) -> list[str]:
+def lone(adapter: AdapterView) -> list[str]:
     """Blocks with a living bypass of their own and sleeping layers inside."""
-    choices = entry.plan.choices
+    choices = adapter.plan.choices
     return [
         name
-        for name in _living(entry)
-        if span(entry, name) == (name, name)
-        and any(choices[n].get("asleep") for n in inside(entry, name))
+        for name in _living(adapter)
+        if span(adapter, name) == (name, name)
+        and any(choices[n].get("asleep") for n in inside(adapter, name))
     ]
 
 
-def inside(entry: Entry, block: str) -> list[str]:
+def inside(adapter: AdapterView, block: str) -> list[str]:
     """The sites inside a block."""
-    return [s.name for s in entry.plan.sites if s.name.startswith(block + ".")]
+    return [s.name for s in adapter.plan.sites if s.name.startswith(block + ".")]
 
 
-def span(entry: Entry, name: str) -> tuple[str, str]:
+def span(adapter: AdapterView, name: str) -> tuple[str, str]:
     """The first and last block that a bypass goes around."""
-    first, last = entry.plan.choices[name].get("span") or (name, name)
+    first, last = adapter.plan.choices[name].get("span") or (name, name)
     return first, last
 
 
@@ -242,16 +262,15 @@ def score(delta: Delta) -> float:
     return spectrum_score(delta).get("sfs", 0.0)
 
 
-def _living(entry: Entry) -> list[str]:
+def _living(adapter: AdapterView) -> list[str]:
     """Bypasses that are neither switched off nor fading."""
     return [
         name
-        for name, delta in entry.deltas.items()
+        for name, delta in adapter.deltas.items()
         if isinstance(delta, Bypass) and not delta.silent and "gate" not in delta._buffers
     ]
 
 
-def _settle(entry: Entry, choices: Any) -> None:
-    """Make these choices the entry's own, and let bypasses go where they say."""
-    entry.plan = dataclasses.replace(entry.plan, choices=choices)
-    link(entry.name, entry.plan, entry.deltas)
+def _settle(adapter: AdapterView, choices: Any) -> None:
+    """Make these choices the adapter's own: bypasses go where they say."""
+    adapter.replan(dataclasses.replace(adapter.plan, choices=choices))

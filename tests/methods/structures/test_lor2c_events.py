@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bypasses import BLOCKS, BOTH, Stack, adapted, by_hand
+from bypasses import BLOCKS, BOTH, Stack, adapted, after, begun, by_hand, view
 
 import finespun as fs
 from finespun.errors import InputError, PlanError
@@ -30,8 +30,8 @@ def test_a_merge_keeps_the_flatter_spectrum(steep_one):
         spread(delta, STEEP if i == steep_one else FLAT)
     kept = pair[1 - steep_one]
     update = (kept.scale * kept.B @ kept.A).detach().clone()
-    merge(adapter.entry, "layer.1", "layer.2")
-    assert span(adapter.entry, f"layer.{2 - steep_one}") == ("layer.1", "layer.2")
+    merge(view(adapter), "layer.1", "layer.2")
+    assert span(view(adapter), f"layer.{2 - steep_one}") == ("layer.1", "layer.2")
     assert not pair[steep_one].B.any()
     torch.testing.assert_close(kept.dense(None), update)
     plain, x = Stack(), torch.randn(3, 5, 8)
@@ -47,13 +47,13 @@ def test_a_merge_may_keep_the_first_or_the_best_sum():
         if empty:
             other.B.data.zero_()
         before = one.dense(None).detach().clone()
-        merge(adapter.entry, "layer.1", "layer.2", keep)
-        assert span(adapter.entry, "layer.1") == ("layer.1", "layer.2")
+        merge(view(adapter), "layer.1", "layer.2", keep)
+        assert span(view(adapter), "layer.1") == ("layer.1", "layer.2")
         assert (one.dense(None) - before).norm() <= 1e-6 * before.norm()
     _, adapter = adapted()
     one, other = adapter.deltas["layer.0"], adapter.deltas["layer.1"]
     both = (one.dense(None) + other.dense(None)).detach()
-    merge(adapter.entry, "layer.0", "layer.1", "svd")
+    merge(view(adapter), "layer.0", "layer.1", "svd")
     σ = torch.linalg.svdvals(both)
     assert float((one.dense(None) - both).detach().norm()) == pytest.approx(
         float(σ[4:].norm()), rel=1e-4
@@ -61,18 +61,18 @@ def test_a_merge_may_keep_the_first_or_the_best_sum():
     _, adapter = adapted(LoR2C(rank=4, share=True))
     one, other = adapter.deltas["layer.0"], adapter.deltas["layer.1"]
     both = (one.dense(None) + other.dense(None)).detach()
-    merge(adapter.entry, "layer.0", "layer.1", "svd")
+    merge(view(adapter), "layer.0", "layer.1", "svd")
     torch.testing.assert_close(one.dense(None), both)
 
 
 def test_merged_again_a_span_grows():
     _, adapter = adapted()
-    merge(adapter.entry, "layer.1", "layer.2", "first")
-    assert neighbours(adapter.entry) == [("layer.0", "layer.1"), ("layer.1", "layer.3")]
-    merge(adapter.entry, "layer.0", "layer.1", "first")
-    assert span(adapter.entry, "layer.0") == ("layer.0", "layer.2")
-    assert neighbours(adapter.entry) == [("layer.0", "layer.3")]
-    assert lone(adapter.entry) == ["layer.3"]
+    merge(view(adapter), "layer.1", "layer.2", "first")
+    assert neighbours(view(adapter)) == [("layer.0", "layer.1"), ("layer.1", "layer.3")]
+    merge(view(adapter), "layer.0", "layer.1", "first")
+    assert span(view(adapter), "layer.0") == ("layer.0", "layer.2")
+    assert neighbours(view(adapter)) == [("layer.0", "layer.3")]
+    assert lone(view(adapter)) == ["layer.3"]
 
 
 def test_sleeping_layers_do_nothing_until_they_are_woken():
@@ -80,16 +80,16 @@ def test_sleeping_layers_do_nothing_until_they_are_woken():
     plain, x = Stack(), torch.randn(3, 8)
     plain.load_state_dict(model.state_dict(), strict=False)
     assert torch.equal(model(x), plain(x))
-    names = inside(adapter.entry, "layer.2")
+    names = inside(view(adapter), "layer.2")
     assert names == ["layer.2.query", "layer.2.value"]
     assert all(not adapter.deltas[n].A.any() for n in names)
     assert all(adapter.deltas[n].A.shape == (2, 8) for n in names)
-    inject(adapter.entry, "layer.2")
+    inject(view(adapter), "layer.2")
     assert all(adapter.deltas[n].A.all() and not adapter.deltas[n].B.any() for n in names)
     assert torch.equal(model(x), plain(x))
     _, bare = adapted(targets=BLOCKS)
     with pytest.raises(InputError, match=r"'layer.2'.*'query'"):
-        inject(bare.entry, "layer.2")
+        inject(view(bare), "layer.2")
 
 
 def test_a_layer_outside_all_blocks_is_refused():
@@ -102,8 +102,8 @@ def test_the_rules_choose_by_the_spectrum():
         _, adapter = adapted()
         for name, values in zip(BLOCKS, (FLAT, FLAT, STEEP, STEEP)):
             spread(adapter.deltas[name], values)
-        events = MergeInject(merges=1, injects=1, flattest=flattest, fade=0).begin(adapter.entry, 4)
-        events.after_step(1)
+        events = begun(MergeInject(merges=1, injects=1, flattest=flattest, fade=0), adapter, 4)
+        after(events, 1)
         assert [e["event"] for e in events.events] == ["merge", "inject"]
         assert events.events[0]["blocks"] == pair
         left = {"layer.0", "layer.1"} if not flattest else {"layer.2", "layer.3"}
@@ -113,9 +113,9 @@ def test_the_rules_choose_by_the_spectrum():
 
 def test_events_fall_into_the_first_quarter():
     _, adapter = adapted(depth=12, targets=[f"layer.{i}" for i in range(12)] + BOTH[4:])
-    events = MergeInject(merges=4, injects=3, fade=0).begin(adapter.entry, 80)
+    events = begun(MergeInject(merges=4, injects=3, fade=0), adapter, 80)
     for step in range(1, 81):
-        events.after_step(step)
+        after(events, step)
     when = [(e["step"], e["event"]) for e in events.events]
     assert [s for s, what in when if what == "merge"] == [5, 10, 15, 20]
     assert [s for s, what in when if what == "inject"] == [7, 14, 20]
@@ -130,18 +130,18 @@ def test_what_cannot_be_done_is_refused_before_training():
         ({"keep": "last"}, "'last'"),
     ):
         with pytest.raises(InputError, match=told):
-            MergeInject(**options).begin(adapter.entry, 10)
+            begun(MergeInject(**options), adapter, 10)
     for form in (LoR2C(rank=1), fs.LoRA(rank=2)):
         _, other = adapted(form, BLOCKS if form.kind == "lor2c" else ["query"], stir=False)
         with pytest.raises(InputError, match="rank 2 or more"):
-            MergeInject(merges=1).begin(other.entry, 10)
+            begun(MergeInject(merges=1), other, 10)
 
 
 def test_merges_alone_need_no_targets_inside():
     for merges in (1, 3):
         _, adapter = adapted(targets=BLOCKS)
-        events = MergeInject(merges=merges).begin(adapter.entry, 4)
-        events.after_step(1), events.after_step(4)
+        events = begun(MergeInject(merges=merges), adapter, 4)
+        after(events, 1), after(events, 4)
         assert [e["event"] for e in events.events] == ["merge"] * merges
         told = [*events.news(1), *events.news(4)]
         assert len(told) == merges
@@ -152,9 +152,9 @@ def test_merges_alone_need_no_targets_inside():
 def test_a_fade_ends_within_the_run():
     _, adapter = adapted()
     with pytest.raises(InputError, match=r"fade=16 does not end in 20 steps: 15 of them.*fade=7"):
-        MergeInject(injects=1, fade=16).begin(adapter.entry, 20)
-    MergeInject(injects=1, fade=15).begin(adapter.entry, 20)
-    MergeInject(merges=1, fade=16).begin(adapter.entry, 20)
+        begun(MergeInject(injects=1, fade=16), adapter, 20)
+    begun(MergeInject(injects=1, fade=15), adapter, 20)
+    begun(MergeInject(merges=1, fade=16), adapter, 20)
 
 
 def test_only_neighbours_merge():
@@ -167,8 +167,8 @@ def test_only_neighbours_merge():
         ("a", "b"),
     ):
         with pytest.raises(InputError, match="are no neighbouring bypasses"):
-            merge(adapter.entry, *pair)
+            merge(view(adapter), *pair)
     with pytest.raises(InputError, match="keep='richest' is not known; try 'richer'"):
-        merge(adapter.entry, "layer.0", "layer.1", "richest")
+        merge(view(adapter), "layer.0", "layer.1", "richest")
     assert all(torch.equal(p, before[n]) for n, p in adapter.model.named_parameters())
     assert len(adapter.entry.plan.choices) == len(adapter.deltas)

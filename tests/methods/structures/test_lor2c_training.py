@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from bypasses import BLOCKS, Stack, adapted
+from bypasses import BLOCKS, Stack, adapted, after, begun, view
 from torch import nn
 
 import finespun as fs
-from finespun.driver import Driver
+from finespun.driver import Driver, prepare
 from finespun.errors import InputError, StateError
 from finespun.methods.allocation import MergeInject, inject
 from finespun.methods.allocation.merge_inject import inside, score
@@ -26,8 +26,9 @@ class Run:
         )  # fmt: skip
         self.optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=0.02)
         form = MergeInject(merges=self.MERGES, injects=self.INJECTS, fade=5, **options)
-        self.events = form.begin(self.adapter.entry, self.STEPS)
-        self.driver = Driver(self.model, "default", self.optimizer, 1.0, [self.events])
+        prepared = prepare(self.model, "default", [form], self.STEPS)
+        self.events = prepared.hooks[0]
+        self.driver = Driver(self.model, "default", self.optimizer, 1.0, prepared)
         g = torch.Generator().manual_seed(1)
         self.x = torch.randn(self.STEPS, 16, width, generator=g)
         self.goal = torch.randn(self.STEPS, 16, width, generator=g)
@@ -64,7 +65,7 @@ def test_merged_and_injected_numbers_go_on_learning():
     names = [e["blocks"] for e in run.events.events]
     assert [e["event"] for e in run.events.events] == ["merge", "merge", "inject"]
     merged = next(n for n in names[1] if run.adapter.deltas[n].B.any())
-    woken = inside(run.adapter.entry, names[2][0])
+    woken = inside(view(run.adapter), names[2][0])
     watched = [p for n in [merged, *woken] for p in run.adapter.deltas[n].trained_parameters()]
     dead = [d for n, d in run.adapter.deltas.items() if n not in woken and d.masks()]
     for epoch in range(2):
@@ -143,10 +144,10 @@ def test_what_is_left_is_counted(share):
         form = LoR2C(rank=8, share=share)
         _, adapter = adapted(form, [*blocks, "query", "value"], width=768, depth=12)
         form = MergeInject(merges=4 - injects // 4, injects=injects, fade=0)
-        events = form.begin(adapter.entry, 4)
+        events = begun(form, adapter, 4)
         if injects:
             events.due["merge"] = 4
-        events.after_step(1), events.after_step(4)
+        after(events, 1), after(events, 4)
         adapter.compact()
         own = (8 - injects) * 768 * 8 * (1 if share else 2) + injects * 12_288
         assert adapter.num_update_parameters == own + (768 * 8 if share else 0)
@@ -158,9 +159,9 @@ def test_injected_layers_alone_are_a_lora(tmp_path):
     model, adapter = adapted(depth=2, targets=[*BLOCKS[:2], "query", "value"])
     entry, x = adapter.entry, torch.randn(3, 5, 8)
     for block in BLOCKS[:2]:
-        inject(entry, block)
+        inject(view(adapter), block)
         adapter.deltas[block].switch_off(fs.contract.module_group(adapter.deltas[block]))
-        for name in inside(entry, block):
+        for name in inside(view(adapter), block):
             nn.init.normal_(adapter.deltas[name].B, std=0.3)
     wanted = model(x)
     with pytest.raises(InputError, match="is a block"):

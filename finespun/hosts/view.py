@@ -1,0 +1,63 @@
+"""An adapter in a model, as methods see it."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import nn
+
+from finespun.contract import Bank, Delta, Plan, Structure
+from finespun.errors import StateError
+from finespun.hosts.adapter_set import Entry, adapter_set_of
+from finespun.hosts.layers.block import link
+
+
+class View:
+    """`contract.AdapterView` of adapter `name` of `model`."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model, self.name = model, name
+
+    @property
+    def entry(self) -> Entry:
+        """What the model holds of it. Raises StateError where it is not active."""
+        entry = adapter_set_of(self.model)[self.name]
+        if not entry.live:
+            raise StateError(f"{self.name!r} is not active: activate it before training")
+        return entry
+
+    @property
+    def structure(self) -> Structure:
+        return self.entry.structure
+
+    @property
+    def plan(self) -> Plan:
+        return self.entry.plan
+
+    @property
+    def deltas(self) -> Mapping[str, Delta]:
+        return self.entry.deltas
+
+    @property
+    def bank(self) -> Bank | None:
+        return self.entry.bank
+
+    @property
+    def copies(self) -> Mapping[str, nn.Module]:
+        """The adapter's own copies of whole modules."""
+        return self.entry.copies
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained: updates, bank, copies of modules; starts are frozen copies."""
+        entry = self.entry
+        own = [p for delta in entry.deltas.values() for p in delta.trained_parameters()]
+        if entry.bank is not None:
+            own += [p for n, p in entry.bank.named_parameters() if not n.startswith("start.")]
+        own += [p for module in entry.copies.values() for p in module.parameters()]
+        return list({id(p): p for p in own}.values())
+
+    def replan(self, plan: Plan) -> None:
+        """Make other choices for the same sites. Raises PlanError for other sites."""
+        entry = self.entry
+        plan.fit(entry.plan.sites)
+        link(entry.name, plan, entry.deltas)
+        entry.plan = dataclasses.replace(entry.plan, choices=plan.choices, shared=plan.shared)
