@@ -40,7 +40,8 @@ class Driver:
     parameters dead and held ones still, and checks the first real step: every trained site must
     have run, or TrainingError names those that did not; a site that ran without moving is warned
     of. `hooks` are values of the axes, hooks, or what `prepare` made of them; `steps` and `seed`
-    are for hooks that were not prepared. As a context manager it closes itself.
+    are for hooks that were not prepared; with `own_loss` the loop adds `loss` to a loss of its own,
+    and what the model returns is left alone. As a context manager it closes itself.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Driver:
         *,
         steps: int | None = None,
         seed: int = 0,
+        own_loss: bool = False,
         moments: Sequence[Moments] = (),
     ) -> None:
         if not (math.isfinite(max_grad_norm) and max_grad_norm >= 0):
@@ -72,7 +74,7 @@ class Driver:
         self.losses = [
             (h, c) for h, c in zip(self.hooks, self.contexts) if _overrides(h, "extra_loss")
         ]
-        self.added, self.open, self.ended = False, True, False
+        self.own_loss, self.added, self.open, self.ended = own_loss, False, True, False
         self._inside, self._skipped, self._passed = False, False, False
         self._nesting = Nesting()
         self._check_trained()
@@ -103,13 +105,16 @@ class Driver:
         divided by `num_items_in_batch` (Trainer's), pass it and the share is that of the batch's
         labels. Raises TrainingError where it then has none.
         """
-        self.added = True
         with self.quiet():
             found = [h.extra_loss(c, batch, outputs) for h, c in self.losses]
         terms = [term for term in found if term is not None]
+        total = torch.stack(terms).sum() if terms else torch.zeros(())
+        if total.requires_grad:
+            total.register_hook(self._reached)
+        else:
+            self.added = True
         if not terms:
             return 0.0
-        total = torch.stack(terms).sum()
         if num_items_in_batch is None:
             return total
         return total * share_of(self.model, {**batch, "num_items_in_batch": num_items_in_batch})
@@ -208,6 +213,9 @@ class Driver:
         outputs["loss" if isinstance(outputs, dict) else 0] = outputs.loss + extra
         return outputs
 
+    def _reached(self, gradient: Tensor) -> None:
+        self.added = True
+
     def _arrived(self, parameter: Tensor) -> None:
         self._passed = True
 
@@ -258,8 +266,8 @@ class Driver:
         if self.losses and not self.added:
             names = ", ".join(type(h).__name__ for h, _ in self.losses)
             raise TrainingError(
-                f"the extra loss of {names} was never added: the model returned no loss in "
-                "training; add driver.loss(batch, outputs) to yours"
+                f"the extra loss of {names} was never added: backward() did not come from the "
+                "model's own loss; pass own_loss=True and add driver.loss(batch, outputs) to yours"
             )
 
     # --- small parts ----------------------------------------------------------------------------
@@ -299,7 +307,7 @@ class Driver:
             return handles
         enter, leave = Watch(self._enter), Watch(self._leave)
         handles.append(self.model.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-        if self.losses:
+        if self.losses and not self.own_loss:
             handles.append(self.model.register_forward_hook(leave, with_kwargs=True))
         handles += [
             p.register_post_accumulate_grad_hook(self._arrived)

@@ -7,18 +7,23 @@ from tiny import built
 
 import finespun as fs
 from finespun.driver import Driver, prepare
+from finespun.errors import TrainingError
 
 ROWS = [[4 + (i + j) % 30 for j in range(8)] for i in range(24)]
 STEPS, SIZE = 3, 2
 
 
-def watched(hooks):
+def watched(hooks, trainer):
     """A tiny Llama, the optimiser of its adapter, and the driver."""
     model = built("llama")
     fs.adapt(model, fs.LoRA(rank=2), "attention")
     prepared = prepare(model, "default", [hooks], steps=STEPS)
     optimizer = prepared.optimizer(1e-3)
-    return model, optimizer, Driver(model, "default", optimizer, 0.0, prepared)
+    return (
+        model,
+        optimizer,
+        Driver(model, "default", optimizer, 0.0, prepared, own_loss=trainer == "trl"),
+    )
 
 
 def options(folder, micros):
@@ -94,7 +99,7 @@ TRAINERS = {"bare": bare, "trainer": by_trainer, "trl": by_trl}
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_hooks_are_called_in_one_order(trainer, micros, tmp_path):
     recorder = Recorder()
-    model, optimizer, driver = watched(recorder)
+    model, optimizer, driver = watched(recorder, trainer)
     with driver:
         TRAINERS[trainer](model, optimizer, driver, micros, tmp_path)
     assert recorder.log == order(STEPS, micros)
@@ -105,7 +110,16 @@ def test_hooks_are_called_in_one_order(trainer, micros, tmp_path):
 def test_an_extra_loss_counts_once_a_step(trainer, micros, tmp_path):
     """0.1 added it k-fold where Trainer accumulates k micro-batches."""
     pull = Pull()
-    model, optimizer, driver = watched(pull)
+    model, optimizer, driver = watched(pull, trainer)
     with driver:
         TRAINERS[trainer](model, optimizer, driver, micros, tmp_path)
     assert pull.seen == pytest.approx([1.0] * STEPS, rel=1e-2)
+
+
+def test_an_extra_loss_that_trl_leaves_out_stops_the_first_step(tmp_path):
+    """SFTTrainer computes its own loss; the model returns one beside it, which nothing uses."""
+    pull = Pull()
+    model, optimizer, driver = watched(pull, "trainer")
+    driver.loss = lambda *_: 0.0
+    with pytest.raises(TrainingError, match="extra loss of Pull was never added"):
+        by_trl(model, optimizer, driver, 1, tmp_path)
