@@ -115,6 +115,13 @@ class Gates(TrainingHooks):
     def parameters(self):
         return [ParamGroup(self.gates, self.lr_factor, decay=False)]
 
+    def begin(self, context):
+        self.deltas = list(context.adapter.deltas.values())
+
+    def load_state_dict(self, state):
+        for delta, gate in zip(self.deltas, self.gates):
+            delta._buffers["gate"] = gate
+
     @torch.no_grad()
     def after_step(self, context):
         for gate in self.gates:
