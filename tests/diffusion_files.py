@@ -7,12 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
-from diffusers.loaders import FluxLoraLoaderMixin, StableDiffusionLoraLoaderMixin
 from suite import stir
 from tiny import FAMILIES, built
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 import finespun as fs
 
@@ -25,6 +22,8 @@ def unet() -> nn.Module:
 
 
 def text(width: int = 24) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = CLIPTextConfig(
@@ -36,6 +35,8 @@ def text(width: int = 24) -> nn.Module:
 
 
 def flux() -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return FluxTransformer2DModel(
@@ -47,6 +48,8 @@ def flux() -> nn.Module:
 
 @torch.no_grad()
 def out(model: nn.Module) -> Tensor:
+    from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+
     if isinstance(model, UNet2DConditionModel):
         return FAMILIES["diffusers unet"].call(model)
     g = torch.Generator().manual_seed(3)
@@ -142,6 +145,8 @@ def without_a_word() -> Iterator[None]:
 
 def by_diffusers(path, model: nn.Module, part: str = "unet") -> nn.Module:
     """The model with the file loaded by diffusers' own loader of pipelines."""
+    from diffusers.loaders import FluxLoraLoaderMixin, StableDiffusionLoraLoaderMixin
+
     mixin = FluxLoraLoaderMixin if part == "transformer" else StableDiffusionLoraLoaderMixin
     told = {} if part != "unet" else {"unet_config": model.config}
     state, *found, metadata = mixin.lora_state_dict(

@@ -15,9 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import peft
 import torch
-from peft.utils.other import get_pattern_key
+from peft_folders import later
 from safetensors.torch import load_file
 from suite import batch, net, relative, stir
 from tiny_run import write_recipe
@@ -64,6 +63,8 @@ def write_native(folder: Path, kind: str) -> None:
 
 
 def write_by_peft(folder: Path) -> None:
+    import peft
+
     config = peft.LoraConfig(
         r=3, lora_alpha=7, target_modules=["up", "down"], modules_to_save=["head"],
         rank_pattern={"blocks.0.up": 2}, alpha_pattern={r"blocks\.\d+\.down": 5},
@@ -107,6 +108,8 @@ def as_stored(folder: Path, adapter: fs.Adapter) -> None:
 
 def as_peft_says(folder: Path, adapter: fs.Adapter) -> None:
     """ΔW = scale · B A at every site of the file, with PEFT's own reading of patterns."""
+    from peft.utils.other import get_pattern_key
+
     told = json.loads((folder / "adapter_config.json").read_text())
     raw, found = load_file(folder / "adapter_model.safetensors"), adapter.updates()
     ending, start = ".lora_A.weight", "base_model.model."
@@ -125,20 +128,22 @@ def as_peft_says(folder: Path, adapter: fs.Adapter) -> None:
 
 
 BY_PEFT = {
-    "loha": peft.LoHaConfig(r=3, alpha=7, rank_pattern={"blocks.0.up": 2}),
-    "lokr": peft.LoKrConfig(r=2, alpha=7, alpha_pattern={r"blocks\.\d+\.down": 5}),
-    "miss": peft.MissConfig(r=4, mini_r=8, init_weights="mini"),
-    "oft": peft.OFTConfig(oft_block_size=4, block_share=True, coft=True, eps=0.3),
-    "unilora": peft.UniLoraConfig(r=2, theta_d_length=50),
-    "vblora": peft.VBLoRAConfig(
-        r=2, num_vectors=20, vector_length=8, topk=2, save_only_topk_weights=True
+    "loha": later("LoHaConfig", r=3, alpha=7, rank_pattern={"blocks.0.up": 2}),
+    "lokr": later("LoKrConfig", r=2, alpha=7, alpha_pattern={r"blocks\.\d+\.down": 5}),
+    "miss": later("MissConfig", r=4, mini_r=8, init_weights="mini"),
+    "oft": later("OFTConfig", oft_block_size=4, block_share=True, coft=True, eps=0.3),
+    "unilora": later("UniLoraConfig", r=2, theta_d_length=50),
+    "vblora": later(
+        "VBLoRAConfig", r=2, num_vectors=20, vector_length=8, topk=2, save_only_topk_weights=True
     ),
-    "vera": peft.VeraConfig(r=4),
+    "vera": later("VeraConfig", r=4),
 }
 
 
 def write_method(folder: Path, kind: str) -> None:
-    config = BY_PEFT[kind]
+    import peft
+
+    config = BY_PEFT[kind]()
     config.target_modules, config.modules_to_save = ["up", "down"], ["head"]
     theirs = peft.get_peft_model(net(), config)
     stir([p for p in theirs.parameters() if p.requires_grad])
@@ -148,6 +153,8 @@ def write_method(folder: Path, kind: str) -> None:
 def use_method(folder: Path, draw: random.Random) -> None:
     """Load it and run it; where PEFT reads it too, at the layers of its tensors, both compute the
     same."""
+    import peft
+
     told, model = files.tell(folder), net()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -2,9 +2,9 @@
 
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,8 +96,10 @@ class Layers(nn.Module):
         return x
 
 
-def peft(config: PeftConfig, *shapes: tuple[int, int], bias: bool = False) -> nn.Module:
+def peft(config: Any, *shapes: tuple[int, int], bias: bool = False) -> nn.Module:
     """PEFT's model around `Layers`; its layers are .fc0, .fc1, ..."""
+    from peft import get_peft_model
+
     torch.manual_seed(3)
     config.target_modules = [f"fc{i}" for i in range(len(shapes))]
     wrapped = get_peft_model(Layers(*shapes, bias=bias), config)

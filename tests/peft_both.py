@@ -5,7 +5,6 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-import peft
 import torch
 from peft_folders import weights
 from peft_kinds import IDS
@@ -37,6 +36,8 @@ def silence():
 
 def by_peft(folder: Path, model: nn.Module, **options) -> nn.Module:
     """PEFT's model with every trained number moved, saved in `folder`."""
+    import peft
+
     kind = peft.TrainableTokensConfig if "token_indices" in options else peft.LoraConfig
     rank = {} if "token_indices" in options else {"r": 2}
     with warnings.catch_warnings():

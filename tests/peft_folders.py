@@ -2,28 +2,34 @@
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import peft
 import torch
 from safetensors.torch import load_file
 from suite import stir
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 import finespun as fs
 
 PREFIX = "base_model.model."
 
 
+def later(kind: str, **options: Any) -> Callable[[], Any]:
+    """A maker of PEFT's configuration `kind`, so that a table of cases imports no PEFT."""
+
+    def make() -> Any:
+        import peft
+
+        return getattr(peft, kind)(**options)
+
+    return make
+
+
 def bert(seed: int = 0) -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = BertConfig(
@@ -34,12 +40,16 @@ def bert(seed: int = 0) -> nn.Module:
 
 
 def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=50)).eval()
 
 
 def llama(tied: bool = True, layers: int = 2) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50, hidden_size=24, intermediate_size=36, num_hidden_layers=layers,
@@ -59,6 +69,8 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 def in_peft(model: nn.Module, folder: Path) -> nn.Module:
     """The folder loaded by PEFT, which has nothing to say against it."""
+    import peft
+
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         return peft.PeftModel.from_pretrained(model, folder).eval()

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 IDS = torch.arange(24).view(3, 8) % 11
 
@@ -11,6 +10,8 @@ class Kinds(nn.Module):
     """Embedding, linear, Conv1D, norm, two convolutions and a head; numbers by a formula."""
 
     def __init__(self) -> None:
+        from transformers.pytorch_utils import Conv1D
+
         super().__init__()
         self.embed = nn.Embedding(11, 6)
         self.up = nn.Linear(6, 8)

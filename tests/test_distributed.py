@@ -7,12 +7,8 @@ from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from suite import CASES, FEW, batch, draw, net, relative, stirred
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from finespun import hosts
@@ -24,6 +20,8 @@ PATIENCE = timedelta(seconds=120)
 
 def losses(case, model, adapter, rank, world):
     """Loss of every step on this process's share of the rows, averaged over all processes."""
+    import torch.distributed as dist
+
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=2e-3)
     share, found = slice(rank * ROWS // world, (rank + 1) * ROWS // world), []
     x, goal = batch(ROWS), draw(ROWS, 5, seed=60)
@@ -51,6 +49,9 @@ def data_parallel(case, rank, world):
 
 def sharded(case, rank, world):
     """The loss curve, and which numbers were not sharded after all."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, init_device_mesh
+
     model, adapter = stirred(case, net().train(), ("head",))
     mesh = init_device_mesh("cpu", (world,))
     for block in model.blocks:
@@ -65,6 +66,9 @@ def sharded(case, rank, world):
 def gathered(case, model, adapter):
     """What goes wrong after training: half an adapter is neither merged nor saved, and the whole
     one computes the same."""
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     wrong = []
     for act in (lambda: adapter.save("nowhere"), lambda: hosts.tensors_of(adapter.entry)):
         try:
@@ -91,6 +95,8 @@ def gathered(case, model, adapter):
 
 def work(rank, world, file, results, cases):
     """One process: all these structures, both ways."""
+    import torch.distributed as dist
+
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group(

@@ -7,7 +7,6 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from suite import (
     CASES,
     DEVICE,
@@ -33,6 +32,8 @@ from finespun import hosts
 
 def bert(**options):
     """A tiny BERT classifier in eval mode."""
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=30,
@@ -48,6 +49,8 @@ def bert(**options):
 
 def llama():
     """A tiny decoder in eval mode."""
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=40,
@@ -194,6 +197,8 @@ def test_compiled_by_inductor(case):
 
 @one_of_each_kind()
 def test_save_pretrained_writes_the_base(case, tmp_path):
+    import transformers
+
     model, plain = bert(), bert()
     attach(case, model, ("classifier",))
     model.save_pretrained(tmp_path)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 SIZE = {
@@ -49,6 +48,8 @@ def hugging(name: str, config: str, **options: Any) -> Callable[[], nn.Module]:
     """A builder of transformers' model class `name`."""
 
     def build() -> nn.Module:
+        import transformers
+
         return getattr(transformers, name)(getattr(transformers, config)(**options))
 
     return build

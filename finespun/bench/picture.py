@@ -1,14 +1,13 @@
 """The picture of a bench: the metric against trained numbers, with intervals."""
 
 from pathlib import Path
-
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from typing import TYPE_CHECKING
 
 from finespun.bench.spec import describe
 from finespun.bench.summary import Row, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLOURS = ("#1b6ca8", "#c8553d", "#3b7d4f", "#7d5ba6", "#8a6d1d", "#4d4d4d")
 MARKERS = "osD^vP"
@@ -20,6 +19,9 @@ def draw(summary: Summary, stem: Path) -> list[Path]:
 
     Members without trained numbers in the layers are dashed lines; diverged ones are left out.
     """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     with rc_context(STEADY):
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()
@@ -38,7 +40,7 @@ def draw(summary: Summary, stem: Path) -> list[Path]:
     return paths
 
 
-def _lines(axes: Axes, summary: Summary) -> None:
+def _lines(axes: "Axes", summary: Summary) -> None:
     for row in summary.rows:
         if row.num_update_parameters == 0 and row.mean is not None:
             axes.axhline(row.mean, ls="--", lw=1.2, color="#888888", label=row.name)
@@ -47,7 +49,9 @@ def _lines(axes: Axes, summary: Summary) -> None:
                 axes.axhspan(low, high, color="#888888", alpha=0.12, lw=0)
 
 
-def _points(axes: Axes, summary: Summary) -> None:
+def _points(axes: "Axes", summary: Summary) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     groups: dict[str, list[Row]] = {}
     for row in summary.rows:
         if row.num_update_parameters and row.mean is not None:

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import t as student
-
 from finespun.bench.budget import LEAST_SHARE
 from finespun.contract import Structure
 
@@ -141,6 +139,8 @@ def half_interval(values: Sequence[float]) -> float | None:
     >>> round(half_interval([0.80, 0.82, 0.84]), 4)
     0.0497
     """
+    from scipy.stats import t as student
+
     n = len(values)
     if n < 2:
         return None

@@ -7,7 +7,6 @@ from typing import Any
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from finespun import files
 from finespun.adapter import Adapter, load
@@ -82,7 +81,7 @@ def merge(
         state = {k.removeprefix("encoder."): v for k, v in state.items() if k not in head}
         body = body.encoder
         notes.append(f"mean pooling and the head are no transformers class: {HEAD} holds it")
-    if not isinstance(body, PreTrainedModel):
+    if not isinstance(body, transformers.PreTrainedModel):
         raise InputError(f"{type(body).__name__} is no transformers model: merge it in Python")
     size = sum(tensor.nbytes for tensor in state.values())
     with whole_folder(out, size + (1 << 24)) as work, quiet():
@@ -149,7 +148,7 @@ def on_base(folder: Path, model: str | None = None) -> tuple[Adapter, Any]:
         net = base_of(source, saved, folder)
         has_words = any((Path(source) / f).is_file() for f in ("tokenizer.json", "vocab.txt"))
         has_words |= (Path(source) / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(source) if has_words else None
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source) if has_words else None
     return load(net, folder), tokenizer
 
 
@@ -163,7 +162,7 @@ def base_of(source: str, saved: Saved, folder: Path) -> nn.Module:
         return load_text_model(source, task, labels or 2).model  # type: ignore[arg-type]
     if not architecture:
         told = source_name(folder)[1]
-        config = AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source)
         architecture = TASKS.get(told or "", "") or (config.architectures or [""])[0]
     cls = getattr(transformers, architecture, None)
     if cls is None:

@@ -8,8 +8,7 @@ import torch
 import yaml
 from tiny_run import write_recipe
 
-from benchmarks import __main__ as pages
-from benchmarks import dry_run, forming, measure, merging, models, switching, training_step
+from benchmarks import measure
 from benchmarks.measure import Foretold, Line, Timed, calmest, gates, table
 from finespun.recipes.recipe import Recipe
 
@@ -51,6 +50,8 @@ def test_on_another_device_the_clock_waits_for_it(monkeypatch):
 
 
 def test_pairs_are_equal_and_a_difference_stops_everything():
+    from benchmarks import models, training_step
+
     ours, theirs = models.pair(64, 1, 4, ("one", "two"))
     ids = models.tokens(1, 5)
     ours.eval()
@@ -67,6 +68,8 @@ def test_pairs_are_equal_and_a_difference_stops_everything():
 @pytest.fixture
 def short(monkeypatch):
     """Tiny shapes and few rounds."""
+    from benchmarks import forming, merging, switching, training_step
+
     monkeypatch.setattr(measure.timed, "__defaults__", (None, 3, 0.0, measure.nothing))
     monkeypatch.setattr(training_step, "SHAPES", ((64, 1, 4, 2),))
     monkeypatch.setattr(merging, "WIDTH", 64)
@@ -78,6 +81,9 @@ def short(monkeypatch):
 
 
 def test_parts_run_and_leave_their_models_as_they_were(short):
+    from benchmarks import __main__ as pages
+    from benchmarks import forming, merging, training_step
+
     lines = [*training_step.measure(), *merging.measure(), *forming.measure()]
     assert [line.name for line in lines] == [
         "step, width 64, no dropout",
@@ -115,6 +121,8 @@ def test_an_estimate_may_be_off_by_a_factor_up_or_down():
 
 
 def test_switching_is_checked_before_it_is_timed(short):
+    from benchmarks import switching
+
     lines = switching.measure()
     named = {line.name for line in lines}
     assert {name for name in gates() if "SHiRA" in name} <= named
@@ -128,6 +136,9 @@ def test_switching_is_checked_before_it_is_timed(short):
 
 
 def test_recipes_are_estimated_and_carried_out(tmp_path, monkeypatch):
+    from benchmarks import __main__ as pages
+    from benchmarks import dry_run
+
     file = write_recipe(tmp_path, epochs=1)
     tiny = yaml.safe_load(file.read_text())
     monkeypatch.setattr(dry_run, "RECIPES", {"tiny": tiny})
@@ -141,6 +152,8 @@ def test_recipes_are_estimated_and_carried_out(tmp_path, monkeypatch):
 
 
 def test_gates_of_dry_runs_are_those_of_its_recipes():
+    from benchmarks import dry_run
+
     named = {f"{what}, {name}" for name in dry_run.RECIPES for what in ("steps", "measuring")}
     assert gates(Foretold.gates).keys() == named
     for values in dry_run.RECIPES.values():
@@ -163,6 +176,8 @@ def test_a_part_is_measured_until_it_is_calm():
 
 
 def test_the_page_has_a_line_for_every_gate():
+    from benchmarks import __main__ as pages
+
     text = pages.PAGE.read_text(encoding="utf-8")
     for name, least in {**gates(), **gates(Foretold.gates)}.items():
         (ratio,) = re.findall(

@@ -4,13 +4,11 @@ import os
 
 os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from suite import DEVICE, batch, bytes_of, draw, net, same, stir
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import finespun as fs
 from finespun.driver import estimate_gradients
@@ -135,6 +133,8 @@ def causal(model, ids):
 
 def test_a_tied_weight_counts_by_the_use_that_was_named():
     """Both uses in one gradient are what an update at one of them cannot follow."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=40,
         hidden_size=16,
@@ -157,6 +157,8 @@ def test_a_tied_weight_counts_by_the_use_that_was_named():
 
 
 def test_transposed_layers_and_parts_of_fused_ones():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     config = GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=1, n_head=2)
     ids = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(1))
     model = language_model(GPT2LMHeadModel, config)
@@ -179,6 +181,8 @@ def test_convolutions():
 
 def nf4(model):
     """The same model with bitsandbytes' 4-bit weights in layers 0 and 2."""
+    import bitsandbytes as bnb
+
     for i in (0, 2):
         plain = model[i]
         model[i] = bnb.nn.Linear4bit(
@@ -210,6 +214,8 @@ def test_recomputed_layers_count_once(reentrant, quantised):
 
 
 def test_a_quantised_weights_gradient_is_that_of_what_it_stands_for():
+    import bitsandbytes as bnb
+
     model, twin = nf4(two_layers()), two_layers()
     for i in (0, 2):
         weight = model[i].weight

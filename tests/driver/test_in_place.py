@@ -10,7 +10,6 @@ from suite import batch, by_definition, bytes_of, draw, net, relative, same, sti
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 import finespun as fs
 from finespun import hosts
@@ -116,6 +115,8 @@ def test_a_merged_weights_original_is_still_read():
 
 
 def test_parts_transposed_layers_and_convolutions_are_switched():
+    from transformers.pytorch_utils import Conv1D
+
     model = nn.ModuleDict(
         {"fused": nn.Linear(16, 48), "turned": Conv1D(20, 16), "conv": nn.Conv2d(4, 8, 3)}
     )

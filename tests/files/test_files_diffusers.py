@@ -1,9 +1,7 @@
 """LoRA files of diffusers, read, and files that hold several parts of a pipeline."""
 
-import peft
 import pytest
 import torch
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusion_files import (
     LAYERS,
     Draw,
@@ -33,6 +31,8 @@ TARGETS = ["to_q", "to_out.0", "proj_in", "conv1", "linear_1", "net.2"]
 
 def injected(model: nn.Module, **options) -> nn.Module:
     """The model with a stirred LoRA of PEFT's, as diffusers trains it."""
+    import peft
+
     model.add_adapter(peft.LoraConfig(target_modules=TARGETS, **options))
     with torch.no_grad():
         draw = Draw()
@@ -57,6 +57,9 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_what_diffusers_saves_of_a_unet(tmp_path, options):
+    import peft
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+
     theirs = injected(unet(), **options)
     theirs.save_lora_adapter(tmp_path / "one")
     StableDiffusionLoraLoaderMixin.save_lora_weights(

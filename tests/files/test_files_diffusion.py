@@ -1,6 +1,5 @@
 """LoRA files of kohya's scripts, read: against ΔW by hand and against diffusers."""
 
-import peft
 import pytest
 import torch
 from diffusion_files import (
@@ -206,6 +205,8 @@ def test_lokr_files(tmp_path, form):
 def test_pefts_own_numbers_of_loha_and_lokr_give_pefts_own_updates(tmp_path, kind, alpha):
     """Where neither of LoKr's factors is low, alpha / r acts in PEFT and not in kohya's files: so
     it is 1 there."""
+    import peft
+
     make = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}[kind]
     config = make(
         r=2, alpha=alpha, target_modules=list(LAYERS), use_effective_conv2d=True,

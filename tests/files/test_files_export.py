@@ -3,7 +3,6 @@
 import copy
 import re
 
-import peft
 import pytest
 import torch
 from peft_folders import PREFIX, bert, config, fresh, gpt2, in_peft, logits, weights
@@ -30,6 +29,8 @@ from finespun.errors import InputError
     ids=["lora", "lsr", "shadow"],
 )
 def test_peft_computes_what_we_do(tmp_path, structure, targets):
+    import peft
+
     model = bert()
     adapter = fresh(model, structure, targets, exact_start=True)
     adapter.scale = 0.7
@@ -116,6 +117,8 @@ def test_padding_with_zeros_changes_nothing(tmp_path):
 
 
 def test_gpt2_and_parts_of_its_fused_projection(tmp_path):
+    import peft
+
     model = gpt2()
     adapter = fresh(model, fs.LoRA(rank=2), ("c_attn:q", "c_attn:v", "mlp.c_proj"))
     wanted = logits(model)

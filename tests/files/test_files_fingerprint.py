@@ -7,7 +7,6 @@ import pytest
 import torch
 from suite import Net, batch, net
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import finespun as fs
 from finespun.errors import BaseMismatch, FileError, StateError
@@ -66,6 +65,8 @@ def test_a_quantised_copy_passes_with_a_note(bits):
 
 
 def test_weights_quantised_by_torchao_pass_with_a_note():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
     model = net()
     quantize_(model, Int8WeightOnlyConfig())
     assert any("as in a quantised copy" in n for n in check_base(fingerprint(net()), model))

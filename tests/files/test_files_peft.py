@@ -3,7 +3,6 @@
 import warnings
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +21,8 @@ from finespun.files.peft.read import PASSED, REFUSED, USED
 # --- written by PEFT, read by us ---------------------------------------------------------------
 def by_peft(folder: Path, model: nn.Module, **options) -> nn.Module:
     """A PEFT model with stirred numbers, saved in `folder`."""
+    import peft
+
     theirs = peft.get_peft_model(model, peft.LoraConfig(**options)).eval()
     stir([p for p in theirs.parameters() if p.requires_grad])
     theirs.save_pretrained(folder)
@@ -105,6 +106,8 @@ def test_a_conv1d_folder_of_pefts(tmp_path):
 
 
 def test_a_second_adapter_lies_in_a_folder_below(tmp_path):
+    import peft
+
     theirs = by_peft(tmp_path / "x", bert(), target_modules=["query"])
     theirs.add_adapter("other", peft.LoraConfig(target_modules=["key"]))
     theirs.save_pretrained(tmp_path / "y", selected_adapters=["other"])
@@ -261,5 +264,7 @@ def test_lenient_reading_passes_over_an_unknown_key(tmp_path):
 
 
 def test_every_key_of_pefts_config_is_known_to_us():
+    import peft
+
     keys = {k for k in peft.LoraConfig().to_dict() if not k.startswith("_")}
     assert keys <= {*USED, *PASSED, *REFUSED}

@@ -4,7 +4,6 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from peft_both import by_peft, loaded, out, shapes, silence
@@ -20,6 +19,8 @@ from finespun.errors import BaseMismatch, FileError, InputError, TargetError
 
 @pytest.mark.parametrize("name", CASES)
 def test_peft_to_us_and_back(tmp_path, name):
+    import peft
+
     theirs = by_peft(tmp_path / "theirs", Kinds().eval(), **CASES[name])
     model = Kinds().eval()
     adapter = loaded(model, tmp_path / "theirs")
@@ -75,6 +76,8 @@ def test_every_minor_version_is_there():
 # --- real models -------------------------------------------------------------------------------
 def both_ways(tmp_path: Path, make, **options) -> fs.Adapter:
     """PEFT to us to PEFT on a transformers model, nothing said by anybody."""
+    import peft
+
     theirs = by_peft(tmp_path / "theirs", make(), **options)
     model = make()
     adapter = loaded(model, tmp_path / "theirs")
@@ -130,6 +133,8 @@ def test_weights_of_the_base_in_the_file_must_be_the_models(tmp_path):
 
 
 def test_resized_tables_that_peft_saves_on_its_own_are_the_adapters_own(tmp_path):
+    import peft
+
     base = llama(tied=False)
     theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])).eval()
     theirs.base_model.model.model.embed_tokens.weight.data += 0.1
@@ -145,6 +150,8 @@ def test_resized_tables_that_peft_saves_on_its_own_are_the_adapters_own(tmp_path
 @pytest.mark.parametrize("name", CASES)
 def test_what_was_read_can_be_trained_on_as_in_peft(tmp_path, name):
     """The gradients of all trained numbers are PEFT's, DoRA's included."""
+    import peft
+
     by_peft(tmp_path / "x", Kinds().eval(), **CASES[name])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -179,6 +186,8 @@ def _names(site: str, key: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["bias", "tokens", "dora", "table"])
 def test_numbers_are_swapped_in_place(tmp_path, name):
+    import peft
+
     by_peft(tmp_path / "a", Kinds().eval(), **CASES[name])
     theirs = peft.PeftModel.from_pretrained(Kinds().eval(), tmp_path / "a").eval()
     stir([p for n, p in theirs.named_parameters() if "lora_" in n or "tokens_delta" in n])
@@ -231,6 +240,8 @@ def test_tables_that_scale_their_rows(tmp_path, name, scale):
     ids=["lsr", "lora", "dora", "tokens", "ia3"],
 )
 def test_our_adapters_in_pefts_own_form(tmp_path, structure, targets):
+    import peft
+
     adapter = fresh(Kinds().eval(), structure, targets)
     wanted = out(adapter.model)
     done = adapter.export(
@@ -247,6 +258,8 @@ def test_our_adapters_in_pefts_own_form(tmp_path, structure, targets):
 
 
 def test_strength_is_written_or_refused(tmp_path):
+    import peft
+
     adapter = fresh(Kinds().eval(), fs.structure("tokens", tokens=(4, 1)), ["embed"])
     adapter.scale = 0.3
     adapter.export(tmp_path / "x", portable=False)

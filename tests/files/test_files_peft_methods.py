@@ -2,11 +2,9 @@
 
 import json
 
-import peft
 import pytest
 import torch
-from peft import get_peft_model
-from peft_folders import gpt2, logits
+from peft_folders import gpt2, later, logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,60 +14,60 @@ from finespun.files.peft.methods import check_options
 from finespun.files.peft.table import KINDS, METHODS
 
 CONFIGS = {
-    "boft": peft.BOFTConfig(boft_block_size=4),
-    "c3a": peft.C3AConfig(block_size=8),
-    "delora": peft.DeloraConfig(r=4),
-    "c3a-deep": peft.C3AConfig(block_size=8, block_size_pattern={"up": 4}),
-    "delora-pattern": peft.DeloraConfig(r=30, rank_pattern={"up": 2}, lambda_pattern={"up": 3}),
-    "fourierft": peft.FourierFTConfig(n_frequency=40, scaling=20.0, random_loc_seed=5),
-    "fourierft-deep": peft.FourierFTConfig(n_frequency=40, n_frequency_pattern={"up": 9}),
-    "gralora": peft.GraloraConfig(r=8, alpha=20, gralora_k=4, hybrid_r=4),
-    "gralora-plain": peft.GraloraConfig(r=8, gralora_k=2),
-    "hira": peft.HiraConfig(r=4),
+    "boft": later("BOFTConfig", boft_block_size=4),
+    "c3a": later("C3AConfig", block_size=8),
+    "delora": later("DeloraConfig", r=4),
+    "c3a-deep": later("C3AConfig", block_size=8, block_size_pattern={"up": 4}),
+    "delora-pattern": later("DeloraConfig", r=30, rank_pattern={"up": 2}, lambda_pattern={"up": 3}),
+    "fourierft": later("FourierFTConfig", n_frequency=40, scaling=20.0, random_loc_seed=5),
+    "fourierft-deep": later("FourierFTConfig", n_frequency=40, n_frequency_pattern={"up": 9}),
+    "gralora": later("GraloraConfig", r=8, alpha=20, gralora_k=4, hybrid_r=4),
+    "gralora-plain": later("GraloraConfig", r=8, gralora_k=2),
+    "hira": later("HiraConfig", r=4),
     # PEFT 0.21 forgets the pattern
-    "hira-large": peft.HiraConfig(r=20, rank_pattern={"up": 2}),
-    "hira-conv": peft.HiraConfig(r=2),
-    "hira-table": peft.HiraConfig(r=2),
-    "boft-cores": peft.BOFTConfig(boft_block_size=2),
-    "ia3-cores": peft.IA3Config(feedforward_modules=["down"]),
-    "ia3": peft.IA3Config(feedforward_modules=["down"]),
-    "loha": peft.LoHaConfig(r=4, alpha=12),
-    "loha-conv": peft.LoHaConfig(r=2, alpha=12),
-    "loha-cores": peft.LoHaConfig(r=2, alpha=12, use_effective_conv2d=True),
-    "loha-large": peft.LoHaConfig(r=40, alpha=12),
-    "loha-pattern": peft.LoHaConfig(
-        r=4, alpha=12, rank_pattern={"up": 50}, alpha_pattern={"d.*": 5}
+    "hira-large": later("HiraConfig", r=20, rank_pattern={"up": 2}),
+    "hira-conv": later("HiraConfig", r=2),
+    "hira-table": later("HiraConfig", r=2),
+    "boft-cores": later("BOFTConfig", boft_block_size=2),
+    "ia3-cores": later("IA3Config", feedforward_modules=["down"]),
+    "ia3": later("IA3Config", feedforward_modules=["down"]),
+    "loha": later("LoHaConfig", r=4, alpha=12),
+    "loha-conv": later("LoHaConfig", r=2, alpha=12),
+    "loha-cores": later("LoHaConfig", r=2, alpha=12, use_effective_conv2d=True),
+    "loha-large": later("LoHaConfig", r=40, alpha=12),
+    "loha-pattern": later(
+        "LoHaConfig", r=4, alpha=12, rank_pattern={"up": 50}, alpha_pattern={"d.*": 5}
     ),
-    "lokr": peft.LoKrConfig(r=4, alpha=12),
-    "lokr-both": peft.LoKrConfig(r=1, alpha=3, decompose_both=True, decompose_factor=4),
-    "lokr-conv": peft.LoKrConfig(r=1, alpha=3),
-    "lokr-cores": peft.LoKrConfig(r=1, alpha=3, use_effective_conv2d=True),
-    "lokr-large": peft.LoKrConfig(r=100, alpha=1200),
-    "lokr-pattern": peft.LoKrConfig(
-        r=30, alpha=12, rank_pattern={"up": 1}, alpha_pattern={"^down": 50}
+    "lokr": later("LoKrConfig", r=4, alpha=12),
+    "lokr-both": later("LoKrConfig", r=1, alpha=3, decompose_both=True, decompose_factor=4),
+    "lokr-conv": later("LoKrConfig", r=1, alpha=3),
+    "lokr-cores": later("LoKrConfig", r=1, alpha=3, use_effective_conv2d=True),
+    "lokr-large": later("LoKrConfig", r=100, alpha=1200),
+    "lokr-pattern": later(
+        "LoKrConfig", r=30, alpha=12, rank_pattern={"up": 1}, alpha_pattern={"^down": 50}
     ),
-    "miss": peft.MissConfig(r=4),
-    "miss-mini": peft.MissConfig(r=4, mini_r=8, init_weights="mini"),
-    "oft": peft.OFTConfig(oft_block_size=4),
-    "oft-count": peft.OFTConfig(r=4, oft_block_size=0),
-    "oft-shared": peft.OFTConfig(oft_block_size=4, block_share=True),
-    "oft-bound": peft.OFTConfig(oft_block_size=8, coft=True, eps=0.5),
-    "oft-bound-shared": peft.OFTConfig(oft_block_size=4, coft=True, eps=0.3, block_share=True),
-    "oft-three": peft.OFTConfig(oft_block_size=8, num_cayley_neumann_terms=3),
-    "oft-exact": peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False),
-    "randlora": peft.RandLoraConfig(r=5, randlora_alpha=9),
-    "shira": peft.ShiraConfig(r=2),
-    "unilora": peft.UniLoraConfig(r=3, theta_d_length=50, save_indices=True),
-    "unilora-drawn": peft.UniLoraConfig(r=3, theta_d_length=50, proj_seed=9),
-    "unilora-few": peft.UniLoraConfig(r=1, theta_d_length=100),
-    "vblora": peft.VBLoRAConfig(r=3, num_vectors=20, vector_length=4, topk=3),
-    "vblora-chosen": peft.VBLoRAConfig(
-        r=3, num_vectors=300, vector_length=4, topk=3, save_only_topk_weights=True
+    "miss": later("MissConfig", r=4),
+    "miss-mini": later("MissConfig", r=4, mini_r=8, init_weights="mini"),
+    "oft": later("OFTConfig", oft_block_size=4),
+    "oft-count": later("OFTConfig", r=4, oft_block_size=0),
+    "oft-shared": later("OFTConfig", oft_block_size=4, block_share=True),
+    "oft-bound": later("OFTConfig", oft_block_size=8, coft=True, eps=0.5),
+    "oft-bound-shared": later("OFTConfig", oft_block_size=4, coft=True, eps=0.3, block_share=True),
+    "oft-three": later("OFTConfig", oft_block_size=8, num_cayley_neumann_terms=3),
+    "oft-exact": later("OFTConfig", oft_block_size=4, use_cayley_neumann=False),
+    "randlora": later("RandLoraConfig", r=5, randlora_alpha=9),
+    "shira": later("ShiraConfig", r=2),
+    "unilora": later("UniLoraConfig", r=3, theta_d_length=50, save_indices=True),
+    "unilora-drawn": later("UniLoraConfig", r=3, theta_d_length=50, proj_seed=9),
+    "unilora-few": later("UniLoraConfig", r=1, theta_d_length=100),
+    "vblora": later("VBLoRAConfig", r=3, num_vectors=20, vector_length=4, topk=3),
+    "vblora-chosen": later(
+        "VBLoRAConfig", r=3, num_vectors=300, vector_length=4, topk=3, save_only_topk_weights=True
     ),
-    "vblora-one": peft.VBLoRAConfig(
-        r=3, num_vectors=20, vector_length=4, topk=1, save_only_topk_weights=True
+    "vblora-one": later(
+        "VBLoRAConfig", r=3, num_vectors=20, vector_length=4, topk=1, save_only_topk_weights=True
     ),
-    "vera": peft.VeraConfig(r=8, projection_prng_key=5),
+    "vera": later("VeraConfig", r=8, projection_prng_key=5),
 }
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
 
@@ -136,6 +134,8 @@ def model_of(name: str) -> nn.Module:
 
 def written(config, folder, model: nn.Module | None = None) -> Tensor:
     """PEFT's stirred adapter in a folder; what its model gives for X."""
+    from peft import get_peft_model
+
     config.target_modules, config.modules_to_save = ["up", "down"], ["head"]
     model = get_peft_model(Net() if model is None else model, config).eval()
     torch.manual_seed(7)
@@ -151,7 +151,7 @@ def written(config, folder, model: nn.Module | None = None) -> Tensor:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_outputs_are_those_of_peft_from_its_own_file(name, tmp_path):
-    theirs = written(CONFIGS[name], tmp_path / "adapter", model_of(name))
+    theirs = written(CONFIGS[name](), tmp_path / "adapter", model_of(name))
     model = model_of(name)
     adapter = fs.load(model, tmp_path / "adapter")
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_outputs_are_those_of_peft_from_its_own_file(name, tmp_path):
 
 
 def test_every_method_that_is_read_is_tested():
-    read = {config.peft_type.value for config in CONFIGS.values()}
+    read = {config.peft_type.value for config in (make() for make in CONFIGS.values())}
     assert read == set(KINDS) - {"LORA", "TRAINABLE_TOKENS"}
 
 
@@ -197,7 +197,7 @@ def changed(folder, tensors=None, **values):
     ],
 )
 def test_an_option_that_is_not_read_is_named(name, values, what, tmp_path):
-    written(CONFIGS[name], tmp_path)
+    written(CONFIGS[name](), tmp_path)
     changed(tmp_path, **values)
     with pytest.raises(FileError, match=what):
         fs.load(Net(), tmp_path)
@@ -205,7 +205,7 @@ def test_an_option_that_is_not_read_is_named(name, values, what, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_lenience_is_offered_for_what_is_unknown_only(tmp_path):
-    theirs = written(CONFIGS["hira"], tmp_path)
+    theirs = written(CONFIGS["hira"](), tmp_path)
     changed(tmp_path, new=5)
     with pytest.raises(StrictError, match="new=5 is unknown") as caught:
         fs.load(Net(), tmp_path)
@@ -222,7 +222,7 @@ def test_lenience_is_offered_for_what_is_unknown_only(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_does_not_fit_is_named(tmp_path):
-    written(CONFIGS["hira"], tmp_path)
+    written(CONFIGS["hira"](), tmp_path)
     changed(tmp_path, tensors=lambda key: key.replace("up.hira_A", "up.hira_C"))
     with pytest.raises(FileError, match=r"up\.hira_C.*unknown.*hira_"):
         fs.load(Net(), tmp_path)
@@ -233,16 +233,18 @@ def test_what_does_not_fit_is_named(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_rotated_patches_and_tables_are_refused(tmp_path):
-    written(CONFIGS["oft"], tmp_path / "conv", Convs())
+    written(CONFIGS["oft"](), tmp_path / "conv", Convs())
     with pytest.raises(FileError, match="is a convolution, whose patches PEFT turns"):
         fs.load(Convs(), tmp_path / "conv")
-    written(CONFIGS["oft"], tmp_path / "table", Table())
+    written(CONFIGS["oft"](), tmp_path / "table", Table())
     with pytest.raises(FileError, match=r"up\.oft_embedding_R\.weight' is unknown"):
         fs.load(Table(), tmp_path / "table")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_projections_that_were_not_saved_are_asked_for(tmp_path):
+    import peft
+
     written(peft.VeraConfig(r=8, save_projection=False), tmp_path)
     with pytest.raises(FileError, match="save_projection=True"):
         fs.load(Net(), tmp_path)
@@ -250,7 +252,7 @@ def test_projections_that_were_not_saved_are_asked_for(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_method_that_is_not_read_is_named(tmp_path):
-    written(CONFIGS["hira"], tmp_path)
+    written(CONFIGS["hira"](), tmp_path)
     changed(tmp_path, peft_type="ADALORA")
     with pytest.raises(FileError, match="'ADALORA', which is not read; read are LORA"):
         fs.load(Net(), tmp_path)
@@ -259,6 +261,9 @@ def test_a_method_that_is_not_read_is_named(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("targets", [["c_attn", "c_fc"], r".*c_(attn|proj)", "all-linear"])
 def test_unilora_takes_its_places_in_the_order_of_the_model(targets, tmp_path):
+    import peft
+    from peft import get_peft_model
+
     config = peft.UniLoraConfig(r=2, theta_d_length=40, target_modules=targets)
     theirs = get_peft_model(gpt2(), config).eval()
     theirs.base_model.unilora_theta_d["default"].data.normal_()
@@ -282,7 +287,7 @@ def test_unilora_takes_its_places_in_the_order_of_the_model(targets, tmp_path):
     ],
 )
 def test_unilora_without_places_that_can_be_drawn_asks_for_them(changes, what, tmp_path):
-    written(CONFIGS["unilora-drawn"], tmp_path)
+    written(CONFIGS["unilora-drawn"](), tmp_path)
     changed(tmp_path, **changes)
     with pytest.raises(FileError, match=what):
         fs.load(Net(), tmp_path)
@@ -291,7 +296,7 @@ def test_unilora_without_places_that_can_be_drawn_asks_for_them(changes, what, t
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["vblora-chosen", "oft-shared", "oft-bound", "miss-mini"])
 def test_what_training_on_would_change_is_told(name, tmp_path):
-    written(CONFIGS[name], tmp_path)
+    written(CONFIGS[name](), tmp_path)
     with pytest.warns(UserWarning, match="train"):
         adapter = fs.load(Net(), tmp_path, trainable=True)
     adapter.model(X).square().sum().backward()
@@ -302,8 +307,8 @@ def test_what_training_on_would_change_is_told(name, tmp_path):
 
 def test_every_option_of_every_method_is_known():
     """So that an option of PEFT 0.21 is either read or refused by name, and never passed over."""
-    for config in CONFIGS.values():
-        options = config.to_dict()
+    for make in CONFIGS.values():
+        options = make().to_dict()
         method = METHODS[options["peft_type"].value]
         told = {k: v for k, v in options.items() if not k.startswith("_") and k != "bias"}
         odd = {k: "?" for k in told if k not in (*method.fixed, "peft_type", "modules_to_save")}

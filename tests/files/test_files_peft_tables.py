@@ -3,15 +3,12 @@
 import json
 from pathlib import Path
 
-import peft
 import pytest
 import torch
-from peft import get_peft_model
-from peft_folders import PREFIX, gpt2, llama, logits, weights
+from peft_folders import PREFIX, gpt2, later, llama, logits, weights
 from safetensors.torch import save_file
 from suite import relative, stir
 from torch import nn
-from transformers import PhiConfig, PhiForCausalLM
 
 import finespun as fs
 from finespun.cli.app import run
@@ -23,27 +20,29 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 HEAD, TABLE = ["lm_head", "q_proj"], ["embed_tokens", "q_proj"]
 KINDS = {
-    "BOFT": (peft.BOFTConfig, {"boft_block_size": 2}),
-    "C3A": (peft.C3AConfig, {"block_size": 2}),
-    "DELORA": (peft.DeloraConfig, {"r": 2}),
-    "FOURIERFT": (peft.FourierFTConfig, {"n_frequency": 40}),
-    "GRALORA": (peft.GraloraConfig, {"r": 4, "gralora_k": 2}),
-    "HIRA": (peft.HiraConfig, {"r": 2}),
-    "IA3": (peft.IA3Config, {"feedforward_modules": ["lm_head"]}),
-    "LOHA": (peft.LoHaConfig, {"r": 2}),
-    "LOKR": (peft.LoKrConfig, {"r": 2}),
-    "MISS": (peft.MissConfig, {"r": 2}),
-    "OFT": (peft.OFTConfig, {"oft_block_size": 4}),
-    "RANDLORA": (peft.RandLoraConfig, {"r": 2}),
-    "SHIRA": (peft.ShiraConfig, {"r": 2}),
-    "UNILORA": (peft.UniLoraConfig, {"r": 2, "theta_d_length": 40}),
-    "VBLORA": (peft.VBLoRAConfig, {"r": 2, "num_vectors": 9, "vector_length": 2, "topk": 2}),
-    "VERA": (peft.VeraConfig, {"r": 2}),
+    "BOFT": ("BOFTConfig", {"boft_block_size": 2}),
+    "C3A": ("C3AConfig", {"block_size": 2}),
+    "DELORA": ("DeloraConfig", {"r": 2}),
+    "FOURIERFT": ("FourierFTConfig", {"n_frequency": 40}),
+    "GRALORA": ("GraloraConfig", {"r": 4, "gralora_k": 2}),
+    "HIRA": ("HiraConfig", {"r": 2}),
+    "IA3": ("IA3Config", {"feedforward_modules": ["lm_head"]}),
+    "LOHA": ("LoHaConfig", {"r": 2}),
+    "LOKR": ("LoKrConfig", {"r": 2}),
+    "MISS": ("MissConfig", {"r": 2}),
+    "OFT": ("OFTConfig", {"oft_block_size": 4}),
+    "RANDLORA": ("RandLoraConfig", {"r": 2}),
+    "SHIRA": ("ShiraConfig", {"r": 2}),
+    "UNILORA": ("UniLoraConfig", {"r": 2, "theta_d_length": 40}),
+    "VBLORA": ("VBLoRAConfig", {"r": 2, "num_vectors": 9, "vector_length": 2, "topk": 2}),
+    "VERA": ("VeraConfig", {"r": 2}),
 }
 
 
 def phi() -> nn.Module:
     """A head with a bias, which is not zero."""
+    from transformers import PhiConfig, PhiForCausalLM
+
     torch.manual_seed(0)
     config = PhiConfig(
         vocab_size=50, hidden_size=24, intermediate_size=36, num_hidden_layers=1,
@@ -56,8 +55,10 @@ def phi() -> nn.Module:
 
 def by_peft(folder: Path, kind: str, base: nn.Module, targets: list[str], **saving) -> nn.Module:
     """PEFT's adapter of a kind, stirred, as its plain `save_pretrained` writes it."""
+    from peft import get_peft_model
+
     config, options = KINDS[kind]
-    theirs = get_peft_model(base, config(target_modules=targets, **options)).eval()
+    theirs = get_peft_model(base, later(config, target_modules=targets, **options)()).eval()
     torch.manual_seed(7)
     with torch.no_grad():
         for number in theirs.parameters():

@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
-import peft
 import pytest
 import torch
-from peft import get_peft_model
-from peft_folders import bert, edit, gpt2, llama, logits, weights
+from peft_folders import bert, edit, gpt2, later, llama, logits, weights
 from suite import relative
 from torch import nn
 
@@ -19,8 +18,10 @@ from finespun.files import tell
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def by_peft(folder: Path, config: peft.PeftConfig, base: nn.Module) -> nn.Module:
+def by_peft(folder: Path, config: Any, base: nn.Module) -> nn.Module:
     """PEFT's adapter, stirred, on a base, in a folder."""
+    from peft import get_peft_model
+
     model = get_peft_model(base, config).eval()
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -39,18 +40,18 @@ def inspected(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
 
 QUERIES = {"target_modules": ["query"]}
 CONFIGS = {
-    "LOHA": peft.LoHaConfig(r=2, alpha=5, **QUERIES),
-    "VERA": peft.VeraConfig(r=4, **QUERIES),
-    "UNILORA": peft.UniLoraConfig(r=2, theta_d_length=30, **QUERIES),
-    "IA3": peft.IA3Config(feedforward_modules=[], modules_to_save=["classifier"], **QUERIES),
-    "ADALORA": peft.AdaLoraConfig(r=2, total_step=9, **QUERIES),
-    "PROMPT_TUNING": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"),
+    "LOHA": later("LoHaConfig", r=2, alpha=5, **QUERIES),
+    "VERA": later("VeraConfig", r=4, **QUERIES),
+    "UNILORA": later("UniLoraConfig", r=2, theta_d_length=30, **QUERIES),
+    "IA3": later("IA3Config", feedforward_modules=[], modules_to_save=["classifier"], **QUERIES),
+    "ADALORA": later("AdaLoraConfig", r=2, total_step=9, **QUERIES),
+    "PROMPT_TUNING": later("PromptTuningConfig", num_virtual_tokens=3, task_type="SEQ_CLS"),
 }
 
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_inspect_tells_what_a_folder_holds_without_its_model(method, tmp_path, capsys):
-    by_peft(tmp_path, CONFIGS[method], bert())
+    by_peft(tmp_path, CONFIGS[method](), bert())
     edit(tmp_path, base_model_name_or_path="some/base")
     found, held = inspected([str(tmp_path)], capsys), weights(tmp_path)
     told = tell(tmp_path)
@@ -83,6 +84,8 @@ def test_inspect_tells_what_a_folder_holds_without_its_model(method, tmp_path, c
 
 
 def test_a_lora_is_not_told_but_read(tmp_path, capsys):
+    import peft
+
     by_peft(tmp_path, peft.LoraConfig(r=2, target_modules=["query"]), bert())
     assert tell(tmp_path) is None
     assert tell(tmp_path / "nowhere") is None
@@ -90,15 +93,19 @@ def test_a_lora_is_not_told_but_read(tmp_path, capsys):
 
 
 BASES = {
-    "loha": (bert, peft.LoHaConfig(r=2, alpha=5, target_modules=["query", "dense"])),
+    "loha": (bert, later("LoHaConfig", r=2, alpha=5, target_modules=["query", "dense"])),
     "unilora": (
         gpt2,
-        peft.UniLoraConfig(
-            r=2, theta_d_length=30, save_indices=True, target_modules=["c_attn", "c_fc"]
+        later(
+            "UniLoraConfig",
+            r=2,
+            theta_d_length=30,
+            save_indices=True,
+            target_modules=["c_attn", "c_fc"],
         ),
     ),
-    "hira": (bert, peft.HiraConfig(r=2, target_modules=["query", "dense"])),
-    "vera": (gpt2, peft.VeraConfig(r=6, target_modules=["c_attn"])),
+    "hira": (bert, later("HiraConfig", r=2, target_modules=["query", "dense"])),
+    "vera": (gpt2, later("VeraConfig", r=6, target_modules=["c_attn"])),
 }
 
 
@@ -106,7 +113,7 @@ BASES = {
 def test_with_its_base_named_it_is_inspected_converted_and_merged(name, tmp_path, capsys):
     make, config = BASES[name]
     make().save_pretrained(tmp_path / "base")
-    theirs = logits(by_peft(tmp_path / "theirs", config, make()))
+    theirs = logits(by_peft(tmp_path / "theirs", config(), make()))
     base, src = ["--model", str(tmp_path / "base")], str(tmp_path / "theirs")
     found = inspected([src, *base], capsys)
     assert all(one["norm"] > 0 for one in found["spectra"])
@@ -123,11 +130,11 @@ def test_with_its_base_named_it_is_inspected_converted_and_merged(name, tmp_path
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["distance"] < 1e-5
 
 
-@pytest.mark.parametrize("kind", [peft.LoHaConfig, peft.LoraConfig])
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoraConfig"])
 def test_layers_are_listed_by_their_numbers(kind, tmp_path, capsys):
     base = llama(layers=11)
     base.save_pretrained(tmp_path / "base")
-    by_peft(tmp_path / "a", kind(r=2, target_modules=["up_proj", "q_proj"]), base)
+    by_peft(tmp_path / "a", later(kind, r=2, target_modules=["up_proj", "q_proj"])(), base)
     wanted = [
         f"model.layers.{i}.{name}"
         for i in range(11)
@@ -166,6 +173,8 @@ def test_places_that_the_model_tells_are_not_guessed_from_files(tmp_path, capsys
 
 
 def test_the_command_line_offers_no_argument_of_python(tmp_path, capsys):
+    import peft
+
     by_peft(tmp_path / "a", peft.LoraConfig(r=2, target_modules=["query"]), bert())
     edit(tmp_path / "a", from_the_future=5)
     assert run(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "lora"]) == 3

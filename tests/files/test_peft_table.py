@@ -5,28 +5,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model, save_as_lora
-from peft.helpers import rescale_adapter_scale
-from peft.tuners.lora import LoraLayer
-from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils.hotswap import hotswap_adapter
 from tiny import built, words
-from transformers import LlamaForCausalLM
 
 import finespun as fs
 from finespun import hosts
 
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
 SIDE_BY_SIDE = PAGE.read_text(encoding="utf-8").partition("\n## Its other methods")[0]
-PEFT = {
-    "LoraConfig": LoraConfig,
-    "PeftModel": PeftModel,
-    "TrainableTokensConfig": TrainableTokensConfig,
-    "get_peft_model": get_peft_model,
-    "hotswap_adapter": hotswap_adapter,
-    "rescale_adapter_scale": rescale_adapter_scale,
-    "save_as_lora": save_as_lora,
-}
+
+
+def names_of_peft():
+    """What a row may use of PEFT."""
+    from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model, save_as_lora
+    from peft.helpers import rescale_adapter_scale
+    from peft.utils.hotswap import hotswap_adapter
+
+    return {
+        "LoraConfig": LoraConfig,
+        "PeftModel": PeftModel,
+        "TrainableTokensConfig": TrainableTokensConfig,
+        "get_peft_model": get_peft_model,
+        "hotswap_adapter": hotswap_adapter,
+        "rescale_adapter_scale": rescale_adapter_scale,
+        "save_as_lora": save_as_lora,
+    }
 
 
 def rows():
@@ -44,6 +46,8 @@ def rows():
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """PEFT adapters "fr" and "de" on disk, in the present folder."""
+    from peft import LoraConfig, get_peft_model
+
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("fr", "de")):
         config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"])
@@ -58,6 +62,8 @@ def folders(tmp_path, monkeypatch):
 
 def scene(side, part):
     """The names that a row may use."""
+    from peft import PeftModel
+
     model, names = built("llama"), {"ids": words(), "torch": torch}
     if side == "ours":
         names |= {"fs": fs}
@@ -66,7 +72,7 @@ def scene(side, part):
                 fs.load(model, name)
             names["adapter"] = fs.Adapter(model, "fr").activate()
     else:
-        names |= PEFT
+        names |= names_of_peft()
         if part == "Using":
             model = PeftModel.from_pretrained(model, "fr", adapter_name="fr")
             model.load_adapter("de", "de")
@@ -83,6 +89,10 @@ def result(names):
 
 def adapted(names):
     """Names of the adapted layers, and how many numbers train."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
     model = names["model"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if isinstance(model, PeftModel):
@@ -94,6 +104,9 @@ def adapted(names):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("part", "theirs", "ours"), rows())
 def test_both_sides_of_a_row_agree(part, theirs, ours, folders, monkeypatch):
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
     base = result({"model": built("llama")})
     found = {}
     for side, code in (("theirs", theirs), ("ours", ours)):

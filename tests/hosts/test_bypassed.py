@@ -5,8 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import cpu_offload, dispatch_model
-from accelerate.hooks import remove_hook_from_submodules
 from suite import CASES, batch, net, relative, stir, stirred, twin
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
@@ -158,6 +156,9 @@ def test_a_forward_put_on_the_object_later_goes_with_the_adapter():
 @every_structure
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_model_that_accelerate_dispatches_is_adapted(structure, moment):
+    from accelerate import dispatch_model
+    from accelerate.hooks import remove_hook_from_submodules
+
     def dispatch(model):
         return dispatch_model(
             model, {"0": "cpu", "1": "cpu", "2": "cpu"}, main_device="cpu", force_hooks=True
@@ -187,6 +188,8 @@ def test_a_model_that_accelerate_dispatches_is_adapted(structure, moment):
 
 @every_structure
 def test_an_offloaded_model_is_adapted_and_cannot_be_merged(structure):
+    from accelerate import cpu_offload
+
     model, plain, x = two_layers(), two_layers(), torch.randn(3, 6)
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert model[0].weight.is_meta

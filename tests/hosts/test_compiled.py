@@ -6,7 +6,6 @@ import pytest
 import torch
 from suite import relative, stir
 from tiny import DECODER, FAMILIES, built, hugging, words
-from torch._dynamo.utils import counters
 
 import finespun as fs
 from finespun.errors import BaseMismatch, InputError, StateError
@@ -35,6 +34,8 @@ def saved(folder, seed, structure=LSR, targets="all-linear"):
 @pytest.fixture
 def compiled():
     """A model and its compiled twin; a break of the graph is an error."""
+    from torch._dynamo.utils import counters
+
     torch._dynamo.reset()
     counters.clear()
     model = llama()
@@ -43,6 +44,8 @@ def compiled():
 
 
 def graphs():
+    from torch._dynamo.utils import counters
+
     return counters["stats"]["unique_graphs"]
 
 

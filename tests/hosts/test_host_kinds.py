@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GPT2Config, GPT2Model
-from transformers.pytorch_utils import Conv1D
 
 import finespun as fs
 from finespun import hosts
@@ -19,6 +17,8 @@ class Kinds(nn.Module):
     """One layer of each kind, in the order in which they can follow each other."""
 
     def __init__(self):
+        from transformers.pytorch_utils import Conv1D
+
         super().__init__()
         self.table = nn.Embedding(30, 12, padding_idx=0)
         self.qkv = nn.Linear(12, 36)
@@ -63,6 +63,8 @@ def stirred(structure, targets, seed=0):
 )
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
 def test_update_equals_its_dense_form(structure, targets):
+    from transformers.pytorch_utils import Conv1D
+
     model, plain, adapter, ids = stirred(structure, targets)
     y = model(ids)
     wanted = copy.deepcopy(plain)
@@ -132,6 +134,9 @@ def test_gradients_are_those_of_the_dense_update(targets):
 
 
 def test_parts_of_gpt2_and_two_adapters_on_one_layer():
+    from transformers import GPT2Config, GPT2Model
+    from transformers.pytorch_utils import Conv1D
+
     torch.manual_seed(0)
     model = GPT2Model(GPT2Config(n_layer=2, n_embd=24, n_head=2, vocab_size=50)).eval()
     ids = torch.randint(0, 50, (2, 5))

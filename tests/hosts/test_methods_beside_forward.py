@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from opacus import PrivacyEngine
 from suite import relative, stir
 from tiny import built, reals, words
 from torch import nn
@@ -85,6 +84,8 @@ def test_features_of_clip_are_adapted_trained_and_routed():
 
 
 def test_a_step_of_the_privacy_engine_clips_each_row():
+    from opacus import PrivacyEngine
+
     model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3)).train()
     adapter = fs.adapt(model, fs.LSR(rank=2, separation_rank=3), ["0", "2"])
     stir(adapter.parameters())

@@ -6,12 +6,10 @@ import os
 
 os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from suite import DEVICE
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 
 import finespun as fs
 from finespun.errors import StateError, TargetError
@@ -26,14 +24,18 @@ def inputs():
     return torch.randn(4, 128, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
-def torchao(config):
+def torchao(config, **options):
+    from torchao import quantization
+
     model = plain()
-    quantize_(model, config)
+    quantization.quantize_(model, getattr(quantization, config)(**options))
     return model
 
 
-def bits(cls, **options):
-    model = plain()
+def bits(name, **options):
+    import bitsandbytes as bnb
+
+    model, cls = plain(), getattr(bnb.nn, name)
     for i in (0, 2):
         old = model[i]
         model[i] = cls(old.in_features, old.out_features, **options)
@@ -42,12 +44,10 @@ def bits(cls, **options):
 
 
 BASES = {
-    "torchao int8": lambda: torchao(Int8WeightOnlyConfig()),
-    "torchao 4-bit": lambda: torchao(IntxWeightOnlyConfig(weight_dtype=torch.int4)),
-    "bitsandbytes nf4": lambda: bits(
-        bnb.nn.Linear4bit, quant_type="nf4", compute_dtype=torch.float32
-    ),
-    "bitsandbytes int8": lambda: bits(bnb.nn.Linear8bitLt, has_fp16_weights=False),
+    "torchao int8": lambda: torchao("Int8WeightOnlyConfig"),
+    "torchao 4-bit": lambda: torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
+    "bitsandbytes nf4": lambda: bits("Linear4bit", quant_type="nf4", compute_dtype=torch.float32),
+    "bitsandbytes int8": lambda: bits("Linear8bitLt", has_fp16_weights=False),
 }
 STRUCTURES = {
     "lora": fs.LoRA(rank=4),
@@ -88,6 +88,8 @@ def test_adapts_merges_to_float_and_comes_back_bit_for_bit(base, structure):
 
 
 def test_a_layer_quantised_after_it_was_adapted_acts_and_is_not_merged():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
     model, x = plain(), inputs()
     adapter = fs.adapt(model, fs.LoRA(rank=4), ["0", "2"])
     with torch.no_grad():

@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-import transformers
 from tiny import DECODER, FAMILIES, SIZE, built, hugging, words
 from torch import nn
 
@@ -202,6 +201,8 @@ def test_numbers_in_front_count_where_there_are_no_others():
     ],
 )
 def test_fused_experts_are_refused_by_name(name, config, options, fused):
+    import transformers
+
     made = getattr(transformers, config)(**{**DECODER, "head_dim": 12, **options})
     model = getattr(transformers, name)(made).eval()
     with pytest.raises(TargetError, match=rf"'model\.layers\.0\.mlp\.experts\.{fused}' is a bare"):

@@ -6,11 +6,9 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
-from accelerate import Accelerator
 from suite import relative
 from tiny import SIZE, built, hugging, words
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import finespun as fs
 from finespun.driver import Driver
@@ -35,6 +33,8 @@ def classifier():
 
 
 def arguments(folder, **more):
+    from transformers import TrainingArguments
+
     return TrainingArguments(
         **{
             "output_dir": str(folder),
@@ -59,6 +59,8 @@ def numbers(adapter):
 
 def trained(folder, clip=None, **more):
     """Numbers after training a tiny Llama by Trainer; with `clip` a Driver watches and clips."""
+    from transformers import Trainer
+
     model = built("llama")
     adapter = fs.adapt(model, LSR, "attention")
     optimizer = torch.optim.SGD(adapter.parameters(), lr=1.0)
@@ -92,6 +94,8 @@ def test_clipping_by_the_driver_is_clipping_by_trainer(tmp_path):
 
 
 def test_a_driver_may_be_made_when_trainer_has_made_the_optimiser(tmp_path):
+    from transformers import Trainer, TrainerCallback
+
     class Watch(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
             inner = getattr(optimizer, "optimizer", optimizer)
@@ -217,6 +221,8 @@ def test_a_model_in_half_precision_keeps_the_trained_numbers_whole(moment):
 
 
 def _work(rank, port, folder):
+    from accelerate import Accelerator
+
     torch.set_num_threads(1)
     os.environ.update(
         MASTER_ADDR="127.0.0.1",

@@ -1,13 +1,12 @@
 """TRL's trainers on an adapted model: supervised and preference tuning, and DPO's reference."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from tiny import built
 from torch import Tensor, nn
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl_words import tokenizer
 
 import finespun as fs
@@ -47,6 +46,9 @@ def losses(trainer) -> list[float]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_sft_trains_the_adapter_and_nothing_else(tmp_path, checkpointing):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
     model = built("llama")
     adapter = fs.adapt(model, fs.LSR(rank=4, separation_rank=3), "all-linear")
     base, before = frozen(model), [p.detach().clone() for p in adapter.parameters()]
@@ -76,7 +78,9 @@ def test_sft_trains_the_adapter_and_nothing_else(tmp_path, checkpointing):
         assert torch.equal(other(ids).logits, model.eval()(ids).logits)
 
 
-def pairs(count: int = 4) -> Dataset:
+def pairs(count: int = 4) -> Any:
+    from datasets import Dataset
+
     return Dataset.from_list(
         [
             {
@@ -89,18 +93,27 @@ def pairs(count: int = 4) -> Dataset:
     )
 
 
-class Watched(DPOTrainer):
-    """Keeps the log-probabilities of the reference beside those of the base for every batch."""
+def watched(**arguments) -> Any:
+    """A DPO trainer that keeps what it was asked for and all its batches."""
+    from trl import DPOTrainer
 
-    plain: nn.Module
+    class Watched(DPOTrainer):
+        """Keeps the log-probabilities of the reference beside those of the base for every batch."""
 
-    def compute_ref_log_probs(self, model, inputs):
-        self.asked = getattr(self, "asked", 0) + 1
-        return super().compute_ref_log_probs(model, inputs)
+        plain: nn.Module
 
-    def _compute_loss(self, model, inputs, return_outputs):
-        self.batches = [*getattr(self, "batches", []), {k: v.clone() for k, v in inputs.items()}]
-        return super()._compute_loss(model, inputs, return_outputs)
+        def compute_ref_log_probs(self, model, inputs):
+            self.asked = getattr(self, "asked", 0) + 1
+            return super().compute_ref_log_probs(model, inputs)
+
+        def _compute_loss(self, model, inputs, return_outputs):
+            self.batches = [
+                *getattr(self, "batches", []),
+                {k: v.clone() for k, v in inputs.items()},
+            ]
+            return super()._compute_loss(model, inputs, return_outputs)
+
+    return Watched(**arguments)
 
 
 def log_probabilities(model: nn.Module, batch) -> Tensor:
@@ -113,7 +126,9 @@ def log_probabilities(model: nn.Module, batch) -> Tensor:
 
 
 def dpo(model, folder, reference=None, **more):
-    return Watched(
+    from trl import DPOConfig
+
+    return watched(
         model=model,
         ref_model=reference,
         args=DPOConfig(**options(folder, learning_rate=0.02, max_length=16, beta=0.5, **more)),
@@ -170,6 +185,9 @@ def test_dpo_with_log_probabilities_taken_before_training(tmp_path):
 
 
 def test_a_head_that_trl_reads_past_is_named_by_the_driver(tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
     model = built("llama")
     adapter = fs.adapt(model, fs.LSR(rank=4, separation_rank=3), ["q_proj", "lm_head"])
     optimizer = torch.optim.AdamW(adapter.parameters(), 1e-3)
@@ -187,6 +205,9 @@ def test_a_head_that_trl_reads_past_is_named_by_the_driver(tmp_path):
 
 @pytest.mark.parametrize("how", ["adapted", "trained whole"])
 def test_a_head_that_trl_reads_past_is_warned_of_without_a_driver(tmp_path, how):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
     model = built("llama")
     if how == "adapted":
         fs.adapt(model, fs.LSR(rank=4, separation_rank=3), ["q_proj", "lm_head"])

@@ -3,7 +3,6 @@
 import warnings
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -211,6 +210,8 @@ def test_too_large_an_error_is_refused_and_nothing_is_written(tmp_path):
 
 # --- PEFT's folders ------------------------------------------------------------------------------
 def by_peft(folder: Path) -> nn.Module:
+    import peft
+
     config = peft.LoraConfig(
         r=5, lora_alpha=7, target_modules=["query", "value"], task_type="SEQ_CLS",
         rank_pattern={"layer.0.attention.self.query": 2},

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from peft_folders import bert, config, fresh, in_peft, logits, weights
 from suite import relative, stir
 from tiny_lm import language_model, tokenizer, write_lm_recipe
@@ -42,6 +41,8 @@ def printed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 # --- merge ---------------------------------------------------------------------------------------
 def test_a_merged_language_model_is_plain_transformers(done, tmp_path, capsys):
+    import transformers
+
     out = printed(["merge", str(done / "lm" / "out"), str(tmp_path / "m"), "--json"], capsys)
     told = json.loads(out)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
@@ -57,6 +58,8 @@ def test_a_merged_language_model_is_plain_transformers(done, tmp_path, capsys):
 
 
 def test_a_trained_head_is_merged_too(tmp_path):
+    import transformers
+
     model = bert()
     model.save_pretrained(tmp_path / "base")
     adapter = fresh(model, fs.structure("dora", rank=2), ("query", "value"))
@@ -71,6 +74,8 @@ def test_a_trained_head_is_merged_too(tmp_path):
 
 
 def test_a_folder_of_pefts_is_merged_by_its_task(tmp_path):
+    import transformers
+
     model = bert()
     model.save_pretrained(tmp_path / "base")
     adapter = fresh(model, fs.LoRA(rank=2), ("query",))
@@ -84,6 +89,7 @@ def test_a_folder_of_pefts_is_merged_by_its_task(tmp_path):
 
 
 def test_of_a_sentence_encoder_the_encoder_is_written_and_its_head_beside_it(done, tmp_path):
+    import transformers
     from safetensors.torch import load_file
 
     told = merge(done / "out", tmp_path / "m")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from peft_folders import bert, fresh, in_peft, logits, weights
 from safetensors.torch import load_file
 from suite import relative, same
@@ -188,6 +187,8 @@ def test_in_python_an_adapter_is_replaced_as_other_files_are(place):
 
 
 def test_nothing_of_an_older_model_stays_in_the_new_one(place):
+    import transformers
+
     Path("out", "1_Pooling").mkdir(parents=True)
     older = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     older += ["classifier.safetensors", "1_Pooling/config.json", "config.json"]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
 from finespun.errors import FileError, InputError
 from finespun.models import zoo
@@ -19,14 +18,14 @@ from finespun.tasks import text
 from finespun.tasks.builtin import load_task
 from finespun.tasks.metrics import accuracy
 
-TINY = BertConfig(
-    vocab_size=40,
-    hidden_size=8,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=16,
-    max_position_embeddings=12,
-)
+TINY = {
+    "vocab_size": 40,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 12,
+}
 PHRASES = ["A man is eating food.", "A man eats something.", "The market fell sharply today."]
 
 
@@ -38,14 +37,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def tiny_folder(folder: Path) -> Path:
-    BertModel(TINY).save_pretrained(folder)
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    BertModel(BertConfig(**TINY)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(find_model("minilm-l6")).save_pretrained(folder)
     return folder
 
 
 def test_the_mean_runs_over_real_tokens_only() -> None:
+    from transformers import BertConfig, BertModel
+
     torch.manual_seed(0)
-    model = MeanPooledClassifier(BertModel(TINY, add_pooling_layer=False), 3).double().eval()
+    model = (
+        MeanPooledClassifier(BertModel(BertConfig(**TINY), add_pooling_layer=False), 3)
+        .double()
+        .eval()
+    )
     ids, mask = torch.tensor([[2, 5, 7, 9]]), torch.tensor([[1, 1, 1, 0]])
     short = model(input_ids=ids[:, :3], attention_mask=mask[:, :3]).logits
     assert torch.allclose(model(input_ids=ids, attention_mask=mask).logits, short, atol=1e-12)
@@ -56,8 +63,10 @@ def test_the_mean_runs_over_real_tokens_only() -> None:
 
 
 def test_the_loss_follows_the_number_of_labels() -> None:
+    from transformers import BertConfig, BertModel
+
     ids = {"input_ids": torch.tensor([[2, 5], [3, 4]]), "attention_mask": torch.ones(2, 2)}
-    encoder = BertModel(TINY, add_pooling_layer=False).eval()
+    encoder = BertModel(BertConfig(**TINY), add_pooling_layer=False).eval()
     many, one = MeanPooledClassifier(encoder, 3), MeanPooledClassifier(encoder, 1)
     out = many(**ids, labels=torch.tensor([0, 2]))
     assert torch.allclose(out.loss, nn.functional.cross_entropy(out.logits, torch.tensor([0, 2])))
@@ -68,6 +77,8 @@ def test_the_loss_follows_the_number_of_labels() -> None:
 
 
 def test_a_plain_folder_gets_the_head_of_its_own_class(tmp_path: Path) -> None:
+    from transformers import BertForSequenceClassification
+
     folder = tiny_folder(tmp_path)
     before = torch.random.get_rng_state()
     first = load_text_model(str(folder), num_labels=5, seed=3)
@@ -82,8 +93,10 @@ def test_a_plain_folder_gets_the_head_of_its_own_class(tmp_path: Path) -> None:
 
 
 def test_a_trained_head_of_the_right_size_is_kept(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
     folder = tiny_folder(tmp_path)
-    BertForSequenceClassification(TINY).save_pretrained(folder)  # two labels
+    BertForSequenceClassification(BertConfig(**TINY)).save_pretrained(folder)  # two labels
     assert load_text_model(str(folder), num_labels=2).fresh == ()
     assert load_text_model(str(folder), num_labels=4).fresh == ("classifier",)
     one = load_text_model(str(folder), "regression", 1)

@@ -5,7 +5,6 @@ import math
 import warnings
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from suite import relative, stir
@@ -279,6 +278,8 @@ def test_packing_trains_the_same_adapter(tmp_path):
 
 
 def test_pefts_reader_gives_equal_logits(done):
+    import peft
+
     trained = Trained.open(done / "out")
     trained.adapter.export(done / "peft")
     with warnings.catch_warnings():

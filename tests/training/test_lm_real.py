@@ -3,10 +3,8 @@
 import json
 from pathlib import Path
 
-import peft
 import pytest
 import torch
-import transformers
 from suite import relative
 
 import finespun as fs
@@ -21,6 +19,9 @@ RECIPE = Path(__file__).parent.parent.parent / "examples" / "smollm2-trec.yaml"
 
 @pytest.mark.slow
 def test_smollm2_learns_what_a_question_asks_for(tmp_path):
+    import peft
+    import transformers
+
     small = ["data.train_rows=160", "data.test_rows=60", "training.threads=1"]
     recipe = Recipe.load(RECIPE, [*small, f"output={tmp_path / 'out'}"])
     result = run(recipe)

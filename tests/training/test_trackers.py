@@ -16,9 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import write_recipe
-from wandb.proto.wandb_internal_pb2 import Record
 
 from finespun.bench import BenchSpec
 from finespun.errors import InputError
@@ -48,7 +46,9 @@ def losses(output: Path) -> list[tuple[int, float]]:
     return [(r["step"], r["loss"]) for r in told if r["event"] == "step"]
 
 
-def drawn(output: Path) -> EventAccumulator:
+def drawn(output: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     return EventAccumulator(str(output / "tensorboard")).Reload()
 
 
@@ -65,6 +65,8 @@ def parts_of(data: bytes) -> Iterator[bytes]:
 
 def history(data: bytes) -> dict[str, Any]:
     """Name -> value of a record that holds a step; nothing for others."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
     record = Record()
     record.ParseFromString(data)
     items = record.history.item

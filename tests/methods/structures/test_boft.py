@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peers import Layers, adapted, moved, outputs_agree, peft, rank, site, update
-from peft import BOFTConfig
 
 import finespun as fs
 from finespun.contract import SiteShape
@@ -49,6 +48,8 @@ def test_m_factors_mix_blocks_of_inputs():
 
 
 def test_the_butterfly_is_pefts():
+    from peft import BOFTConfig
+
     layer = peft(BOFTConfig(boft_block_size=4), (24, 32)).fc0
     for level in range(3):
         theirs = layer.block_butterfly_perm(32, 8 // 2**level, 2, 2)
@@ -57,6 +58,8 @@ def test_the_butterfly_is_pefts():
 
 @pytest.mark.filterwarnings("ignore")
 def test_outputs_are_pefts():
+    from peft import BOFTConfig
+
     layer = peft(BOFTConfig(boft_block_size=4), (24, 32), bias=True).fc0
     ours, delta = adapted(BOFT(block_size=4), layer)
     delta.X.data.copy_(layer.boft_R["default"])
@@ -67,6 +70,8 @@ def test_outputs_are_pefts():
 @pytest.mark.filterwarnings("ignore")
 def test_several_factors_are_kept_without_a_gpu_extension():
     """PEFT 0.21.2 trains one factor, whatever was asked, where its CUDA extension is missing."""
+    from peft import BOFTConfig
+
     layer = peft(BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2), (24, 32)).fc0
     assert layer.boft_R["default"].shape[0] == 1
     (delta,) = moved(BOFT(block_size=4, factors=2), site(24, 32))

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import adapted, moved, outputs_agree, peft, rank, site, update
-from peft import C3AConfig
 
 from finespun.contract import SiteShape
 from finespun.errors import InputError, PlanError
@@ -33,6 +32,8 @@ def test_one_kernel_has_full_rank():
 
 @pytest.mark.parametrize("b", [4, 8])
 def test_outputs_are_pefts(b):
+    from peft import C3AConfig
+
     layer = peft(C3AConfig(block_size=b), (24, 16), bias=True).fc0
     ours, delta = adapted(C3A(block_size=b), layer)
     delta.w.data.copy_(layer.c3a_kernel["default"])

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peers import adapted, built, moved, outputs_agree, peft, rank, site, update
-from peft import DeloraConfig
 
 import finespun as fs
 from finespun.contract import SiteShape
@@ -33,6 +32,8 @@ def test_lengths_do_not_matter_and_the_strength_bounds_the_update():
 
 
 def test_outputs_are_pefts():
+    from peft import DeloraConfig
+
     layer = peft(DeloraConfig(r=4), (24, 16), bias=True).fc0
     ours, delta = adapted(DeLoRA(rank=4), layer)
     delta.A.data.copy_(layer.delora_A["default"])

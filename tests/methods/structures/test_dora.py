@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peers import Layers, adapted, built, moved, outputs_agree, peft, rank, site, update
-from peft import LoraConfig
 
 import finespun as fs
 from finespun.contract import SiteShape
@@ -46,6 +45,8 @@ def test_the_start_is_the_base_bit_for_bit(dtype):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_outputs_are_pefts(bias):
+    from peft import LoraConfig
+
     layer = peft(LoraConfig(r=4, lora_alpha=12, use_dora=True), (24, 16), bias=bias).fc0
     ours, delta = adapted(DoRA(rank=4, alpha=12.0), layer)
     torch.testing.assert_close(delta.m, layer.base_layer.weight.norm(dim=1))

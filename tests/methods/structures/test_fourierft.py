@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import adapted, built, fingerprint, moved, outputs_agree, peft, rank, site, update
-from peft import FourierFTConfig
 
 from finespun.contract import SiteShape
 from finespun.errors import InputError, PlanError
@@ -41,6 +40,8 @@ def test_each_frequency_adds_rank_two():
 
 
 def test_outputs_are_pefts():
+    from peft import FourierFTConfig
+
     config = FourierFTConfig(n_frequency=40, scaling=20.0)
     layer = peft(config, (24, 17), bias=True).fc0
     form = FourierFT(frequencies=40, scaling=20.0)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peers import agrees, built, fit, moved, peft, rank, site, update
-from peft import GraloraConfig
 
 import finespun as fs
 from finespun.contract import SiteShape
@@ -74,6 +73,8 @@ def test_an_outlier_channel_reaches_one_column_of_cells():
 
 @pytest.mark.parametrize("hybrid", [0, 4])
 def test_outputs_are_pefts(hybrid):
+    from peft import GraloraConfig
+
     config = GraloraConfig(r=8, alpha=20, gralora_k=4, hybrid_r=hybrid)
     layer = peft(config, (24, 16)).fc0
     (delta,), _, _ = built(GraLoRA(rank=8, alpha=20.0, k=4, hybrid_rank=hybrid), site(24, 16))

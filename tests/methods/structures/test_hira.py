@@ -2,7 +2,6 @@
 
 import torch
 from peers import adapted, built, moved, outputs_agree, peft, rank, site, update
-from peft import HiraConfig
 
 from finespun.contract import SiteShape, TensorSite
 from finespun.methods.structures import HiRA
@@ -30,6 +29,8 @@ def test_rank_is_at_most_r_times_the_base_s():
 
 
 def test_outputs_are_pefts():
+    from peft import HiraConfig
+
     layer = peft(HiraConfig(r=4), (24, 16), bias=True).fc0
     ours, delta = adapted(HiRA(rank=4), layer)
     delta.A.data.copy_(layer.hira_A["default"])

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peers import Layers, adapted, moved, outputs_agree, peft, site, update
-from peft import IA3Config
 
 import finespun as fs
 from finespun.contract import SiteShape
@@ -12,6 +11,8 @@ from finespun.methods.structures import IA3
 
 @pytest.mark.parametrize("side", ["out", "in"])
 def test_outputs_are_pefts(side):
+    from peft import IA3Config
+
     config = IA3Config(feedforward_modules=["fc0"] if side == "in" else [])
     layer = peft(config, (24, 16), bias=True).fc0
     ours, delta = adapted(IA3(feedforward=("fc0",) if side == "in" else ()), layer)

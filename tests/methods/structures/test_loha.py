@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peers import adapted, moved, outputs_agree, peft, rank, site, update
-from peft import LoHaConfig
 
 from finespun.contract import SiteShape
 from finespun.methods.structures import LoHa
@@ -35,6 +34,8 @@ def test_the_layer_is_linear_in_its_input():
 
 @pytest.mark.parametrize("r", [2, 8])
 def test_outputs_are_pefts(r):
+    from peft import LoHaConfig
+
     layer = peft(LoHaConfig(r=r, alpha=12), (24, 16), bias=True).fc0
     ours, delta = adapted(LoHa(rank=r, alpha=12.0), layer)
     for name, theirs in (("B1", "w1_a"), ("A1", "w1_b"), ("B2", "w2_a"), ("A2", "w2_b")):

@@ -5,8 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import adapted, moved, outputs_agree, peft, rank, site, update
-from peft import LoKrConfig
-from peft.tuners.lokr.layer import factorization
 
 from finespun.contract import SiteShape
 from finespun.errors import InputError
@@ -44,6 +42,8 @@ def test_the_factors_are_exact_and_of_rank_r_times_the_smaller_side(shape):
 @pytest.mark.parametrize("r", [2, 8])
 @pytest.mark.parametrize("factor", [-1, 5])
 def test_outputs_are_pefts(both, r, factor):
+    from peft import LoKrConfig
+
     config = LoKrConfig(r=r, alpha=12, decompose_both=both, decompose_factor=factor)
     layer = peft(config, (48, 30), bias=True).fc0
     ours, delta = adapted(LoKr(rank=r, alpha=12.0, decompose_both=both, factor=factor), layer)
@@ -57,6 +57,8 @@ def test_outputs_are_pefts(both, r, factor):
 @given(st.integers(1, 400), st.sampled_from([-1, 1, 4, 5, 16, 24]))
 @settings(max_examples=60, deadline=None)
 def test_sides_are_split_as_the_library_splits_them(n, factor):
+    from peft.tuners.lokr.layer import factorization
+
     assert divide(n, factor) == factorization(n, factor)
 
 

@@ -6,7 +6,6 @@ import threading
 
 import pytest
 import torch
-import transformers
 from bypasses import BLOCKS, Stack, adapted, around, by_hand
 from peers import largest_tensor
 from torch import nn
@@ -93,6 +92,8 @@ SIZE = {
 
 def decoder():
     """A tiny Llama with one bypass around all its blocks."""
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SIZE, num_key_value_heads=1, pad_token_id=0)
     model = transformers.LlamaForCausalLM(config)

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import adapted, moved, outputs_agree, peft, rank, site, update
-from peft import MissConfig
 
 from finespun.contract import SiteShape
 from finespun.methods.structures import MiSS
@@ -29,6 +28,8 @@ def test_rank_and_factors():
 
 @pytest.mark.parametrize("inner", [16, 18])
 def test_outputs_are_pefts(inner):
+    from peft import MissConfig
+
     layer = peft(MissConfig(r=4), (24, inner), bias=True).fc0
     ours, delta = adapted(MiSS(rank=4), layer)
     delta.D.data.copy_(layer.miss_block["default"])

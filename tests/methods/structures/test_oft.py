@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import Layers, adapted, moved, outputs_agree, peft, rank, site, update
-from peft import OFTConfig
 from torch import nn
 
 import finespun as fs
@@ -66,6 +65,8 @@ def test_the_series_converges_to_the_exact_rotation_not_to_its_transpose():
 
 @pytest.mark.parametrize("series", [True, False])
 def test_outputs_are_pefts(series):
+    from peft import OFTConfig
+
     config = OFTConfig(oft_block_size=4, use_cayley_neumann=series, num_cayley_neumann_terms=5)
     layer = peft(config, (24, 16), bias=True).fc0
     ours, delta = adapted(OFT(block_size=4, neumann=5 if series else 0), layer)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peers import agrees, built, fingerprint, give, moved, peft, rank, site
-from peft import RandLoraConfig
 
 from finespun.contract import SiteShape
 from finespun.methods.structures import RandLoRA
@@ -36,6 +35,8 @@ def test_both_ways_to_multiply_are_one(tokens):
 
 
 def test_outputs_are_pefts_for_layers_of_three_shapes():
+    from peft import RandLoraConfig
+
     shapes = ((24, 16), (12, 30), (20, 20))
     model = peft(RandLoraConfig(r=6, randlora_alpha=9), *shapes)
     form = RandLoRA(rank=6, alpha=9.0)

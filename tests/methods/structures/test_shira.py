@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import Sizes, adapted, built, fingerprint, moved, outputs_agree, peft, rank, site, update
-from peft import ShiraConfig
 
 from finespun.contract import SiteShape
 from finespun.errors import InputError, PlanError, StateError
@@ -211,6 +210,8 @@ def apart(one, two):
 
 
 def test_outputs_are_pefts():
+    from peft import ShiraConfig
+
     layer = peft(ShiraConfig(r=2), (24, 16), bias=True).fc0
     ours, delta = adapted(SHiRA(rank=2, mask="given"), layer)
     rows, columns = layer.shira_indices["default"].long()
@@ -272,6 +273,8 @@ def test_as_a_lora_it_is_the_nearest():
 
 def test_hooks_of_the_layer_are_called():
     """PEFT calls the functional form with another weight, past hooks on the base layer."""
+    from peft import ShiraConfig
+
     layer = peft(ShiraConfig(r=1), (24, 16)).fc0
     ours, _ = adapted(SHiRA(rank=1), layer)
     called = []

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peers import agrees, built, fingerprint, give, moved, peft, rank, site, size_of_file, update
-from peft import UniLoraConfig
 
 import finespun as fs
 from finespun.contract import SiteShape, TensorSite
@@ -103,6 +102,8 @@ def test_as_many_numbers_as_lora_is_lora():
 
 
 def test_outputs_are_pefts():
+    from peft import UniLoraConfig
+
     shapes = ((24, 16), (20, 30))
     model = peft(UniLoraConfig(r=4, theta_d_length=64), *shapes)
     deltas, bank, plan = built(

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peers import agrees, built, moved, peft, rank, site, update
-from peft import VBLoRAConfig
 
 from finespun.contract import SiteShape
 from finespun.errors import InputError, PlanError
@@ -22,6 +21,8 @@ def test_counts_of_the_comparison_table(size, count, operations):
 
 
 def test_outputs_are_pefts():
+    from peft import VBLoRAConfig
+
     config = VBLoRAConfig(r=3, num_vectors=20, vector_length=4, topk=3)
     model = peft(config, (24, 16), (8, 32))
     form = VBLoRA(rank=3, num_vectors=20, vector_length=4, top_k=3)

@@ -2,7 +2,6 @@
 
 import pytest
 from peers import agrees, built, fingerprint, give, moved, peft, rank, site
-from peft import VeraConfig
 
 from finespun.contract import SiteShape
 from finespun.methods.structures import VeRA
@@ -23,6 +22,8 @@ def test_the_rank_is_r():
 
 
 def test_outputs_are_pefts_for_layers_of_two_shapes():
+    from peft import VeraConfig
+
     shapes = ((24, 16), (20, 30))
     model = peft(VeraConfig(r=12, projection_prng_key=5), *shapes)
     deltas, _, _ = built(VeRA(rank=12), *(site(*s, f"fc{i}") for i, s in enumerate(shapes)))
