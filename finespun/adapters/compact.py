@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from finespun.contract.delta import Delta
+from finespun.contract.mixing import CHOICE, carry
 from finespun.contract.structure import Plan, Structure
 from finespun.linalg import LowRank
 from finespun.methods.structures.lora import LoRA, lora_of
@@ -30,7 +31,10 @@ def compact(structure: Structure, plan: Plan, deltas: Mapping[str, Delta]) -> Co
         small = {name: lora_of(delta.site, _alive(delta)) for name, delta in deltas.items()}
         ranks = [choice["rank"] for _, choice in small.values()]
         structure = LoRA(rank=max(ranks), dropout=structure.dropout, seed=structure.seed)
-    choices = {name: choice for name, (_, choice) in small.items()}
+    for name, (delta, _) in small.items():
+        carry(deltas[name], delta)
+    kept = {name: {k: v for k, v in plan.choices[name].items() if k == CHOICE} for name in small}
+    choices = {name: {**choice, **kept[name]} for name, (_, choice) in small.items()}
     shared = {} if structure.kind == "lora" else plan.shared
     sites = tuple(site for site in plan.sites if site.name in small)
     plan = dataclasses.replace(plan, sites=sites, choices=choices, shared=shared)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 from finespun.contract.delta import Bank, Delta
 from finespun.contract.groups import Group
 from finespun.contract.structure import Plan, Structure
+
+if TYPE_CHECKING:
+    from finespun.contract.mixing import Mixing
 
 
 class Need(StrEnum):
@@ -79,6 +82,10 @@ class AdapterView(Protocol):
 
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained, modules and bank included, each once."""
+
+    def mix(self, site: str, mixing: "Mixing") -> None:
+        """Let other adapters at a site be mixed by this one, at inference too: the mixer is trained
+        and saved with it. Raises StateError for a second one."""
 
     def replan(self, plan: Plan) -> None:
         """Make other choices for the same sites; hosts read them at once. Raises PlanError for

@@ -11,6 +11,7 @@ from torch import Size, Tensor, nn
 
 from finespun.adapters.packed import PackedTensors, Slot
 from finespun.contract import Bank, Plan, SiteShape
+from finespun.contract.mixing import mount
 from finespun.errors import BaseMismatch, FileError, TargetError, nearest
 from finespun.files.native import DAMAGED, Saved, check_scale, plan_as_json
 from finespun.files.provenance.fingerprint import check_base
@@ -179,7 +180,7 @@ def _work_out(model: nn.Module, entry: Entry) -> Forms:
                 parts["bank"] = bank.state_dict()
             asked = _bytes(parts.get("bank", {}))
             for name, host in hosts.items():
-                delta = structure.build(host, plan, bank)
+                delta = mount(structure.build(host, plan, bank), plan.choices[name])
                 check_scale(name, delta.scale)
                 parts[f"delta/{name}"] = delta.state_dict()
                 asked += _bytes(parts[f"delta/{name}"])

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from finespun.contract import Delta, Plan, Scores, Structure
+from finespun.contract.mixing import mount
 from finespun.errors import InputError, StateError, TargetError, nearest
 from finespun.hosts import forward_hooks as passes
 from finespun.hosts.adapter_set import AdapterSet, Entry, adapter_set_of, alone
@@ -136,7 +137,8 @@ def materialise(model: nn.Module, entry: Entry) -> None:
             model.add_module(BANKS, Banks())
         children(model, BANKS)[entry.name] = entry.bank
     for name, host in hosts.items():
-        delta = structure.build(host, entry.plan, entry.bank).train(host.layer.training)
+        delta = mount(structure.build(host, entry.plan, entry.bank), entry.plan.choices[name])
+        delta.train(host.layer.training)
         delta.__dict__["owner"] = entry.name
         made = entry.flat is None
         if made and host.kind == "embedding" and "low_rank" not in delta.written:

@@ -23,7 +23,8 @@ class SiteSlots:
 
     `gains` (scalar or (out,)) scale what reaches an adapter's trained parameters; `overlays` add a
     term that is never saved or merged (None: nothing this time); a mixer forms the output from the
-    base's and the active adapters' changes. Copies and pickles of a layer have empty slots.
+    base's and the active adapters' changes. Copies and pickles of a layer have empty slots; a mixer
+    that lives at inference is a module of its delta instead (`contract.mixing`).
     """
 
     def __init__(self) -> None:

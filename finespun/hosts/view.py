@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from finespun.contract import Bank, Delta, Plan, Structure
-from finespun.errors import StateError
+from finespun.contract.mixing import CHOICE, Mixing, mount
+from finespun.errors import InputError, StateError, nearest
 from finespun.hosts.adapter_set import Entry, adapter_set_of
 from finespun.hosts.layers.block import link
 
@@ -54,6 +55,16 @@ class View:
             own += [p for n, p in entry.bank.named_parameters() if not n.startswith("start.")]
         own += [p for module in entry.copies.values() for p in module.parameters()]
         return list({id(p): p for p in own}.values())
+
+    def mix(self, site: str, mixing: Mixing) -> None:
+        """Let other adapters at a site be mixed by this one; the mixer is trained and saved with
+        it. Raises InputError for an unknown site, StateError for a second mixer there."""
+        entry = self.entry
+        if site not in entry.deltas:
+            raise InputError(f"{self.name!r} has no site {site!r}; {nearest(site, entry.deltas)}")
+        plan = entry.plan.choose(site, **{CHOICE: mixing.as_choice()})
+        mount(entry.deltas[site], plan.choices[site])
+        entry.plan = plan
 
     def replan(self, plan: Plan) -> None:
         """Make other choices for the same sites. Raises PlanError for other sites."""

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from finespun.contract import Bank, Delta, SiteShape, Structure
+from finespun.contract.mixing import mount
 from finespun.errors import FileError, InputError, nearest
 from finespun.files import Saved
 from finespun.files.diffusion.names import Layer
@@ -189,7 +190,8 @@ class StoredDeltas(Mapping[str, Delta]):
     def __getitem__(self, name: str) -> Delta:
         site = StoredSite(self.sites[name], self.base)
         with blamed(repr(name)):
-            delta = self.entry.structure.build(site, self.entry.plan, self.bank)
+            plan = self.entry.plan
+            delta = mount(self.entry.structure.build(site, plan, self.bank), plan.choices[name])
             check_scale(name, delta.scale)
         if self.starts & {"bank", f"delta/{name}"}:
             delta.keep_start()

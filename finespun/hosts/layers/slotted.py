@@ -8,6 +8,7 @@ from torch import Tensor
 
 from finespun.contract import Delta
 from finespun.contract.training import Member, Mixer
+from finespun.errors import StateError
 from finespun.hosts.adapter_set import AdapterSet
 from finespun.hosts.slots import SiteSlots
 
@@ -17,6 +18,7 @@ Base = Callable[..., Any]
 class Slotted:
     """The part of a host that reads its slots, at every call and without a cache."""
 
+    name: str
     slots: SiteSlots
     adapter_set: AdapterSet
 
@@ -54,7 +56,13 @@ class Slotted:
         named: Sequence[str] | None = getattr(mixer, "members", None)
         if named is not None:
             found = self.held()
-            active = [(found[n], self.adapter_set[n].scale) for n in named if n in found]
+            for name in named:
+                if name not in found:
+                    raise StateError(
+                        f"the mixer at {self.name!r} mixes {name!r}, which has no modules there: "
+                        f"load it, and activate it once, before {self._owner(active[0][0])!r}"
+                    )
+            active = [(found[n], self.adapter_set[n].scale) for n in named]
         return {self._owner(d): partial(self.change, d, c, base=base) for d, c in active}
 
     def _routed(
