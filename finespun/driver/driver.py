@@ -289,6 +289,12 @@ class Driver:
         return found
 
     def _check_trained(self) -> None:
+        stepper, inner = self.prepared.stepper, getattr(self.optimizer, "optimizer", self.optimizer)
+        if stepper is not None and inner is not self.prepared.made:
+            raise InputError(
+                f"{stepper.kind} is an optimiser of its own: call prepare(model, name, hooks), "
+                "make the optimiser by its optimizer(lr), and pass what prepare returned as hooks="
+            )
         inside = {id(p) for p in self.parameters()}
         missing = [p for p in self.prepared.owned if p.requires_grad and id(p) not in inside]
         if missing:

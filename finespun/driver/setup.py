@@ -58,6 +58,7 @@ class Prepared:
         self.held_out = held_out
         self._steps = steps
         self.stepper = _stepper(values)
+        self.made: Optimizer | None = None
         for hooks in self.hooks:
             if Need.HELD_OUT in hooks.needs and not held_out:
                 raise InputError(f"{type(hooks).__name__} needs held-out batches: pass held_out=")
@@ -102,6 +103,7 @@ class Prepared:
             ]
             for group in param_groups(list(rest.values()), wishes, lr, weight_decay):
                 made.add_param_group(group)
+        self.made = made
         return made
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import finespun as fs
 from finespun.driver import adamw, param_groups
-from finespun.errors import InputError, TrainingError
+from finespun.errors import InputError, StateError, TrainingError
 from finespun.recipes.recipe import Training
 from finespun.tasks.text import Batch, Position
 from finespun.training.loop import Interrupted, Loop, lr_factor, outputs_of, train_mode
@@ -265,6 +265,13 @@ def test_numbers_that_are_not_finite_are_never_saved() -> None:
 def test_a_rate_beyond_reason_ends_in_an_error_not_in_nan() -> None:
     with pytest.raises(TrainingError, match=r"try training\.lr=3e\+37"):
         make(Rows(4, 4), epochs=20, lr=1e38, warmup_share=0).run()
+
+
+def test_a_loop_runs_once() -> None:
+    loop = make(Rows(4, 4), epochs=1)
+    loop.run()
+    with pytest.raises(StateError, match="this loop has run"):
+        loop.run()
 
 
 # --- interrupts ----------------------------------------------------------------------------------
