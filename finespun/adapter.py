@@ -227,7 +227,7 @@ class Adapter:
             delta.train(entry.deltas[name].training)
             for number in delta.trained_parameters():
                 number.requires_grad_(trained)
-            places[name].deltas()[self.name] = delta
+            hosts.insert_delta(places[name], self.name, delta)
         hosts.replace(self.model, entry, structure, plan, small)
         return self
 

@@ -14,7 +14,7 @@ from finespun.hosts.attach import (
 )
 from finespun.hosts.freezing import freeze_others, give_back
 from finespun.hosts.gathering import gathered
-from finespun.hosts.insertion import remove_delta
+from finespun.hosts.insertion import insert_delta, remove_delta
 from finespun.hosts.layers.block import link
 from finespun.hosts.layers.host import Host
 from finespun.hosts.layers.kinds import sites
@@ -44,6 +44,7 @@ __all__ = [
     "gathered",
     "give_back",
     "hosts_of",
+    "insert_delta",
     "link",
     "load_tensors",
     "materialise",

@@ -12,6 +12,7 @@ from finespun.hosts.layers.copies import CopyHost
 from finespun.hosts.layers.host import Host
 from finespun.hosts.layers.layer import OWN, Adapted, adapted_class, plain_class
 from finespun.hosts.layers.slices import SliceHost, SlicesHost
+from finespun.hosts.paths import fixed_columns
 from finespun.hosts.targets import modules
 
 HOOKED = "_old_forward"  # where accelerate's hooks keep the forward that they call
@@ -47,6 +48,7 @@ def all_hosts(model: nn.Module) -> Iterator[Host]:
 def insert_delta(host: Host, adapter: str, delta: Delta) -> None:
     """Put a delta into its layer; the adapted class comes in front with the first one."""
     host_at(host.layer, host.part if isinstance(host, SliceHost) else "")
+    delta.__dict__["columns"] = fixed_columns(type(host), delta)
     if not isinstance(host, SliceHost):
         put_in_front(host.layer, host, "deltas")[adapter] = delta
         return

@@ -12,8 +12,9 @@ from finespun.contract import Delta
 from finespun.errors import InputError, StateError
 from finespun.hosts.adapter_set import AdapterSet, Kept, Patch, adapter_set_of, alone
 from finespun.hosts.attach import hosts_of, materialise
-from finespun.hosts.layers.host import Host, Stored
+from finespun.hosts.layers.host import Host
 from finespun.hosts.layers.slices import SliceHost
+from finespun.hosts.layers.stored import Stored
 from finespun.hosts.layers.tied import TiedDelta
 from finespun.kernels.entries import entries_of, write_entries
 

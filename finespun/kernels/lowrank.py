@@ -53,10 +53,23 @@ def low_rank_linear(
     Dropout keeps one byte a number for the backward pass, where the dropped x is rebuilt; its rate
     is rounded to 1/256 there and the rescaling follows the rounded rate.
     """
-    if plain(x, W, A, B):
-        mask, s = (None, s) if drop == 0.0 else _byte_mask(x, drop, s)
-        return _LowRankLinear.apply(x, W, b, A, B, s, gain, mask)  # type: ignore[no-untyped-call]
-    return low_rank_linear_reference(x, W, b, A, B, s, gain, drop)
+    multiply = low_rank_fused if plain(x, W, A, B) else low_rank_linear_reference
+    return multiply(x, W, b, A, B, s, gain, drop)
+
+
+def low_rank_fused(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    s: float,
+    gain: Tensor | None = None,
+    drop: float = 0.0,
+) -> Tensor:
+    """The same for tensors that are `plain`: three products, one node of the graph."""
+    mask, s = (None, s) if drop == 0.0 else _byte_mask(x, drop, s)
+    return _LowRankLinear.apply(x, W, b, A, B, s, gain, mask)  # type: ignore[no-untyped-call]
 
 
 def low_rank_linear_reference(

@@ -28,7 +28,7 @@ import finespun as fs
 from finespun import hosts
 from finespun.adapters.packed import PackedTensors
 from finespun.errors import InputError, StateError, TargetError
-from finespun.hosts.layers.host import hooked
+from finespun.hosts.paths import watched
 
 
 def trained(adapter):
@@ -66,10 +66,10 @@ def test_every_path_gives_the_definition(case):
     assert relative(model(x), plain(x)) > 1e-3
     with torch.no_grad():
         assert relative(model(x), wanted) <= case.tolerance
-    watched = [d.register_forward_hook(lambda *_: None) for d in adapter.deltas.values()]
-    assert all(hooked(d) for d in adapter.deltas.values())
+    handles = [d.register_forward_hook(lambda *_: None) for d in adapter.deltas.values()]
+    assert all(watched(d) for d in adapter.deltas.values())
     assert relative(model(x), wanted) <= case.tolerance
-    for handle in watched:
+    for handle in handles:
         handle.remove()
     adapter.entry.factor_cache = None
     assert relative(model(x), wanted) <= case.tolerance

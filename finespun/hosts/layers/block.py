@@ -12,8 +12,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from finespun.contract import Delta, Plan, SiteShape
 from finespun.errors import PlanError, StateError, TargetError, nearest
 from finespun.hosts.adapter_set import AdapterSet
-from finespun.hosts.layers.host import Host, Stored
+from finespun.hosts.layers.host import Host, Way
 from finespun.hosts.layers.slotted import Base
+from finespun.hosts.layers.stored import Stored
 
 
 class Span:
@@ -125,14 +126,16 @@ class BlockHost(Host):
         added = super().forward(lambda _: first, hidden)
         return (added, *out[1:]) if isinstance(out, tuple) else added
 
-    def change(self, delta: Delta, strength: float, x: Tensor, base: Base) -> Tensor:
+    def change(
+        self, delta: Delta, strength: float, x: Tensor, base: Base, way: Way | None = None
+    ) -> Tensor:
         """The block's own bypass, unless a span took it away, and the spans that end here."""
         adapter = self._owner(delta)
         for span in self.begins.get(adapter, ()):
             span.keep(x)
         change = torch.zeros_like(x)
         if adapter not in self.away:
-            change = super().change(delta, strength, x, base)
+            change = super().change(delta, strength, x, base, way)
         for span in self.ends.get(adapter, ()):
             change = change + super().change(span.delta, strength, span.recall(x), base)
         return change

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from finespun.contract import SiteShape
 from finespun.errors import TargetError
 from finespun.hosts.adapter_set import AdapterSet
-from finespun.hosts.layers.host import Host, Stored
+from finespun.hosts.layers.host import Host
+from finespun.hosts.layers.stored import Stored
 
 
 class EmbeddingHost(Host):

@@ -2,52 +2,51 @@
 
     y = base(x) + Σ c_i [ drop_i(x) (W_i − W0)ᵀ + (b_i − b0) ],   W_i = map_weight_i(W0)
 
-always from the original W0. The layer knows no method by name: it picks the fused kernel where a
-delta has factors, else `through`, else the dense form; with a hook on the delta, its `forward`.
+always from the original W0. The layer knows no method by name: which of the forms that a delta
+wrote is used, and how, is the table in `hosts/paths.py`.
 """
 
 import copy
-import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finespun.contract import Coupling, Delta, SiteShape
+from finespun.contract import Coupling, Delta
 from finespun.contract.delta import Factors
 from finespun.errors import StateError
-from finespun.hosts.adapter_set import AdapterSet, Kept, Patch, Rows
+from finespun.hosts import paths
+from finespun.hosts.adapter_set import AdapterSet, Rows
+from finespun.hosts.layers.layer import OWN, plain_class
 from finespun.hosts.layers.slotted import Base, Slotted
+from finespun.hosts.layers.stored import StoredLayer
 from finespun.hosts.slots import SiteSlots
-from finespun.kernels.entries import entries_of, write_entries
+from finespun.kernels.lowrank import low_rank_fused, low_rank_linear_reference, plain
 
-Stored = tuple[Tensor, Tensor | None]
-_GLOBAL = nn.modules.module
+Way = tuple[paths.Path, Factors | None]
+LINEAR_FORWARD = nn.Linear.forward
 
 
-class Host(Slotted):
+class Host(StoredLayer, Slotted):
     """Where deltas attach at one module; the object beside the layer that speaks for it.
 
     A host is also the Site that its deltas see. Five verbs hide the kind of layer: `weight()` as
     (out, in), `multiply(x, W)`, `down(x, A)`, `up(h, B)` and `write(W)`. `slots` holds gains,
     overlays and mixers by adapter. `featured` says that the last dimension of x and y holds the
-    features, `writable` that what `read` returns is a view of the stored numbers.
+    features, `fusable` that the layer is an nn.Linear as the fused kernel wants it, `sliced` that
+    the update reaches some of its outputs.
     """
 
     kind: ClassVar[str] = ""
     featured: ClassVar[bool] = True
-    writable: ClassVar[bool] = True
-    layer: Any
+    fusable: ClassVar[bool] = False
+    sliced: ClassVar[bool] = False
     coupling: Coupling | None = None
 
     def __init__(self, layer: nn.Module, name: str, adapter_set: AdapterSet) -> None:
-        self.layer, self.name, self.adapter_set = layer, name, adapter_set
+        super().__init__(layer, name, adapter_set)
         self.ran, self.slots = False, SiteSlots()
-
-    @property
-    def shape(self) -> SiteShape:
-        raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Host":
         """A host goes with its layer: copied with the model, shared by a copy of a delta alone."""
@@ -56,91 +55,6 @@ class Host(Slotted):
         twin = memo[id(self)] = copy.copy(self)
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
         return twin
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layer.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the layer computes."""
-        if self._offloaded():
-            return torch.device(self.layer._hf_hook.execution_device)
-        return self.layer.weight.device
-
-    def _offloaded(self) -> bool:
-        """Whether accelerate has taken the weight away until the layer runs."""
-        return "_hf_hook" in self.layer.__dict__ and self.layer.weight.is_meta
-
-    def stored(self) -> Stored:
-        """The layer's present weight and bias as they lie in memory, to be kept by pointer. Raises
-        StateError where they are offloaded."""
-        if self._offloaded():
-            raise StateError(
-                f"{self.name!r} is offloaded: its weight cannot be read or merged. Use a structure "
-                "with factors, such as lora or lsr, or load the model without offloading"
-            )
-        bias = getattr(self.layer, "bias", None)
-        return self.layer.weight.data, bias.data if isinstance(bias, Tensor) else None
-
-    def restore(self, stored: Stored) -> None:
-        """Put `stored` back, the very tensors."""
-        self.layer.weight.data = stored[0]
-        if stored[1] is not None:
-            self.layer.bias.data = stored[1]
-
-    def read(self, stored: Stored) -> Tensor:
-        """What is stored, as a weight (out, in)."""
-        return stored[0]
-
-    def read_bias(self, stored: Stored) -> Tensor | None:
-        """What is stored, as a bias (out,)."""
-        return stored[1]
-
-    def exchange(self, kept: Kept) -> Kept:
-        """`put_back`; returns what stood there, to be put back in turn."""
-        stored = self.stored()
-        found: Kept = stored
-        if isinstance(kept, Patch):
-            W = self.read(stored)
-            found = Patch(kept.index, entries_of(W, kept.index), kept.values.to(W.dtype))
-        self.put_back(kept)
-        return found
-
-    def put_back(self, kept: Kept) -> None:
-        """Put back what was kept: the very tensors, or single entries of the weight."""
-        if isinstance(kept, Patch):
-            write_entries(self.read(self.stored()), kept.index, kept.values)
-        else:
-            self.restore(kept)
-
-    def let_edit(self) -> None:
-        """From now on the entries that a merge wrote may be changed."""
-        kept = self._kept()
-        if isinstance(kept, Patch) and self.adapter_set.kept is not None:
-            self.adapter_set.kept[self.name] = dataclasses.replace(kept, written=None)
-
-    def _kept(self) -> Kept | None:
-        """What a merge kept of this layer."""
-        if self.adapter_set.merged and self.adapter_set.kept is None:
-            raise StateError(f"{self.name!r} was merged with undo='none': its base weight is gone")
-        return (self.adapter_set.kept or {}).get(self.name)
-
-    def _original(self) -> Stored:
-        """What was stored before any merge, single entries of the weight apart."""
-        kept = self._kept()
-        return self.stored() if kept is None or isinstance(kept, Patch) else kept
-
-    def weight(self) -> Tensor:
-        """W0 (out, in), whatever is merged."""
-        W, kept = self.read(self._original()), self._kept()
-        if isinstance(kept, Patch):
-            write_entries(W := W.clone(), kept.index, kept.values)
-        return W
-
-    def bias(self) -> Tensor | None:
-        """b0 (out,), whatever is merged."""
-        return self.read_bias(self._original())
 
     def multiply(self, x: Tensor, W: Tensor) -> Tensor:
         """x times W (out, in), without the bias."""
@@ -152,10 +66,6 @@ class Host(Slotted):
 
     def up(self, h: Tensor, B: Tensor) -> Tensor:
         """The second half: h (..., r) times B (out, r)."""
-        raise NotImplementedError
-
-    def write(self, W: Tensor, bias: Tensor | None = None) -> None:
-        """Make W (out, in) and, where given, bias (out,) the layer's own."""
         raise NotImplementedError
 
     def spread(self, v: Tensor) -> Tensor:
@@ -205,12 +115,19 @@ class Host(Slotted):
         return y
 
     def _alone(self, base: Base, x: Tensor, delta: Delta, strength: float) -> Tensor:
-        """One active delta: the cheapest way to the whole output."""
-        simple = strength == 1.0 and not self._drops(delta) and not hooked(delta)
-        if simple and self._around(delta) and not hooked(delta):
+        """One update, nothing beside it: it may make the whole output."""
+        way = path, pair = self.way(delta, strength, x, alone=True)
+        if path == "around":
             return delta.through(x, base)
+        if path in ("fused", "operators"):
+            multiply = low_rank_fused if path == "fused" else low_rank_linear_reference
+            weight, bias, (A, B) = self.layer.weight, self.layer.bias, pair  # type: ignore[misc]
+            s, drop = delta.scale * strength, self._dropout(delta) if delta.training else 0.0
+            y = multiply(x, weight, bias, A, B, s, self._gain(delta), drop)
+            moved = self._bias_change(delta)
+            return y if moved is None else y + (moved * strength).to(y.dtype)
         y = base(x)
-        return y + self.change(delta, strength, x, base).to(y.dtype)
+        return y + self.change(delta, strength, x, base, way).to(y.dtype)
 
     def _by_rows(self, base: Base, x: Tensor, rows: Rows) -> Tensor:
         """Another adapter, or none, for each row or packed position of x."""
@@ -234,50 +151,77 @@ class Host(Slotted):
             raise StateError(f"{self.name!r}, a {self.kind}, cannot tell packed positions apart")
         return x.reshape(-1, x.shape[-1])
 
-    def change(self, delta: Delta, strength: float, x: Tensor, base: Base) -> Tensor:
+    def way(self, delta: Delta, strength: float, x: Tensor, alone: bool = False) -> Way:
+        """The path that the table gives for this update now, and its factors where they are needed.
+        Columns that no row asks for, given the others, are not read."""
+        fixed, now = delta.__dict__["columns"], paths.ALONE if alone else 0
+        if self._gain(delta) is not None:
+            now |= paths.GAIN
+        if paths.watched(delta):
+            return paths.choose(fixed, now | paths.WATCHED), None
+        pair: Factors | None = None
+        formed = False
+        if fixed & paths.FACTORS:
+            pair = self._formed(delta)
+            formed = pair is not None
+        own_way = paths.PRODUCT | paths.FEATURES
+        if fixed & own_way == own_way and not now & paths.GAIN:
+            count = x.numel() // max(x.shape[-1], 1)
+            now |= paths.CHEAPER if delta.direct(count, formed) else 0
+        if fixed & paths.THROUGH:
+            now |= self._around(delta, strength)
+        if fixed & paths.FACTORS and not now & paths.CHEAPER:
+            A, B = pair = delta.factors() if pair is None else pair  # type: ignore[misc]
+            if fixed & paths.LINEAR and alone and self._plain():
+                now |= paths.PLAIN
+                now |= paths.ORDINARY if plain(x, self.layer.weight, A, B) else 0
+        return paths.choose(fixed, now), pair
+
+    def _around(self, delta: Delta, strength: float) -> int:
+        """The columns that decide whether `through` may be used."""
+        now = paths.UNIT if strength == 1.0 else 0
+        if self._drops(delta):
+            now |= paths.DROPS
+        if delta.origin is not None:
+            now |= paths.START
+        return now | paths.MERGED if self.adapter_set.merged else now
+
+    def _plain(self) -> bool:
+        """Whether the layer computes as nn.Linear does."""
+        own = plain_class(self.layer).forward is LINEAR_FORWARD
+        return own and OWN not in self.layer.__dict__
+
+    def change(
+        self, delta: Delta, strength: float, x: Tensor, base: Base, way: Way | None = None
+    ) -> Tensor:
         """c [ drop(x) ΔWᵀ + (b − b0) ] for one delta, in the precision of its numbers."""
+        path, pair = way or self.way(delta, strength, x)
         if self._drops(delta) and x.is_floating_point():
             x = F.dropout(x, self._dropout(delta), training=True)
-        moved = self._bias_change(delta)
-        if hooked(delta):
-            change = self._watched(delta, x)
-        elif "low_rank" in delta.written:
-            change = self._low_rank(delta, x, self._formed(delta))
-        elif self._around(delta):
+        if path == "through":
             return (delta.through(x, base) - base(x)) * strength
-        elif self._direct(delta, x):
-            change = delta.forward(x)
+        if path == "refused":
+            self._refuse()
+        moved = self._bias_change(delta)
+        if path == "factors":
+            change = self._low_rank(delta, x, *pair)  # type: ignore[misc]
+        elif path == "dense":
+            change = self._dense(delta, x)
         else:
-            change = self._gained(delta, x, delta.dense(delta.base_weight()))
+            change = delta(x) if path == "forward" else delta.forward(x)
         return (change if moved is None else change + self.spread(moved)) * strength
 
-    def _around(self, delta: Delta) -> bool:
-        """Whether `through` may be used: features last, the whole update, the original's base."""
-        whole = self._gain(delta) is None and delta.origin is None and not self.adapter_set.merged
-        return "through" in delta.written and self.featured and whole
-
-    def _direct(self, delta: Delta, x: Tensor, formed: Factors | None = None) -> bool:
-        """Whether the delta's own `forward` beats multiplying by what would have to be formed."""
-        rows = x.numel() // max(x.shape[-1], 1)
-        return (
-            self.featured and self._gain(delta) is None and delta.direct(rows, formed is not None)
-        )
-
-    def _watched(self, delta: Delta, x: Tensor) -> Tensor:
-        """The delta called as a module, so that hooks on it see x and ΔW x."""
+    def _refuse(self) -> NoReturn:
+        """Raise StateError: hooks sit on an update that cannot be called as a module."""
         if not self.featured:
             raise StateError(f"hooks on {self.name!r}, a {self.kind}, would see no features")
-        if self._gain(delta) is not None:
-            raise StateError(f"a gain at {self.name!r} needs an update without hooks; remove them")
-        change: Tensor = delta(x)
-        return change
+        raise StateError(f"a gain at {self.name!r} needs an update without hooks; remove them")
 
     def _formed(self, delta: Delta) -> Factors | None:
         factor_cache = self.adapter_set.entries[self._owner(delta)].factor_cache
         return None if factor_cache is None else factor_cache.factors(delta)
 
-    def _low_rank(self, delta: Delta, x: Tensor, formed: Factors | None) -> Tensor:
-        A, B = delta.factors() if formed is None else formed  # type: ignore[misc]
+    def _low_rank(self, delta: Delta, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         gain = self._gain(delta)
         if gain is None:
             return self.up(self.down(x, A), B) * delta.scale
@@ -285,10 +229,10 @@ class Host(Slotted):
         own = self.up(self.down(x.detach(), A), B) * self.spread(gain)
         return (value + (own - own.detach())) * delta.scale
 
-    def _gained(self, delta: Delta, x: Tensor, W: Tensor) -> Tensor:
+    def _dense(self, delta: Delta, x: Tensor) -> Tensor:
+        W, gain = delta.dense(delta.base_weight()), self._gain(delta)
         if x.is_floating_point():
             x = x.to(W.dtype)
-        gain = self._gain(delta)
         if gain is None:
             return self.multiply(x, W)
         own = self.multiply(x.detach(), W) * self.spread(gain)
@@ -307,17 +251,3 @@ class Host(Slotted):
 
     def _drops(self, delta: Delta) -> bool:
         return delta.training and self._dropout(delta) > 0.0
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether anybody watches this module's forward or backward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _GLOBAL._global_forward_hooks
-        or _GLOBAL._global_forward_pre_hooks
-        or _GLOBAL._global_backward_hooks
-        or _GLOBAL._global_backward_pre_hooks
-    )

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from finespun.contract import SiteShape
 from finespun.errors import StateError, TargetError
-from finespun.hosts.layers.host import Host, Stored
 from finespun.hosts.layers.linear import LinearHost
 from finespun.hosts.layers.slotted import Base
+from finespun.hosts.layers.stored import Stored
 
 QKV = ("q", "k", "v")
 
@@ -33,7 +33,11 @@ def span(part: str, width: int) -> tuple[int, int]:
 
 
 class SliceHost(LinearHost):
-    """Outputs start..end of a linear layer; its deltas lie in the layer under the part's name."""
+    """Outputs start..end of a linear layer; its deltas lie in the layer under the part's name.
+    Its base was computed for the whole layer, for the x that it was given."""
+
+    fusable: ClassVar[bool] = False
+    sliced: ClassVar[bool] = True
 
     def __init__(self, whole: LinearHost, part: str) -> None:
         super().__init__(whole.layer, f"{whole.name}:{part}", whole.adapter_set)
@@ -74,12 +78,6 @@ class SliceHost(LinearHost):
 
     def held(self) -> dict[str, Any]:
         return self.deltas().__dict__["_modules"]
-
-    def _around(self, delta: Any) -> bool:
-        return False  # the base was computed for the whole layer, for the x that it was given
-
-    def _alone(self, base: Base, x: Tensor, delta: Any, strength: float) -> Tensor:
-        return Host._alone(self, base, x, delta, strength)
 
 
 class SlicesHost:

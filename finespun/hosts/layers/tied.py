@@ -19,6 +19,8 @@ class TiedDelta(Delta):
         self.__dict__["source"] = source
         self.__dict__["adapter"] = adapter
         self.scale = self._delta().scale
+        form = "low_rank" if "low_rank" in self._delta().written else "delta"
+        self.__dict__["written"] = frozenset({form})
 
     def _delta(self) -> Delta:
         source: Host = self.__dict__["source"]
