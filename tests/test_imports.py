@@ -57,3 +57,47 @@ def test_the_core_loads_few_modules_and_none_of_the_extras():
     added = modules_after("from finespun import *") - modules_after("import torch")
     assert len([name for name in added if not name.startswith("finespun")]) <= 20, sorted(added)
     assert not [name for name in added if name.split(".")[0] in HEAVY]
+
+
+# --- the tests themselves ------------------------------------------------------------------------
+LATE = {
+    "accelerate", "bitsandbytes", "datasets", "diffusers", "gguf", "matplotlib", "onnx", "opacus",
+    "peft", "ray", "scipy", "sentence_transformers", "sklearn", "tensorboard", "tokenizers",
+    "torchao", "transformers", "trl", "wandb",
+}  # fmt: skip
+TESTS = Path(__file__).parent
+
+
+def imported_at_once(tree):
+    """Names of the modules that are imported when a file is."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from imported_at_once(node)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("import peft.tuners as t", {"peft.tuners"}),
+        ("try:\n from peft import x\nexcept ImportError: pass", {"peft"}),
+        ("class A:\n import trl", {"trl"}),
+        ("def f():\n import trl", set()),
+    ],
+)
+def test_what_is_imported_at_once_is_seen(text, wanted):
+    assert set(imported_at_once(ast.parse(text))) == wanted
+
+
+def test_no_module_of_tests_imports_what_takes_seconds():
+    """Each is imported in the functions that need it, so that tests are collected in seconds."""
+    found = {
+        f"{path.relative_to(TESTS)}: {name}"
+        for path in TESTS.rglob("*.py")
+        for name in imported_at_once(ast.parse(path.read_text(encoding="utf-8")))
+        if name.split(".")[0] in LATE or name.startswith(("torch.distributed", "torch._dynamo"))
+    }
+    assert not {name for name in found if not name.startswith("goldens/")}

@@ -29,7 +29,7 @@ TINY = {
 PHRASES = ["A man is eating food.", "A man eats something.", "The market fell sharply today."]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FINESPUN_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -189,10 +189,10 @@ def test_a_file_that_is_no_bert_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_converted_model_computes_what_the_onnx_graph_computes() -> None:
+def test_the_converted_model_computes_what_the_onnx_graph_computes(real_model: Any) -> None:
     reference = pytest.importorskip("onnx.reference")
     graph = reference.ReferenceEvaluator(str(zoo._package_file("minilm-l3")))
-    loaded = load_text_model("minilm-l3")
+    loaded = real_model("minilm-l3")
     batch = loaded.tokenizer(PHRASES, padding=True, return_tensors="pt")
     feed = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
@@ -202,8 +202,8 @@ def test_the_converted_model_computes_what_the_onnx_graph_computes() -> None:
 
 
 @pytest.mark.parametrize("name", ["minilm-l6", "minilm-l3"])
-def test_paraphrases_are_near_and_other_sentences_far(name: str) -> None:
-    loaded = load_text_model(name)
+def test_paraphrases_are_near_and_other_sentences_far(name: str, real_model: Any) -> None:
+    loaded = real_model(name)
     batch = loaded.tokenizer(PHRASES, padding=True, return_tensors="pt")
     mask = batch["attention_mask"][..., None]
     with torch.no_grad():
@@ -252,9 +252,9 @@ def test_a_damaged_weight_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "least"), [("minilm-l6", 0.78), ("minilm-l3", 0.69)])
-def test_frozen_features_carry_the_task(name: str, least: float) -> None:
+def test_frozen_features_carry_the_task(name: str, least: float, real_model: Any) -> None:
     """A ridge classifier on frozen sentence vectors: what an adapter has to beat."""
-    loaded = load_text_model(name)
+    loaded = real_model(name)
     vectors, labels = [], []
     for rows in load_task("trec"):
         tokens = text.tokenize(loaded.tokenizer, rows, 64)
@@ -272,3 +272,11 @@ def test_frozen_features_carry_the_task(name: str, least: float) -> None:
     wished = nn.functional.one_hot(labels[0]).double()
     weight = torch.linalg.solve(train.T @ train + torch.eye(385), train.T @ wished)
     assert accuracy((test @ weight).argmax(1), labels[1]) > least
+
+
+def test_a_shared_model_is_given_out_again_and_a_copy_shares_nothing(real_model: Any) -> None:
+    shared, own = real_model("minilm-l3"), real_model("minilm-l3", own=True)
+    assert real_model("minilm-l3") is shared
+    for mine, theirs in zip(own.model.parameters(), shared.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.data_ptr() != theirs.data_ptr()
