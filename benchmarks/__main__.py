@@ -18,6 +18,7 @@ PARTS = {
     "merging": "Merging",
     "switching": "Switching a SHiRA adapter",
     "structures": "A training step of each structure",
+    "paths": "One layer beside its bare products",
     "dry_run": "What a dry run foretells",
 }
 HEAD = """\

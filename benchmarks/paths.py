@@ -16,6 +16,7 @@ import finespun as fs
 from benchmarks.measure import Line, Work, report, timed
 from benchmarks.models import same
 from finespun.kernels.lowrank import low_rank_linear
+from finespun.methods.structures import STRUCTURES
 
 Call = Callable[[], Tensor]
 SHAPES = ((64, 8, 4), (256, 64, 8), (768, 256, 16))
@@ -113,7 +114,7 @@ def others(width: int, rows: int, rank: int) -> list[Line]:
     arms, lora = {}, layer_of(width, rank)
     arms["LoRA"] = step(partial(lora[0].layer, x), goal, [*lora[1], x])
     for name, kind in OTHERS.items():
-        made, numbers = layer_of(width, rank, fs.make(kind, rank=rank))
+        made, numbers = layer_of(width, rank, STRUCTURES[kind](rank=rank))  # type: ignore[call-arg]
         arms[name] = step(partial(made.layer, x), goal, [*numbers, x])
     found = timed(arms)
     shape = f"width {width}, {rows} rows"

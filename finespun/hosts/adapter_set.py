@@ -18,6 +18,7 @@ from finespun.adapters.packed import PackedTensors
 from finespun.contract import Bank, Delta, Plan, Structure
 from finespun.errors import InputError, StateError, nearest
 from finespun.hosts.factor_cache import FactorCache
+from finespun.hosts.stack import Blocks
 
 Weights = tuple[tuple[str, float], ...]
 LOCK = Lock()
@@ -127,6 +128,7 @@ class AdapterSet:
         self.entries: dict[str, Entry] = {}
         self.active: Weights = ()
         self.rows: Rows | None = None
+        self.blocks = Blocks()
         self.merged: dict[str, float] = {}
         self.kept: dict[str, Kept] | None = None
         self.gathered: str | None = None

@@ -25,6 +25,7 @@ from finespun.hosts.layers.copies import CopyHost
 from finespun.hosts.layers.host import Host
 from finespun.hosts.layers.kinds import sites
 from finespun.hosts.layers.tied import TIE, TiedDelta, ties
+from finespun.hosts.states import check
 from finespun.hosts.targets import modules, unread
 
 BANKS = "finespun_banks"
@@ -56,10 +57,8 @@ def new_entry(
 ) -> Entry:
     """Plan, build and attach a new adapter; on any error the model is left as it was."""
     adapter_set = model.__dict__.get("_finespun_adapters")
-    if isinstance(adapter_set, AdapterSet) and adapter_set.merged:
-        raise StateError(
-            f"{', '.join(adapter_set.merged)} is merged into the weights; unmerge it first"
-        )
+    if isinstance(adapter_set, AdapterSet):
+        check(adapter_set, "adapt")
     if scores is not None and structure.wants_scores is None:
         raise InputError(f"{structure.kind} with these options chooses nothing by scores")
     found = list(sites(model, targets, structure).values())
@@ -95,6 +94,7 @@ def register(model: nn.Module, entry: Entry) -> None:
             model.register_forward_hook(passes.leave, always_call=True),
         )
     adapter_set = adapter_set_of(model)
+    check(adapter_set, "register")
     adapter_set.check_in_place()
     if entry.name in adapter_set.entries:
         raise InputError(
@@ -251,10 +251,7 @@ def remove(model: nn.Module, name: str) -> None:
     model itself."""
     adapter_set = adapter_set_of(model)
     entry = adapter_set[name]
-    if name in adapter_set.merged:
-        raise StateError(f"{name!r} is merged; unmerge it before detaching")
-    if adapter_set.rows is not None and name in adapter_set.rows.names:
-        raise StateError(f"{name!r} serves rows; leave rows() before detaching it")
+    check(adapter_set, "detach", name)
     adapter_set.active = tuple((n, w) for n, w in adapter_set.active if n != name)
     take_out(model, entry)
     del adapter_set.entries[name]

@@ -16,6 +16,8 @@ from finespun.hosts.layers.host import Host
 from finespun.hosts.layers.slices import SliceHost
 from finespun.hosts.layers.stored import Stored
 from finespun.hosts.layers.tied import TiedDelta
+from finespun.hosts.stack import inside
+from finespun.hosts.states import check
 from finespun.kernels.entries import entries_of, write_entries
 
 Undo = Literal["memory", "entries", "none"]
@@ -35,10 +37,7 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
     adapter_set.check_in_place()
     if undo not in ("memory", "entries", "none"):
         raise InputError(f"undo={undo!r} is not known; try 'memory', 'entries' or 'none'")
-    if adapter_set.merged:
-        raise StateError(f"{', '.join(adapter_set.merged)} is merged already; unmerge first")
-    if adapter_set.rows is not None:
-        raise StateError("rows have adapters of their own here: leave rows() before merging")
+    check(adapter_set, "merge")
     for name in weights:
         materialise(model, adapter_set[name])
     hosts = {n: h for n, h in hosts_of(model).items() if any(w in h.held() for w in weights)}
@@ -80,13 +79,8 @@ def unmerge(model: nn.Module) -> None:
     an edit of other entries stays.
     """
     adapter_set = adapter_set_of(model)
-    if not adapter_set.merged:
-        raise StateError("nothing is merged")
-    if adapter_set.kept is None:
-        raise StateError(
-            "merged with undo='none': the base weights were not kept; reload the model"
-        )
-    _take_out(hosts_of(model), adapter_set.kept)
+    check(adapter_set, "unmerge")
+    _take_out(hosts_of(model), adapter_set.kept or {})
     adapter_set.merged, adapter_set.kept = {}, None
 
 
@@ -99,19 +93,18 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def _base_alone(model: nn.Module, adapter_set: AdapterSet) -> Iterator[None]:
+    check(adapter_set, "disabled")
     before = adapter_set.active, adapter_set.rows, adapter_set.merged, adapter_set.kept
     hosts = hosts_of(model)
-    merged: dict[str, Kept] = {}
-    if adapter_set.merged:
-        if adapter_set.kept is None:
-            raise StateError("merged with undo='none': the base cannot be shown; reload the model")
-        merged = _take_out(hosts, adapter_set.kept)
+    merged = _take_out(hosts, adapter_set.kept) if adapter_set.kept is not None else {}
     adapter_set.active, adapter_set.rows, adapter_set.merged, adapter_set.kept = (), None, {}, None
-    try:
-        yield
-    finally:
+
+    def end() -> None:
         _put_back(hosts, merged)
         adapter_set.active, adapter_set.rows, adapter_set.merged, adapter_set.kept = before
+
+    with inside(adapter_set.blocks, "disabled", end):
+        yield
 
 
 def _put_back(hosts: dict[str, Host], kept: dict[str, Kept]) -> None:

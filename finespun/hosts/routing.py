@@ -8,10 +8,12 @@ from typing import Any
 from torch import nn
 
 from finespun.adapters.packed import PackedTensors
-from finespun.errors import InputError, StateError
+from finespun.errors import InputError
 from finespun.hosts.adapter_set import AdapterSet, Rows, adapter_set_of, alone
 from finespun.hosts.attach import materialise, take_out, tensors_of
 from finespun.hosts.forward_hooks import batch
+from finespun.hosts.stack import inside
+from finespun.hosts.states import check
 
 
 @alone
@@ -19,6 +21,7 @@ def activate(model: nn.Module, wanted: str | Sequence[str] | Mapping[str, float]
     """Make these adapters act, with weights where a mapping is given; None is the base alone.
     Raises StateError while another thread runs the model."""
     adapter_set = adapter_set_of(model)
+    check(adapter_set, "activate")
     weights = adapter_set.weights(wanted)
     for name, _ in weights:
         materialise(model, adapter_set[name])
@@ -30,8 +33,7 @@ def evict(model: nn.Module, name: str) -> None:
     """Keep only the flat tensor of an inactive adapter; its modules are made anew when needed."""
     adapter_set = adapter_set_of(model)
     entry = adapter_set[name]
-    if adapter_set.used(name):
-        raise StateError(f"{name!r} is active; activate another adapter before evicting it")
+    check(adapter_set, "evict", name)
     if entry.live:
         entry.flat = PackedTensors.pack(tensors_of(entry))
         take_out(model, entry)
@@ -52,10 +54,7 @@ def rows(
     number of rows or positions raises StateError, and so does a layer that cannot tell them apart.
     """
     adapter_set = adapter_set_of(model)
-    if adapter_set.merged:
-        raise StateError(
-            f"{', '.join(adapter_set.merged)} is merged into the weights; unmerge it first"
-        )
+    check(adapter_set, "rows")
     if isinstance(names, str) or not all(n is None or isinstance(n, str) for n in names):
         raise InputError(f"rows takes a list with a name, or None, for each row, not {names!r}")
     if lengths is not None and (len(lengths) != len(names) or min(lengths, default=1) < 0):
@@ -66,11 +65,13 @@ def rows(
         materialise(model, adapter_set[name])
     with adapter_set.guard(), _generating(model, adapter_set):
         before = adapter_set.rows
-        adapter_set.rows = Rows(tuple(names), None if lengths is None else tuple(lengths), repeat)
-        try:
-            yield
-        finally:
+
+        def end() -> None:
             adapter_set.rows = before
+
+        adapter_set.rows = Rows(tuple(names), None if lengths is None else tuple(lengths), repeat)
+        with inside(adapter_set.blocks, "rows", end):
+            yield
 
 
 @contextmanager

@@ -1,0 +1,40 @@
+"""The `rows` and `disabled` blocks that a model is inside of: a stack.
+
+A block that is left before one inside it ends when that one does.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+Kind = Literal["rows", "disabled"]
+
+
+class Block:
+    """One `rows` or `disabled` block that the model is inside of, and how it is ended."""
+
+    def __init__(self, kind: Kind, end: Callable[[], None]) -> None:
+        self.kind, self.end, self.left = kind, end, False
+
+
+class Blocks(list[Block]):
+    """The blocks, innermost last. Copies and pickles of a model are inside of none."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Blocks":
+        return Blocks()
+
+    def __reduce__(self) -> tuple[type["Blocks"], tuple[()]]:
+        return Blocks, ()
+
+
+@contextmanager
+def inside(blocks: Blocks, kind: Kind, end: Callable[[], None]) -> Iterator[None]:
+    """A block of the stack; `end` puts back what stood before it, once those inside are left."""
+    block = Block(kind, end)
+    blocks.append(block)
+    try:
+        yield
+    finally:
+        block.left = True
+        while blocks and blocks[-1].left:
+            blocks.pop().end()
