@@ -30,7 +30,7 @@ def encoder(rows: int, structure: dict[str, Any], task: str = "trec", **training
     """A recipe for MiniLM of three layers."""
     return {
         "model": "minilm-l3",
-        "data": {"task": task, "train_rows": rows, "test_rows": 200},
+        "data": {"builtin": task, "train_rows": rows, "test_rows": 200},
         "structure": structure,
         "targets": ["query", "value"],
         "training": {"epochs": 1, "batch_size": 32, "max_length": 64, **training},
@@ -42,7 +42,7 @@ def language(pack: bool) -> Any:
     return {
         "model": "smollm2-135m",
         "data": {
-            "task": "trec",
+            "builtin": "trec",
             "train_rows": 20,
             "test_rows": 16,
             "prompt": "Question: {text}\nAnswer type:",

@@ -23,7 +23,7 @@ settings.load_profile("finespun")
 
 
 def converted() -> str:
-    """The folder of converted models: shared by all workers, another one when converting changes."""
+    """The folder of converted models, shared by all workers; another when converting changes."""
     root = Path(__file__).parents[1]
     code = [path.read_bytes() for path in sorted((root / "finespun/models").glob("*.py"))]
     made = hashlib.sha256(b"".join(code)).hexdigest()[:12]
@@ -88,10 +88,10 @@ def real_model(real_models: dict[str, tuple[Any, int]]) -> Iterator[Callable[...
     asked: set[str] = set()
 
     def give(name: str, own: bool = False) -> Any:
-        from finespun.models.zoo import load_text_model
+        from finespun.models import load_classifier
 
         if name not in real_models:
-            loaded = load_text_model(name)
+            loaded = load_classifier(name)
             real_models[name] = loaded, bits(loaded.model)
         asked.add(name)
         loaded, _ = real_models[name]

@@ -247,7 +247,7 @@ def use_run(folder: Path, draw: random.Random) -> None:
         warnings.simplefilter("ignore")
         trained = Trained.open(folder)
         for item in trained.predict(["the cat sleeps today"]):
-            assert item.label is None or item.label in (trained.classes or ())
+            assert item.label is None or item.label in (trained.task.known or ())
 
 
 BASE_SITE = SiteShape("blocks.0.up", 40, 24)

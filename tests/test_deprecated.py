@@ -28,7 +28,7 @@ def test_a_key_is_read_under_its_old_name_with_a_warning(section, old, new):
 
 
 def test_a_recipe_of_0_1_is_that_of_today():
-    text = "model: minilm-l3\ndata: {task: trec}\n"
+    text = "model: minilm-l3\ndata: {builtin: trec}\n"
     with pytest.warns(DeprecationWarning, match="since 0.2") as told:
         old = Recipe.parse(text + "train: [pooler]\ntraining: {rate: 0.5}\n")
     assert len(told) == 2
@@ -40,7 +40,7 @@ def test_a_recipe_of_0_1_is_that_of_today():
 
 def test_an_old_override_is_read():
     with pytest.warns(DeprecationWarning, match="'rate' is called 'lr'"):
-        recipe = Recipe.parse("model: minilm-l3\ndata: {task: trec}\n", ["training.rate=0.25"])
+        recipe = Recipe.parse("model: minilm-l3\ndata: {builtin: trec}\n", ["training.rate=0.25"])
     assert recipe.lr == 0.25
 
 

@@ -211,7 +211,7 @@ def test_an_estimate_waits_for_a_gpu(tmp_path, monkeypatch):
 def test_a_real_run_holds_the_memory_that_was_estimated(tmp_path):
     """By torch's own count on the device; a GPU's has what matrix products reserve in it, so the
     bound is wider than that of test_estimate.py."""
-    text = "model: minilm-l3\ndata: {task: trec, train_rows: 64}\ntargets: [query, value]\n"
+    text = "model: minilm-l3\ndata: {builtin: trec, train_rows: 64}\ntargets: [query, value]\n"
     training = f"training: {{batch_size: 32, max_length: 64, epochs: 1, device: {DEVICE}}}"
     recipe = Recipe.parse(text + training)
     found = estimate(recipe)

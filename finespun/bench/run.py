@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,8 +22,8 @@ from finespun.contract import Structure, Unmeasured
 from finespun.errors import InputError, nearest
 from finespun.recipes.recipe import Recipe
 from finespun.storage.atomic import write_file
+from finespun.tasks.task import Task
 
-METRICS = {"classification": ("accuracy", "macro_f1"), "regression": ("pearson", "spearman")}
 TABLE, SHEET, PICTURE = "table.md", "table.csv", "picture"
 Teller = Callable[[str], None]
 
@@ -84,23 +85,26 @@ class Bench:
                 if (lr := choices[one.name].lr) is not None:
                     found[one.name].append(self.outcome(one.trial(lr, seed, epochs)))
         rows = [self.row(one, choices[one.name], found[one.name]) for one in contenders]
-        _, test = self.workbench.data(self.spec.recipe.data)
+        test = self.workbench.data(self.spec.recipe).test
         return Summary(tuple(rows), metric, self.spec.seeds, len(test), self.command)
 
     @cached_property
-    def metric(self) -> str:
-        """What decides: the spec's metric, else accuracy for classes and pearson for numbers.
+    def task(self) -> Task[Any, Any]:
+        """What all members learn."""
+        return self.workbench.task(self.spec.recipe)
 
-        Raises InputError for one that these labels do not have, or that falls where a fit is good.
+    @cached_property
+    def metric(self) -> str:
+        """What decides: the spec's metric, else the task's best.
+
+        Raises InputError for one that the task does not have, or that falls where a fit is good.
         """
-        train, _ = self.workbench.data(self.spec.recipe.data)
-        known = METRICS[train.task]
-        if self.spec.metric not in (None, *known):
+        if self.spec.metric not in (None, *self.task.metrics):
             raise InputError(
-                f"metric {self.spec.metric!r} is none for {train.task}; "
-                f"{nearest(str(self.spec.metric), known)}"
+                f"metric {self.spec.metric!r} is none for the task {self.task.kind!r}; "
+                f"{nearest(str(self.spec.metric), self.task.metrics)}"
             )
-        return self.spec.metric or known[0]
+        return self.spec.metric or self.task.best
 
     def contenders(self) -> list[Contender]:
         """Every member at every size. Raises InputError where a size or a name cannot be had."""
@@ -180,7 +184,7 @@ class Bench:
         def measure(lr: float, epochs: int) -> Score | None:
             outcome = self.outcome(one.trial(lr, search.seed, epochs, search.rows))
             score = outcome.score(self.metric)
-            return None if score is None else (score, -outcome.metrics["loss"])
+            return None if score is None else (score, -outcome.metrics[self.task.falls])
 
         return choose_lr(one.lrs, self.spec.rungs, search.keep, self.spec.extend, measure)
 

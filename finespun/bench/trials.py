@@ -50,9 +50,13 @@ class Trial:
 
 def hash_of(record: Record) -> str:
     """The key of a recorded trial. Its recipe is read anew, so that options which did not exist
-    when it ran count with their defaults. Raises InputError where it cannot be read any more."""
+    when it ran count with their defaults, but a head that had no learning rate of its own with the
+    updates'. Raises InputError where it cannot be read any more."""
+    values = {**record["recipe"]}
+    training = {**values.get("training", {})}
+    training.setdefault("head_lr", training.get("lr", training.get("rate")))
     try:
-        recipe = Recipe.model_validate(record["recipe"])
+        recipe = Recipe.model_validate({**values, "training": training})
     except ValidationError as error:
         raise InputError(explain(error, Recipe, {}, "recipe")) from error
     whole = yaml.safe_load(recipe.dump())

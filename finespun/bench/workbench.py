@@ -1,22 +1,21 @@
 """Runs trials one after the other in this process; model, data and tokens are loaded once."""
 
+import json
 import time
+from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import nn
 
 from finespun import hosts
 from finespun.adapter import Adapter
 from finespun.bench.trials import Outcome, Trial
 from finespun.contract import Site, Structure
 from finespun.errors import TrainingError
-from finespun.models.zoo import TextModel, load_text_model
-from finespun.recipes.recipe import Data, Recipe
-from finespun.tasks.metrics import evaluate
-from finespun.tasks.tables import Examples, split
-from finespun.tasks.text import Tokens, tokenize
-from finespun.training.run import Job, attach, choose_device, load_data, surroundings
+from finespun.models import Loaded
+from finespun.recipes.recipe import Recipe
+from finespun.tasks.task import Encoded, Split, Task
+from finespun.training.run import Job, attach, choose_device, limits_of, surroundings
 
 
 class Workbench:
@@ -27,31 +26,33 @@ class Workbench:
     """
 
     def __init__(self) -> None:
-        self._data: dict[Data, tuple[Examples, Examples]] = {}
-        self._tokens: dict[tuple[Data, str, int, tuple[float, int] | None], list[Tokens]] = {}
-        self._model: tuple[tuple[object, ...], TextModel] | None = None
+        self._data: dict[str, tuple[Task[Any, Any], Split[Any]]] = {}
+        self._encoded: dict[object, tuple[Encoded, Encoded]] = {}
+        self._model: tuple[tuple[object, ...], Loaded] | None = None
 
     def run(self, trial: Trial) -> Outcome:
         """Train and measure one trial; a TrainingError becomes a diverged outcome."""
-        recipe = trial.recipe
-        text = self.model(recipe)
-        train, test = self.tokens(trial, text)
-        with surroundings(recipe):
-            adapter = attach(recipe, text, train)
+        with surroundings(trial.recipe):
+            job = self.job(trial)
             try:
-                return self._train(Job(recipe, text, adapter, train, test, None))
+                return self._train(job)
             finally:
-                adapter.detach()
+                job.adapter.detach()
 
     def check(self, recipe: Recipe) -> None:
         """Raise InputError where the recipe's allocation cannot begin."""
-        text = self.model(recipe)
-        train, test = self.tokens(Trial("", recipe), text)
-        adapter = attach(recipe, text, train)
+        job = self.job(Trial("", recipe))
         try:
-            Job(recipe, text, adapter, train, test, None).check()
+            job.check()
         finally:
-            adapter.detach()
+            job.adapter.detach()
+
+    def job(self, trial: Trial) -> Job:
+        """The trial's model, adapted, and its rows."""
+        recipe, text = trial.recipe, self.model(trial.recipe)
+        train, test = self.encoded(trial, text)
+        task = self.task(recipe)
+        return Job(recipe, task, text, attach(recipe, task, text, train), train, test)
 
     def _train(self, job: Job) -> Outcome:
         loop = job.loop()
@@ -60,9 +61,7 @@ class Workbench:
         try:
             loop.run()
             job.settle()
-            outputs = job.predictions()
-            metrics = evaluate(outputs, job.test.labels)
-            metrics["loss"] = loss(outputs, job.test.labels)
+            metrics = job.measure()
         except TrainingError as failure:
             error = str(failure)
         return Outcome(
@@ -76,37 +75,46 @@ class Workbench:
             error=error,
         )
 
-    def model(self, recipe: Recipe) -> TextModel:
+    def model(self, recipe: Recipe) -> Loaded:
         """The recipe's model with its fresh head; the last trial's, where that is the same."""
-        train, _ = self.data(recipe.data)
-        device = choose_device(recipe.training.device)
-        key = (recipe.model, train.task, train.num_labels, recipe.training.seed, device)
+        task, device = self.task(recipe), choose_device(recipe.training.device)
+        seed = recipe.training.seed
+        key = (recipe.model, json.dumps(task.record(), sort_keys=True), seed, device)
         if self._model is None or self._model[0] != key:
             self._model = None
-            found = load_text_model(
-                recipe.model, train.task, train.num_labels, seed=recipe.training.seed
-            )
+            found = task.load(recipe.model, seed)
             found.model.to(device)
             self._model = (key, found)
         return self._model[1]
 
-    def data(self, data: Data) -> tuple[Examples, Examples]:
-        """Rows to train on and rows held out."""
-        if data not in self._data:
-            found = load_data(data)
-            self._data[data] = (found.train, found.test)
-        return self._data[data]
+    def task(self, recipe: Recipe) -> Task[Any, Any]:
+        """What is learned, settled by the rows to train on."""
+        return self._read(recipe)[0]
 
-    def tokens(self, trial: Trial, text: TextModel) -> list[Tokens]:
-        """Tokens of the rows to train on and of those to measure on."""
-        recipe, length = trial.recipe, trial.recipe.training.max_length
-        key = (recipe.data, recipe.model, length, trial.held)
-        if key not in self._tokens:
-            train, test = self.data(recipe.data)
+    def data(self, recipe: Recipe) -> Split[Any]:
+        """Rows to train on and rows held out."""
+        return self._read(recipe)[1]
+
+    def _read(self, recipe: Recipe) -> tuple[Task[Any, Any], Split[Any]]:
+        key = recipe.data.model_dump_json()
+        if key not in self._data:
+            task = recipe.data.choose()
+            rows = task.read(recipe.data.source)
+            self._data[key] = (task.settled(rows.train), rows)
+        return self._data[key]
+
+    def encoded(self, trial: Trial, text: Loaded) -> tuple[Encoded, Encoded]:
+        """The rows to train on and those to measure on, as the model takes them."""
+        recipe, limits = trial.recipe, limits_of(trial.recipe.training)
+        key = (recipe.data.model_dump_json(), recipe.model, limits, trial.held)
+        if key not in self._encoded:
+            task, rows = self._read(recipe)
+            parts = (rows.train, rows.test)
             if trial.held is not None:
-                train, test = split(train, *trial.held)
-            self._tokens[key] = [tokenize(text.tokenizer, part, length) for part in (train, test)]
-        return self._tokens[key]
+                parts = task.held_out(rows.train, *trial.held)
+            train, test = (task.encode(text, part, limits) for part in parts)
+            self._encoded[key] = (train, test)
+        return self._encoded[key]
 
     def sites(self, recipe: Recipe, structure: Structure) -> list[Site]:
         """The layers that the recipe's targets mean, nothing attached."""
@@ -118,13 +126,6 @@ class Workbench:
             if not any(name == t or name.startswith(t + ".") for t in trained)
         ]
         return list(hosts.sites(text.model, names, structure).values())
-
-
-def loss(outputs: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean cross-entropy of logits (rows, classes), or mean squared error of values (rows, 1)."""
-    if outputs.shape[-1] == 1:
-        return float(nn.functional.mse_loss(outputs.squeeze(-1), labels))
-    return float(nn.functional.cross_entropy(outputs, labels))
 
 
 def file_size(adapter: Adapter) -> int:

@@ -71,8 +71,8 @@ class Structure(Method):
     """Hyper-parameters of one way to write ΔW; subclass it beside a Delta.
 
     `site_kind` is "linear", or "block" for a bypass; `default_lr` is AdamW's learning rate where a
-    recipe gives none. `dropout` acts on the input of the update while training; `seed` fixes every
-    random draw.
+    recipe gives none, `start_lrs` that of starts that have their own. `dropout` acts on the input
+    of the update while training; `seed` fixes every random draw.
     """
 
     dropout: float = 0.0
@@ -80,12 +80,18 @@ class Structure(Method):
 
     site_kind: ClassVar[str] = "linear"
     default_lr: ClassVar[float] = 1e-3
+    start_lrs: ClassVar[Mapping[str, float]] = {}
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"dropout={self.dropout} must lie in [0, 1); try 0.05")
         if self.seed < 0:
             raise InputError(f"seed={self.seed} must not be negative; try {-self.seed}")
+
+    @property
+    def usual_lr(self) -> float:
+        """The default learning rate of this start: its own in `start_lrs`, else `default_lr`."""
+        return self.start_lrs.get(getattr(self, "start", ""), self.default_lr)
 
     @property
     def starts_at_zero(self) -> bool:

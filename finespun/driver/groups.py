@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 from finespun.contract import ParamGroup
 from finespun.errors import InputError
 
+MOST_DECAYING_LR = 1e-2
+
 
 def param_groups(
     parameters: Sequence[nn.Parameter],
@@ -21,7 +23,9 @@ def param_groups(
 
     A parameter that wishes name has lr · the product of their factors, kept as "lr_factor" in the
     group for schedules, and decays only where all of them say so; one whose factor is 0 is frozen
-    and left out. Raises InputError when there is nothing to train.
+    and left out. A matrix loses at most the share `MOST_DECAYING_LR` · weight_decay of itself in a
+    step: AdamW takes lr · weight_decay, which at the large learning rates of some structures (1 for
+    C3A) would undo what they learn. Raises InputError when there is nothing to train.
     """
     factor: dict[int, float] = {}
     decays: dict[int, bool] = {}
@@ -44,7 +48,11 @@ def param_groups(
     if not found:
         raise InputError("nothing to train: there are no parameters, and no module is trained")
     return [
-        {"params": found[at], "weight_decay": weight_decay if at[1] else 0.0, **_rate(at[0], lr)}
+        {
+            "params": found[at],
+            "weight_decay": weight_decay * min(1.0, MOST_DECAYING_LR / (lr * at[0])) * at[1],
+            **_rate(at[0], lr),
+        }
         for at in sorted(found, key=lambda at: (at[0] != 1.0, at[0], not at[1]))
     ]
 

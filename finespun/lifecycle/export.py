@@ -16,13 +16,9 @@ from finespun.files.overwrite import HEAD, INDEX, SHARDS
 from finespun.hosts import tensors_of
 from finespun.hosts.targets import OWN
 from finespun.lifecycle.stored import StoredWeights, source_name
-from finespun.models.zoo import (
-    POOLING_FILE,
-    MeanPooledClassifier,
-    find_model,
-    load_text_model,
-    quiet,
-)
+from finespun.models.classifier import MeanPooledClassifier, load_classifier
+from finespun.models.quiet import quiet
+from finespun.models.zoo import POOLING_FILE, find_model
 from finespun.storage.atomic import located, whole_folder
 from finespun.training.inference import Trained, origin
 
@@ -158,8 +154,7 @@ def base_of(source: str, saved: Saved, folder: Path) -> nn.Module:
     labels = _labels(saved)
     architecture = "" if saved.base is None else saved.base.architecture
     if architecture == MeanPooledClassifier.__name__:
-        task = "regression" if labels == 1 else "classification"
-        return load_text_model(source, task, labels or 2).model  # type: ignore[arg-type]
+        return load_classifier(source, labels or 2).model
     if not architecture:
         told = source_name(folder)[1]
         config = transformers.AutoConfig.from_pretrained(source)

@@ -4,7 +4,6 @@ Every key can be overridden as `section.key=value`, with the value in YAML. An u
 impossible value is an InputError that names the key, the line, the value and what would work.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
@@ -26,7 +25,9 @@ from finespun.contract.method import Method
 from finespun.errors import InputError, nearest
 from finespun.methods.allocation import ALLOCATIONS
 from finespun.methods.structures import LSR, STRUCTURES
-from finespun.recipes.yaml import Document, Quoting, Section
+from finespun.recipes.data import Data
+from finespun.recipes.training import HEAD_LR, Training
+from finespun.recipes.yaml import Document, Quoting
 
 M = TypeVar("M", bound=Method)
 
@@ -89,79 +90,6 @@ AnyAllocation = Annotated[
 ]
 
 
-TABLE = frozenset(("file", "test_file", "text", "pair", "label", "labels", "test_share"))
-OPTIONAL = ("train_rows", "test_rows", "prompt", "answers", "chat")
-
-
-class Data(Section):
-    """What to learn from: a built-in task, or a table of one's own. Paths start where you are."""
-
-    task: str | None = Field(None, description="a built-in task, for example trec")
-    file: str | None = Field(None, description="a .csv, .tsv, .jsonl or .parquet file")
-    test_file: str | None = Field(None, description="rows held out; else test_share of file")
-    text: str = Field("text", description="the column with the text")
-    pair: str | None = Field(None, description="the column with a second text, for pairs")
-    label: str = Field("label", description="the column with the label")
-    labels: Literal["classes", "numbers"] | None = Field(
-        None, description="what labels are; null decides by their type"
-    )
-    test_share: float = Field(0.2, gt=0, lt=1, description="the share of rows held out")
-    seed: int = Field(0, ge=0, description="chooses which rows are held out")
-    train_rows: int | None = Field(None, ge=1, description="the first so many rows to train on")
-    test_rows: int | None = Field(None, ge=1, description="the first so many rows held out")
-    prompt: str | None = Field(
-        None, description="text around {text}: a language model continues it with the label"
-    )
-    answers: dict[str, str] | None = Field(
-        None, description="with prompt: the words that stand for each label; null: the label"
-    )
-    chat: bool = Field(False, description="with prompt: put it in the model's chat template")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.task is None) == (self.file is None):
-            raise InputError("needs either a task or a file")
-        named = [n for n in sorted(self.model_fields_set & TABLE) if getattr(self, n) is not None]
-        if self.task is not None and named:
-            raise InputError(f"the built-in task {self.task!r} takes no {named[0]!r}")
-        return self
-
-    @model_validator(mode="after")
-    def _template(self) -> Self:
-        if self.prompt is None:
-            if self.answers is not None or self.chat:
-                raise InputError("answers and chat belong to a prompt, and there is none")
-            return self
-        wanted = {"text"} if self.pair is None else {"text", "pair"}
-        found = set(re.findall(r"\{(\w*)\}", self.prompt))
-        if found != wanted:
-            marks = " and ".join(f"{{{name}}}" for name in sorted(wanted, reverse=True))
-            raise InputError(f"the prompt {self.prompt!r} must hold {marks} and no other braces")
-        return self
-
-
-class Training(Section):
-    """How to learn: AdamW, its learning rate over time, batches, and what is repeated exactly."""
-
-    epochs: int = Field(3, ge=1)
-    batch_size: int = Field(32, ge=1)
-    accumulate: int = Field(1, ge=1, description="batches to a step")
-    pack: bool = Field(False, description="with a prompt: a batch as one row, without padding")
-    lr: float | None = Field(None, gt=0, description="null: the structure's own, 1e-3 for most")
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_share: float = Field(
-        0.06, ge=0, lt=1, description="the share of steps in which lr rises"
-    )
-    weight_decay: float = Field(0.01, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="0: gradients are not clipped")
-    max_length: int = Field(128, ge=1, description="tokens of a row; the rest is cut")
-    seed: int = Field(0, ge=0, description="the head's start, the order of rows, dropout")
-    threads: int | None = Field(None, ge=1, description="null: as many as torch takes")
-    device: str | None = Field(None, description="cpu, cuda, ...; null: a GPU where there is one")
-    eval_batch_size: int = Field(64, ge=1)
-    checkpoint_every: int | None = Field(None, ge=1, description="steps; null: every epoch")
-
-
 class Recipe(Document):
     """A run, whole: the same recipe gives the same adapter on the same machine and threads."""
 
@@ -184,8 +112,8 @@ class Recipe(Document):
     )
 
     @model_validator(mode="after")
-    def _packs_prompts(self) -> Self:
-        if self.training.pack and self.data.prompt is None:
+    def _packs(self) -> Self:
+        if self.training.pack and not self.data.packs:
             raise InputError("training.pack is for language models: it needs data.prompt")
         return self
 
@@ -194,7 +122,15 @@ class Recipe(Document):
         """The learning rate: the recipe's, else the default of its structure."""
         if self.training.lr is not None:
             return self.training.lr
-        return self.structure.default_lr
+        return self.structure.usual_lr
+
+    @property
+    def head_lr(self) -> float:
+        """The learning rate of modules trained whole: the recipe's, else that of an untrained head,
+        or the updates' own where the recipe names modules."""
+        if self.training.head_lr is not None:
+            return self.training.head_lr
+        return HEAD_LR if self.train_modules is None else self.lr
 
     def changed(self, overrides: Sequence[str]) -> Self:
         """The same recipe with `section.key=value` overrides. Raises InputError."""
@@ -204,12 +140,8 @@ class Recipe(Document):
     def dump(self) -> str:
         """YAML with defaults written out; `parse(dump()).dump()` is the same text."""
         values = self.model_dump(mode="json")
-        values["training"]["lr"] = self.lr
-        for key in ("task",) if self.data.task is None else TABLE:
-            del values["data"][key]
-        for key in OPTIONAL:
-            if not values["data"][key]:
-                del values["data"][key]
+        values["training"] |= {"lr": self.lr, "head_lr": self.head_lr}
+        values["data"] = self.data.dump()
         for key in ("allocation", "trackers"):
             if not values[key]:
                 del values[key]

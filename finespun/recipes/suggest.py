@@ -10,7 +10,7 @@ import yaml
 
 from finespun.errors import InputError, nearest
 from finespun.methods.structures import LSR
-from finespun.models.zoo import ZOO, find_model
+from finespun.models import ZOO, find_model
 from finespun.recipes.recipe import Recipe
 from finespun.tasks.tables import MANY_CLASSES, guess_labels, read_table
 
@@ -73,7 +73,7 @@ def suggest_recipe(data_path: str | Path, model_name: str) -> str:
         "training:",
         f"  epochs: {_epochs(len(table), batch)}",
         f"  batch_size: {batch}",
-        f"  lr: {structure.default_lr}  # 1e-3 suits lora",
+        f"  lr: {structure.usual_lr}  # 1e-3 suits lora",
         f"  max_length: {_max_length(table, text, pair)}  # tokens; longer rows are cut",
         f"output: {_plain('out/' + Path(data_path).stem)}",
     ]

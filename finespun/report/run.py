@@ -189,8 +189,8 @@ def _origin(saved: Saved | None, result: Record | None) -> list[str]:
         facts.append(("made", made.created))
         facts += [(f"made from {parent.name}", parent.sha256) for parent in made.parents]
         facts += [(f"seed of {name}", str(seed)) for name, seed in made.seeds.items()]
-    if result is not None and result["classes"]:
-        facts.append(("classes", ", ".join(result["classes"])))
+    if result is not None and (classes := result["task"].get("classes")):
+        facts.append(("classes", ", ".join(classes)))
     parts = [table(("what", "value"), facts, "Where the adapter comes from")]
     if made is not None:
         parts.append(table(("package", "version"), made.versions.items(), "Made with"))

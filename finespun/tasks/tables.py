@@ -6,13 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import polars as pl
 import torch
 from torch import Tensor
 
 from finespun.errors import FileError, InputError, nearest
+from finespun.tasks.task import Split
+
+if TYPE_CHECKING:
+    import polars as pl
 
 LabelKind = Literal["classes", "numbers"]
 
@@ -22,7 +25,7 @@ SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Examples:
+class LabelledTexts:
     """Labelled rows. With `classes`, a label is an index into it; without, a number to predict."""
 
     texts: tuple[str, ...]
@@ -33,24 +36,14 @@ class Examples:
     def __len__(self) -> int:
         return len(self.texts)
 
-    @property
-    def task(self) -> Literal["classification", "regression"]:
-        """What the labels ask for."""
-        return "regression" if self.classes is None else "classification"
-
-    @property
-    def num_labels(self) -> int:
-        """Outputs that a head needs: the number of classes, or 1."""
-        return 1 if self.classes is None else len(self.classes)
-
     def label_tensor(self) -> Tensor:
         """Labels of shape (rows,): int64 class numbers, or float32 values."""
         kind = torch.float32 if self.classes is None else torch.int64
         return torch.tensor(self.labels, dtype=kind)
 
-    def take(self, rows: Sequence[int]) -> "Examples":
+    def take(self, rows: Sequence[int]) -> "LabelledTexts":
         """The rows chosen, in the order given."""
-        return Examples(
+        return LabelledTexts(
             tuple(self.texts[i] for i in rows),
             None if self.pairs is None else tuple(self.pairs[i] for i in rows),
             tuple(self.labels[i] for i in rows),
@@ -67,20 +60,13 @@ class Columns:
     pair: str | None = None
 
 
-@dataclass(frozen=True)
-class Split:
-    """Rows to train on and rows held out, and how many duplicates were dropped on the way."""
-
-    train: Examples
-    test: Examples
-    dropped: int
-
-
-def read_table(path: str | Path) -> pl.DataFrame:
+def read_table(path: str | Path) -> "pl.DataFrame":
     """Read a table by its ending: .csv, .tsv, .jsonl, .ndjson or .parquet.
 
     Raises FileError if it is missing, of another kind, unreadable or empty.
     """
+    import polars as pl
+
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileError(_no_table(file))
@@ -127,7 +113,7 @@ def read_examples(
     columns: Columns = Columns(),
     labels: LabelKind | None = None,
     classes: tuple[str, ...] | None = None,
-) -> Examples:
+) -> LabelledTexts:
     """Read labelled texts. `labels` says what the label column holds; None decides by its type.
 
     Texts, booleans and whole numbers with at most 50 values are classes, other numbers are numbers.
@@ -142,7 +128,7 @@ def read_examples(
     missing = column.is_null() | (column.is_nan() if column.dtype.is_float() else False)
     _refuse(missing, "label", columns.label, path)
     if classes is None and (labels or guess_labels(column)) == "numbers":
-        return Examples(texts, pairs, _numbers(column, path), None)
+        return LabelledTexts(texts, pairs, _numbers(column, path), None)
     names = [_class_name(value) for value in column]
     if classes is None:
         classes = _classes(column, path)
@@ -152,7 +138,7 @@ def read_examples(
             f"{nearest(unknown[0], classes)}"
         )
     index = {name: number for number, name in enumerate(classes)}
-    return Examples(texts, pairs, tuple(index[name] for name in names), classes)
+    return LabelledTexts(texts, pairs, tuple(index[name] for name in names), classes)
 
 
 def read_texts(
@@ -165,10 +151,24 @@ def read_texts(
     return _text_columns(read_table(path), columns, path)
 
 
-def guess_labels(column: pl.Series) -> LabelKind:
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file that are not blank. Raises FileError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{str(path)!r} cannot be read: {error}") from error
+    return [line for line in lines if line.strip()]
+
+
+def guess_labels(column: "pl.Series") -> LabelKind:
     """Whether a label column holds classes or numbers, by its type and its number of values."""
     many = column.dtype.is_integer() and column.n_unique() > MANY_CLASSES
     return "numbers" if many or column.dtype.is_float() else "classes"
+
+
+def guess_labels_of(path: str | Path, label: str) -> LabelKind:
+    """`guess_labels` for a column of a table. Raises FileError and InputError as reading does."""
+    return guess_labels(_column(read_table(path), label, path))
 
 
 def load_split(
@@ -179,7 +179,7 @@ def load_split(
     test_share: float = 0.2,
     seed: int = 0,
     free: bool = False,
-) -> Split:
+) -> Split[LabelledTexts]:
     """Rows to train on and rows held out, from one file or two.
 
     With one file, `split` holds a share out. Rows that repeat a text are dropped, and training rows
@@ -189,21 +189,21 @@ def load_split(
     rows = read_examples(train, columns, labels)
     kept, dropped = drop_duplicates(rows)
     if test is None:
-        return Split(*split(kept, test_share, seed, free), dropped)
+        return Split(*split(kept, test_share, seed, free), len(rows), dropped)
     kind: LabelKind = "numbers" if rows.classes is None else "classes"
-    held, again = drop_duplicates(
-        read_examples(test, columns, kind, None if free else rows.classes)
-    )
+    others = read_examples(test, columns, kind, None if free else rows.classes)
+    held, again = drop_duplicates(others)
     if free:
         kept, held = _one_list(kept, held)
     seen = set(_keys(held))
     apart = [i for i, key in enumerate(_keys(kept)) if key not in seen]
     if not apart:
         raise InputError(f"every row of {str(train)!r} is in the test file {str(test)!r} too")
-    return Split(kept.take(apart), held, dropped + again + len(kept) - len(apart))
+    repeated = dropped + again + len(kept) - len(apart)
+    return Split(kept.take(apart), held, len(rows) + len(others), repeated)
 
 
-def drop_duplicates(examples: Examples) -> tuple[Examples, int]:
+def drop_duplicates(examples: LabelledTexts) -> tuple[LabelledTexts, int]:
     """The first row of every text (or pair of texts), and how many rows were dropped."""
     first = {key: i for i, key in reversed(list(enumerate(_keys(examples))))}
     rows = sorted(first.values())
@@ -211,8 +211,8 @@ def drop_duplicates(examples: Examples) -> tuple[Examples, int]:
 
 
 def split(
-    examples: Examples, test_share: float = 0.2, seed: int = 0, free: bool = False
-) -> tuple[Examples, Examples]:
+    examples: LabelledTexts, test_share: float = 0.2, seed: int = 0, free: bool = False
+) -> tuple[LabelledTexts, LabelledTexts]:
     """(train, test): rows shuffled by `seed`, sorted by label, and every (1/share)-th held out.
 
     So each class, or each range of values, is held out in proportion, to within a row; a class
@@ -236,43 +236,43 @@ def split(
     return examples.take(train), examples.take(sorted(held))
 
 
-def _one_list(a: Examples, b: Examples) -> tuple[Examples, Examples]:
+def _one_list(a: LabelledTexts, b: LabelledTexts) -> tuple[LabelledTexts, LabelledTexts]:
     """The same rows with the classes of both."""
     names = tuple(sorted({*(a.classes or ()), *(b.classes or ())}))
     number = {name: i for i, name in enumerate(names)}
 
-    def renamed(part: Examples) -> Examples:
+    def renamed(part: LabelledTexts) -> LabelledTexts:
         old = part.classes or ()
         labels = tuple(number[old[int(label)]] for label in part.labels)
-        return Examples(part.texts, part.pairs, labels, names)
+        return LabelledTexts(part.texts, part.pairs, labels, names)
 
     return renamed(a), renamed(b)
 
 
-def _keys(examples: Examples) -> list[tuple[str, str]]:
+def _keys(examples: LabelledTexts) -> list[tuple[str, str]]:
     return list(zip(examples.texts, examples.pairs or [""] * len(examples), strict=True))
 
 
 def _text_columns(
-    table: pl.DataFrame, columns: Columns, path: str | Path
+    table: "pl.DataFrame", columns: Columns, path: str | Path
 ) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
     texts = _texts(table, columns.text, path)
     return texts, None if columns.pair is None else _texts(table, columns.pair, path)
 
 
-def _column(table: pl.DataFrame, name: str, path: str | Path) -> pl.Series:
+def _column(table: "pl.DataFrame", name: str, path: str | Path) -> "pl.Series":
     if name not in table.columns:
         raise InputError(f"{str(path)!r} has no column {name!r}; {nearest(name, table.columns)}")
     return table[name]
 
 
-def _texts(table: pl.DataFrame, name: str, path: str | Path) -> tuple[str, ...]:
-    column = _column(table, name, path).cast(pl.String)
+def _texts(table: "pl.DataFrame", name: str, path: str | Path) -> tuple[str, ...]:
+    column = _column(table, name, path).cast(str)
     _refuse(column.is_null() | (column.str.strip_chars() == ""), "text", name, path)
     return tuple(column)
 
 
-def _refuse(missing: pl.Series, what: str, name: str, path: str | Path) -> None:
+def _refuse(missing: "pl.Series", what: str, name: str, path: str | Path) -> None:
     rows = [int(row) + 1 for row in missing.arg_true()]
     if not rows:
         return
@@ -298,7 +298,7 @@ def _other_encoding(file: Path) -> str | None:
     return None
 
 
-def _numbers(column: pl.Series, path: str | Path) -> tuple[float, ...]:
+def _numbers(column: "pl.Series", path: str | Path) -> tuple[float, ...]:
     if not column.dtype.is_numeric():
         raise InputError(
             f"{str(path)!r}: labels in {column.name!r} are {column.dtype}, not numbers; "
@@ -315,7 +315,7 @@ def _class_name(value: object) -> str:
     return str(int(value)) if whole and isinstance(value, float) else str(value)
 
 
-def _classes(column: pl.Series, path: str | Path) -> tuple[str, ...]:
+def _classes(column: "pl.Series", path: str | Path) -> tuple[str, ...]:
     counts = Counter(column)
     if len(counts) < 2:
         raise InputError(

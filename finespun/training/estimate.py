@@ -21,9 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from finespun import hosts
 from finespun.contract import SiteShape
 from finespun.recipes.recipe import Recipe
-from finespun.tasks.lm_measure import groups
-from finespun.tasks.lm_text import AnswerTokens
-from finespun.tasks.text import Tokens, longest_first
+from finespun.tasks.task import Encoded
 from finespun.training.loop import Loop, train_mode
 from finespun.training.progress import Reporter, as_json
 from finespun.training.run import Job, prepare, surroundings
@@ -99,8 +97,8 @@ def estimate(
 
 def _estimate(job: Job, loop: Loop, clock: Clock, looked: float) -> Estimate:
     adapter, epochs = job.adapter, job.recipe.training.epochs
-    order = sorted(loop.batches.order(0), key=lambda rows: _size(job.train, rows))
-    tokens = round(sum(_size(job.train, rows) for rows in order) * epochs / loop.steps)
+    order = sorted(loop.batches.order(0), key=lambda rows: job.train.padded(rows))
+    tokens = round(sum(job.train.padded(rows) for rows in order) * epochs / loop.steps)
     typical = Passes(job, _few(job, order[(len(order) - 1) // 2]))
     plan, held = adapter.entry.plan, hosts.tensors_of(adapter.entry)
     activations, flops = _activations(job), typical.flops()
@@ -126,17 +124,6 @@ def _estimate(job: Job, loop: Loop, clock: Clock, looked: float) -> Estimate:
     )
 
 
-def _packs(tokens: Tokens) -> bool:
-    """Whether a batch is one long row, without padding."""
-    return isinstance(tokens, AnswerTokens) and tokens.pack
-
-
-def _size(tokens: Tokens, rows: Sequence[int]) -> int:
-    """Tokens of a batch of these rows, padding included."""
-    lengths = [len(tokens.rows[i]["input_ids"]) for i in rows]
-    return sum(lengths) if _packs(tokens) else len(lengths) * max(lengths)
-
-
 def _few(job: Job, rows: Sequence[int]) -> list[int]:
     """The longest of these rows, and the shortest: at most `FEW`."""
     lengths = job.train.lengths
@@ -159,7 +146,7 @@ def _activations(job: Job) -> int:
 
     if rows > max(SMALL):
         two, three, four = map(measured, SMALL)
-        bend = max(0, four - 2 * three + two) if _packs(job.train) else 0
+        bend = max(0, four - 2 * three + two) if job.train.packed else 0
         more = rows - SMALL[-1]
         grown = four + more * (four - two) // 2 + bend * more * (more + 2) // 2
         if grown > WHOLE:
@@ -177,11 +164,11 @@ def steps_time(
     def seconds(rows: list[int]) -> float:
         part = rows if whole else _few(job, rows)
         started = clock()
-        loop.take([job.train.collate(job.text.tokenizer, part)])
+        loop.take([job.task.collate(job.train, part)])
         if loop.device.type == "cuda":
             torch.cuda.synchronize(loop.device)
         loop.losses.clear()  # the next one is a first step again
-        return (clock() - started) * _size(job.train, rows) / _size(job.train, part)
+        return (clock() - started) * job.train.padded(rows) / job.train.padded(part)
 
     found = tried(job.train, batches, seconds)
     loop.driver.close()
@@ -190,10 +177,6 @@ def steps_time(
 
 def _measuring(job: Job, clock: Clock) -> float:
     """Seconds of measuring on the rows held out, before training and after it."""
-    if isinstance(job.test, AnswerTokens):
-        batches = list(groups(job.test))
-    else:
-        batches = longest_first(job.test, job.recipe.training.eval_batch_size)
 
     def seconds(rows: list[int]) -> float:
         part = dataclasses.replace(job, test=job.test.take(rows))
@@ -201,18 +184,18 @@ def _measuring(job: Job, clock: Clock) -> float:
         part.measure()
         return clock() - started
 
-    return 2 * tried(job.test, batches, seconds)
+    return 2 * tried(job.test, job.task.groups(job.test), seconds)
 
 
 def tried(
-    tokens: Tokens, batches: Sequence[list[int]], seconds: Callable[[list[int]], float]
+    tokens: Encoded, batches: Sequence[list[int]], seconds: Callable[[list[int]], float]
 ) -> float:
     """Seconds of all `batches`, from some that are spread evenly from the smallest to the largest,
     scaled by their tokens. The smallest warms up; the middle one tells how many others there is
     `PATIENCE` for."""
 
     def size(rows: list[int]) -> int:
-        return _size(tokens, rows)
+        return tokens.padded(rows)
 
     order = sorted(batches, key=size)
     seconds(order[0])
@@ -231,13 +214,13 @@ class Passes:
     def __init__(self, job: Job, rows: Sequence[int]) -> None:
         self.job, self.model = job, job.adapter.model
         self.device = next(self.model.parameters()).device
-        padded = job.train.collate(job.text.tokenizer, rows)
+        padded = job.task.collate(job.train, rows)
         self.batch = {name: tensor.to(self.device) for name, tensor in padded.items()}
-        self.tokens = padded["input_ids"].numel()
+        self.tokens = job.train.padded(rows)
 
     def run(self) -> int:
         """Both passes; returns the bytes of the gradients."""
-        self.model(**self.batch).loss.backward()
+        self.job.task.loss(self.model, self.batch).backward()
         size = 0
         for parameter in self.job.adapter.parameters():
             if parameter.grad is not None:

@@ -15,15 +15,15 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from finespun import hosts
 from finespun.adapter import Adapter
-from finespun.contract import AxisValue, TrainingHooks
+from finespun.contract import AxisValue, ParamGroup, TrainingHooks
 from finespun.driver import Driver, prepare, set_lr
-from finespun.errors import InputError, StateError, TrainingError
-from finespun.recipes.recipe import Training
-from finespun.tasks.text import Batch, Batches, Position, rows_of, weight_of
+from finespun.errors import StateError, TrainingError
+from finespun.recipes.training import Training
+from finespun.tasks.batches import Batches, Position
+from finespun.tasks.task import Batch
 from finespun.training.checkpoint import random_state, set_random_state
 from finespun.training.progress import Reporter
 
@@ -40,12 +40,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Loop:
-    """Trains `adapter` on `batches` as `training` says, with AdamW or the stepper among
-    `hooks`, and the peak learning rate `lr`.
+    """Trains `adapter` on `batches` as `training` says, with AdamW or the stepper among `hooks`,
+    and the peak learning rates `lr` of updates and `head_lr` of modules that are trained whole
+    beside them (None: the same).
 
-    A step is made of `training.accumulate` batches; their losses are weighted by rows (by labelled
-    tokens in a language model), so that the gradient is that of one batch with all of them. `save`
-    is handed the state at every checkpoint.
+    A step is made of `training.accumulate` batches; their losses are weighted by the task, so that
+    the gradient is that of one batch with all of them. `save` is handed the state at every
+    checkpoint.
     """
 
     def __init__(
@@ -57,10 +58,14 @@ class Loop:
         reporter: Reporter | None = None,
         save: Save | None = None,
         hooks: Sequence[AxisValue | TrainingHooks] = (),
+        head_lr: float | None = None,
     ) -> None:
         self.adapter, self.batches, self.training, self.lr = adapter, batches, training, lr
         self.reporter, self.save = reporter or Reporter(), save
         prepared = prepare(adapter.model, adapter.name, hooks, self.steps, training.seed)
+        heads = [p for module in adapter.entry.copies.values() for p in module.parameters()]
+        if head_lr is not None and 0 < len(heads) < len(adapter.parameters()):
+            prepared.wishes.append(ParamGroup(heads, head_lr / lr))
         self.optimizer = prepared.optimizer(lr, training.weight_decay)
         self.driver = Driver(
             adapter.model, adapter.name, self.optimizer, training.max_grad_norm, prepared
@@ -111,13 +116,14 @@ class Loop:
         started = time.perf_counter()
         lr = self.lr * lr_factor(self.step, self.steps, self.training)
         set_lr(self.optimizer, lr)
-        rows, weights = sum(map(rows_of, group)), [weight_of(batch) for batch in group]
+        task = self.batches.task
+        rows, weights = sum(map(task.count, group)), [task.weight(batch) for batch in group]
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for i, (batch, weight) in enumerate(zip(group, weights)):
             moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
             self.driver.micro_batch(first=i == 0, share=weight / sum(weights))
-            loss = self.adapter.model(**moved).loss * (weight / sum(weights))
+            loss = task.loss(self.adapter.model, moved) * (weight / sum(weights))
             loss.backward()
             total += loss.detach()
         value = float(total)
@@ -257,25 +263,3 @@ def caught_interrupt() -> Iterator[threading.Event]:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@torch.no_grad()
-def outputs_of(model: nn.Module, batches: Iterator[tuple[list[int], Batch]], rows: int) -> Tensor:
-    """The model's logits for every row, (rows, labels), on the CPU, in eval mode."""
-    device = next(model.parameters()).device
-    found: Tensor | None = None
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        for numbers, batch in batches:
-            moved = {name: t.to(device) for name, t in batch.items() if name != "labels"}
-            logits = model(**moved).logits.float().cpu()
-            if found is None:
-                found = logits.new_empty(rows, logits.shape[-1])
-            found[numbers] = logits
-    finally:
-        for module, mode in before.items():
-            module.training = mode
-    if found is None:
-        raise InputError("no rows to evaluate")
-    return found

@@ -21,6 +21,7 @@ from finespun.training.progress import as_json
 
 RECIPE, RESULT, LOG, CHECKPOINT = "recipe.yaml", "metrics.json", "metrics.jsonl", "checkpoints"
 ADAPTER = ("adapter.safetensors", "adapter.json")
+OLD_KEYS = {"update_numbers": "num_update_parameters", "module_numbers": "num_module_parameters"}
 FREE = {"output", "trackers"}  # keys that may change when a run goes on
 
 
@@ -32,7 +33,7 @@ class Result:
     untrained, and of the adapted model. `num_update_parameters` are trained in the layers,
     `num_module_parameters` in modules trained whole (the head). `adapter_bytes`: on disk. `loss`:
     mean of the last epoch. `seconds`: spent in training steps. `peak_memory`: bytes, of the
-    whole process.
+    whole process. `task`: its kind and options, settled.
     """
 
     output: str
@@ -49,7 +50,7 @@ class Result:
     seconds: float
     peak_memory: int
     threads: int
-    classes: list[str] | None
+    task: dict[str, Any]
 
     def as_json(self) -> str:
         """The text of metrics.json."""
@@ -63,16 +64,22 @@ class Result:
             why = "the run in it has not ended" if (path.parent / RECIPE).exists() else "no run"
             raise FileError(f"{str(path)!r} does not exist: {why}")
         try:
-            found = cls(**read_json(path))
+            found = cls(**from_0_1(read_json(path)))
         except TypeError as error:
             raise FileError(f"{str(path)!r} cannot be read: {error}") from error
-        texts = found.classes if isinstance(found.classes, list) else []
-        if (found.classes is not None and not texts) or not all(type(t) is str for t in texts):
-            raise FileError(f"{str(path)!r}: classes={str(found.classes)[:80]!r} are no texts")
-        for name in ("before", "after"):
+        for name in ("before", "after", "task"):
             if not isinstance(getattr(found, name), dict):
                 raise FileError(f"{str(path)!r}: {name} must be an object")
         return found
+
+
+def from_0_1(values: dict[str, Any]) -> dict[str, Any]:
+    """The keys that metrics.json has now; 0.1 kept a task's classes alone, None for numbers."""
+    found = {OLD_KEYS.get(key, key): value for key, value in values.items()}
+    if "classes" in found and "task" not in found:
+        classes = found.pop("classes")
+        found["task"] = {"kind": "regress"} if classes is None else {"classes": classes}
+    return found
 
 
 def claim(

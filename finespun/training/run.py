@@ -10,24 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from finespun.adapter import Adapter, adapt
 from finespun.contract import AxisValue
 from finespun.driver import check
 from finespun.errors import InputError
 from finespun.files import Lineage, lineage_of
-from finespun.models.causal import load_language_model
-from finespun.models.zoo import Task, TextModel, load_text_model
-from finespun.recipes.recipe import Data, Recipe
+from finespun.models import Loaded
+from finespun.recipes.recipe import Recipe
+from finespun.recipes.training import Training
 from finespun.storage.atomic import check_writable, write_file
-from finespun.tasks.builtin import load_task
-from finespun.tasks.lm import answer_rows, samples
-from finespun.tasks.lm_measure import measure
-from finespun.tasks.lm_text import AnswerTokens
-from finespun.tasks.metrics import evaluate
-from finespun.tasks.tables import Columns, Examples, Split, load_split
-from finespun.tasks.text import Batches, Tokens, in_order, tokenize
+from finespun.tasks.batches import Batches
+from finespun.tasks.task import Encoded, Limits, Task
 from finespun.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -36,7 +30,7 @@ from finespun.training.checkpoint import (
     set_random_state,
 )
 from finespun.training.look import measured_scores, show_gradients
-from finespun.training.loop import Loop, outputs_of, steps_of
+from finespun.training.loop import Loop, steps_of
 from finespun.training.output import (
     ADAPTER,
     CHECKPOINT,
@@ -57,28 +51,15 @@ class Job:
     """Everything that a recipe asks for, loaded and adapted, before the first step."""
 
     recipe: Recipe
-    text: TextModel
+    task: Task[Any, Any]
+    text: Loaded
     adapter: Adapter
-    train: Tokens
-    test: Tokens
-    classes: list[str] | None
-
-    def predictions(self) -> Tensor:
-        """Logits of the held-out rows, (rows, labels), of a classifier."""
-        size = self.recipe.training.eval_batch_size
-        batches = in_order(self.text.tokenizer, self.test, size)
-        return outputs_of(self.text.model, batches, len(self.test))
+    train: Encoded
+    test: Encoded
 
     def measure(self) -> dict[str, float]:
         """Metrics on the held-out rows."""
-        if isinstance(self.test, AnswerTokens):
-            return measure(self.text.model, self.test, self.text.tokenizer.pad_token_id)
-        return evaluate(self.predictions(), self.test.labels)
-
-    @property
-    def data_key(self) -> str:
-        """A hash of the rows to train on: their tokens and labels, in order."""
-        return _hash([[row["input_ids"] for row in self.train.rows], self.train.labels.tolist()])
+        return self.task.measure(self.text, self.test)
 
     @property
     def plan_key(self) -> str:
@@ -87,7 +68,7 @@ class Job:
 
     def loop(self, reporter: Reporter | None = None, **options: Any) -> Loop:
         """The training loop of this recipe, at its start."""
-        show_gradients(self.recipe, self.text, self.adapter, self.train)
+        show_gradients(self.recipe, self.task, self.text, self.adapter, self.train)
         training = self.recipe.training
         return Loop(
             self.adapter,
@@ -96,13 +77,14 @@ class Job:
             self.recipe.lr,
             reporter,
             hooks=self.values,
+            head_lr=self.recipe.head_lr,
             **options,
         )
 
     def batches(self) -> Batches:
         """The rows to train on, from the first step's."""
         training = self.recipe.training
-        return Batches(self.text.tokenizer, self.train, training.batch_size, seed=training.seed)
+        return Batches(self.task, self.train, training.batch_size, seed=training.seed)
 
     @property
     def values(self) -> list[AxisValue]:
@@ -161,9 +143,9 @@ def _run(recipe: Recipe, folder: Path, resume: bool, reporter: Reporter) -> Resu
         log.cut(state["log"])
     with followed(recipe, log.past()) as trackers:
         loop, before, after = _trained(job, state, Several(reporter, log, trackers), log)
-    for line in samples(job.text, job.adapter, job.test):
+    for line in job.task.show(job.text, job.test, job.adapter.disabled):
         Several(reporter, log).tell({"event": "note", "text": line})
-    job.adapter.save(folder, lineage(recipe, after, job.classes))
+    job.adapter.save(folder, lineage(recipe, after, job.task))
     result = _result(job, loop, before, after)
     write_file(folder / RESULT, result.as_json() + "\n")
     shutil.rmtree(folder / CHECKPOINT)
@@ -180,7 +162,7 @@ def _trained(
     if state is None:
         teller.tell({"event": "evaluation", "when": "before", "metrics": before})
     threads = torch.get_num_threads() if state is None else state["threads"]
-    about = {"before": before, "threads": threads, "data": job.data_key, "plan": job.plan_key}
+    about = {"before": before, "threads": threads, "data": job.train.key, "plan": job.plan_key}
 
     def save(loop_state: dict[str, Any]) -> None:
         save_checkpoint(checkpoint, {**about, "log": log.size, **loop_state})
@@ -200,13 +182,16 @@ def _trained(
 def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Job:
     """Load data and model and attach the adapter: all that can be refused is refused here."""
     reporter = reporter or Reporter()
-    data = load_data(recipe.data)
-    model = load_model(recipe, data.train.task, data.train.num_labels)
+    task = recipe.data.choose()
+    rows = task.read(recipe.data.source)
+    task = task.settled(rows.train)
+    model = task.load(recipe.model, recipe.training.seed)
     model.model.to(choose_device(recipe.training.device))
-    tokens = [tokens_of(recipe, model, part) for part in (data.train, data.test)]
-    adapter = attach(recipe, model, tokens[0])
-    notes = [f"dropped {data.dropped} repeated rows"] if data.dropped else []
-    notes += [part.report for part in tokens[:1] if part.cut]
+    limits = limits_of(recipe.training)
+    train, test = (task.encode(model, part, limits) for part in (rows.train, rows.test))
+    adapter = attach(recipe, task, model, train)
+    notes = [rows.report] if rows.repeated or rows.unused else []
+    notes += [train.report] if train.cut else []
     if not recipe.structure.starts_at_zero and adapter.deltas:
         moved = max(adapter.norms().values())
         notes.append(f"this structure does not start at the base: ‖ΔW‖ up to {moved:.3g}")
@@ -215,52 +200,25 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Job:
         notes.append(f"{', '.join(untrained)} starts untrained and stays so: add it to train")
     for note in notes:
         reporter.tell({"event": "note", "text": note})
-    classes = None if data.train.classes is None else list(data.train.classes)
-    job = Job(recipe, model, adapter, tokens[0], tokens[1], classes)
+    job = Job(recipe, task, model, adapter, train, test)
     job.check()
     return job
 
 
-def load_model(recipe: Recipe, task: Task, num_labels: int) -> TextModel:
-    """The recipe's base: a language model where there is a prompt, else a model with a head."""
-    if recipe.data.prompt is not None:
-        return load_language_model(recipe.model)
-    return load_text_model(recipe.model, task, num_labels, seed=recipe.training.seed)
+def limits_of(training: Training) -> Limits:
+    """The sizes of rows and batches that a recipe asks for."""
+    return Limits(training.max_length, training.pack, training.eval_batch_size)
 
 
-def tokens_of(recipe: Recipe, model: TextModel, examples: Examples) -> Tokens:
-    """Rows as the model takes them: texts, or prompts with answers."""
-    if recipe.data.prompt is not None:
-        return answer_rows(recipe, model, examples)
-    return tokenize(model.tokenizer, examples, recipe.training.max_length)
-
-
-def attach(recipe: Recipe, model: TextModel, rows: Tokens) -> Adapter:
+def attach(recipe: Recipe, task: Task[Any, Any], model: Loaded, rows: Encoded) -> Adapter:
     """The recipe's adapter on its model; modules that start untrained are trained unless the recipe
     names others. `rows` are those to train on, for structures that choose by them."""
     train = model.fresh if recipe.train_modules is None else recipe.train_modules
-    scores = measured_scores(recipe, model, rows)
+    scores = measured_scores(recipe, task, model, rows)
     adapter = adapt(model.model, recipe.structure, recipe.targets, train, scores=scores)
     if not adapter.parameters():
         raise InputError("nothing to train: targets and train are both empty")
     return adapter
-
-
-def load_data(data: Data) -> Split:
-    """Rows to train on and rows held out. Raises InputError or FileError."""
-    if data.task is not None:
-        found = Split(*load_task(data.task, data.seed), 0)
-    else:
-        columns, free = Columns(data.text, data.label, data.pair), data.prompt is not None
-        labels = data.labels or ("classes" if free else None)
-        found = load_split(
-            str(data.file), data.test_file, columns, labels, data.test_share, data.seed, free
-        )
-    return Split(
-        found.train.take(range(min(len(found.train), data.train_rows or len(found.train)))),
-        found.test.take(range(min(len(found.test), data.test_rows or len(found.test)))),
-        found.dropped,
-    )
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -290,10 +248,10 @@ def surroundings(recipe: Recipe) -> Iterator[None]:
 
 
 # --- small parts ---------------------------------------------------------------------------------
-def lineage(recipe: Recipe, metrics: dict[str, float], classes: list[str] | None) -> Lineage:
+def lineage(recipe: Recipe, metrics: dict[str, float], task: Task[Any, Any]) -> Lineage:
     """What adapter.json says of the run that made it."""
     seeds = {"training": recipe.training.seed, "data": recipe.data.seed}
-    return lineage_of(recipe.structure, recipe.dump(), metrics, seeds, classes=classes)
+    return lineage_of(recipe.structure, recipe.dump(), metrics, seeds, task=task.record())
 
 
 def _hash(value: Any) -> str:
@@ -303,7 +261,7 @@ def _hash(value: Any) -> str:
 def _check_same(job: Job, state: dict[str, Any], folder: Path) -> None:
     """Raise InputError where rows or choices are not those that the checkpoint's run began with."""
     anew = f"delete {str(folder / CHECKPOINT)!r} to start anew"
-    if state["data"] != job.data_key:
+    if state["data"] != job.train.key:
         raise InputError(
             f"the rows to train on changed since the run in {str(folder)!r} began: bring them "
             f"back, or {anew}"
@@ -344,5 +302,5 @@ def _result(job: Job, loop: Loop, before: dict[str, float], after: dict[str, flo
         seconds=round(loop.seconds, 3),
         peak_memory=peak_memory(),
         threads=torch.get_num_threads(),
-        classes=job.classes,
+        task=job.task.record(),
     )

@@ -30,7 +30,7 @@ from finespun.recipes.recipe import Recipe
 TEXT = """\
 recipe:
   model: minilm-l3
-  data: {task: trec}
+  data: {builtin: trec}
   training: {epochs: 2}
 members:
   - targets: []
@@ -139,7 +139,7 @@ def test_the_examples_are_lawful(name: str) -> None:
 def test_a_member_says_in_one_way_where_its_rate_comes_from(more: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         BenchSpec.parse(
-            "recipe: {model: minilm-l3, data: {task: trec}}\n"
+            "recipe: {model: minilm-l3, data: {builtin: trec}}\n"
             f"members: [{{structure: {{kind: lora}}, {more}}}]\n"
         )
 
@@ -305,7 +305,7 @@ def test_equal_scores_are_told_apart_by_the_loss() -> None:
 
 
 # --- trials on disk ------------------------------------------------------------------------------
-RECIPE = Recipe.parse("model: minilm-l3\ndata: {task: trec}\nstructure: {kind: lora}\n")
+RECIPE = Recipe.parse("model: minilm-l3\ndata: {builtin: trec}\nstructure: {kind: lora}\n")
 GOOD = Outcome("ok", {"accuracy": 0.5, "loss": 1.0}, 10, 5, 99, 1.5, 1.25)
 
 

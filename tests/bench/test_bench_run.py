@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from finespun import hosts
@@ -23,6 +24,7 @@ from finespun.cli.app import run
 from finespun.errors import InputError
 from finespun.methods.structures import LSR, LoRA
 from finespun.recipes.recipe import Recipe
+from finespun.training.run import run as run_recipe
 
 COLOURS, ANIMALS = ("red", "green", "blue"), ("cat", "dog", "bird")
 DEEDS = ("runs", "sleeps", "sings")
@@ -362,3 +364,28 @@ def test_what_sleeps_counts_in_no_budget(place: Path, tmp_path: Path) -> None:
     [row] = Bench(spec(place, tmp_path, change, "seeds=[0]"), "test").measure().rows
     assert row.num_update_parameters == 2 * (2 * 16) * 9
     assert row.paired_at == 600
+
+
+# --- other tasks ---------------------------------------------------------------------------------
+def test_a_bench_of_prompts_trains_language_models(tmp_path: Path) -> None:
+    """What it finds is what a run of the very recipe finds."""
+    from tiny_lm import write_lm_recipe
+
+    values = yaml.safe_load(write_lm_recipe(tmp_path).read_text())
+    values["training"] = {"epochs": 2, "batch_size": 8, "max_length": 32, "threads": 1}
+    for key in ("structure", "output"):
+        del values[key]
+    member = {"structure": {"kind": "lora", "rank": 8}, "lr": 2e-2}
+    text = {"recipe": values, "members": [member], "seeds": [0], "output": str(tmp_path / "bench")}
+    bench = Bench(BenchSpec.parse(yaml.safe_dump(text)), "test")
+    summary = bench.run()
+    assert summary.metric == "exact_match"
+    [record] = bench.results.records.values()
+    assert set(record["metrics"]) == {"accuracy", "exact_match", "loss"}
+    alone = run_recipe(
+        Recipe.parse(yaml.safe_dump({**record["recipe"], "output": str(tmp_path / "out")}))
+    )
+    assert record["metrics"] == alone.after
+    assert record["num_module_parameters"] == 0
+    with pytest.raises(InputError, match="'pearson' is none for the task 'answer'"):
+        _ = Bench(BenchSpec.parse(yaml.safe_dump({**text, "metric": "pearson"})), "").metric

@@ -100,20 +100,20 @@ def test_usage_errors(arguments: list[str], parts: tuple[str, ...], capsys: Capt
     [
         ("model: [unclosed", ("bad.yaml, line", "not YAML")),
         ("just words", ("bad.yaml", "'just words'")),
-        ("data: {task: trec}", ("bad.yaml", "model is missing")),
+        ("data: {builtin: trec}", ("bad.yaml", "model is missing")),
         (
-            "model: minilm-l3\ndata: {task: trec}\ntrainin: {}",
+            "model: minilm-l3\ndata: {builtin: trec}\ntrainin: {}",
             ("bad.yaml, line 3", "trainin is not a key", "'training'"),
         ),
         (
-            "model: minilm-l3\ndata: {task: trec}\ntraining: {epochs: -1}",
+            "model: minilm-l3\ndata: {builtin: trec}\ntraining: {epochs: -1}",
             ("line 3", "training.epochs = -1", "greater than or equal to 1"),
         ),
         (
-            "model: minilm-l3\ndata: {task: trec}\nstructure: {kind: lsr, rnk: 3}",
+            "model: minilm-l3\ndata: {builtin: trec}\nstructure: {kind: lsr, rnk: 3}",
             ("line 3", "'rnk'", "'rank'"),
         ),
-        ("model: minilm-l3\ndata: {task: terc}", ("no task 'terc'", "'trec'")),
+        ("model: minilm-l3\ndata: {builtin: terc}", ("no task 'terc'", "'trec'")),
     ],
 )
 def test_wrong_recipes(text: str, parts: tuple[str, ...], tmp_path: Path, capsys: Captured) -> None:

@@ -152,7 +152,7 @@ def test_recipes_pass_as_written_and_written_out(path, validator):
 def test_every_method_passes_with_all_its_options(validator):
     for kind, cls in STRUCTURES.items():
         structure = {"kind": kind, **cls().options()}
-        recipe = {"model": "m", "data": {"task": "trec"}, "structure": structure}
+        recipe = {"model": "m", "data": {"builtin": "trec"}, "structure": structure}
         errors = [error.message for error in validator.iter_errors(recipe)]
         assert not errors, (kind, errors)
 
@@ -172,7 +172,7 @@ def test_every_method_passes_with_all_its_options(validator):
     ids=str,
 )
 def test_mistakes_do_not_pass(wrong, validator):
-    right = {"model": "m", "data": {"task": "trec"}}
+    right = {"model": "m", "data": {"builtin": "trec"}}
     assert validator.is_valid(right)
     assert not validator.is_valid({**right, **wrong})
 
@@ -213,16 +213,16 @@ def test_bench_files_fit_their_schema(bench_schema: Draft202012Validator) -> Non
         {"lrs": [0, 1, 2]},
         {"members": [{"structure": {"kind": "lrs"}}]},
         {"members": [{"structure": {"kind": "lora", "rnk": 3}}]},
-        {"recipe": {"model": "minilm-l3", "data": {"task": "trec"}, "output": "out"}},
-        {"recipe": {"model": "minilm-l3", "data": {"task": "trec"}, "training": {"lr": 1.0}}},
-        {"recipe": {"model": "minilm-l3", "data": {"task": "trec"}, "trackers": ["wandb"]}},
+        {"recipe": {"model": "minilm-l3", "data": {"builtin": "trec"}, "output": "out"}},
+        {"recipe": {"model": "minilm-l3", "data": {"builtin": "trec"}, "training": {"lr": 1.0}}},
+        {"recipe": {"model": "minilm-l3", "data": {"builtin": "trec"}, "trackers": ["wandb"]}},
     ],
 )
 def test_what_a_bench_refuses_its_schema_refuses(
     change: dict[str, Any], bench_schema: Draft202012Validator
 ) -> None:
     whole = {
-        "recipe": {"model": "minilm-l3", "data": {"task": "trec"}},
+        "recipe": {"model": "minilm-l3", "data": {"builtin": "trec"}},
         "members": [{"structure": {"kind": "lora"}}],
         "lrs": {"low": 1e-3, "high": 1e-1, "count": 3},
     }

@@ -18,7 +18,7 @@ def test_it_tells_sizes_metrics_recipe_and_parents():
         metrics={"after": {"accuracy": 0.91234}, "rows": 7},
         seeds={"training": 3},
         parents=(Parent("first", "00ff"),),
-        classes=("no", "yes"),
+        task={"kind": "classify", "classes": ["no", "yes"]},
     )
     card = model_card("mine", TENSORS, None, lineage)
     _, header, body = card.split("---\n", 2)

@@ -361,10 +361,10 @@ def test_what_was_made_of_a_run_is_measured_and_asked(done, made, name, capsys, 
 
 def test_recipe_classes_and_seeds_go_along_and_parents_are_named(done, made):
     run_line = read_adapter(done / "out").lineage
-    assert run_line.classes == ("bad", "good")
+    assert run_line.task["classes"] == ["bad", "good"]
     for folder in made.values():
         line = read_adapter(folder).lineage
-        assert (line.recipe, line.classes) == (run_line.recipe, run_line.classes)
+        assert (line.recipe, line.task) == (run_line.recipe, run_line.task)
         assert line.seeds["training"] == run_line.seeds["training"]
     parent = read_adapter(made["again"]).lineage.parents
     assert [p.sha256 for p in parent] == [read_adapter(made["exact"]).sha256]
@@ -386,9 +386,9 @@ def test_a_language_model_that_was_converted_answers(done, tmp_path, capsys):
 def test_without_classes_in_the_lineage_the_rows_tell_them(done, made, capsys):
     path = made["exact"] / "adapter.json"
     content = json.loads(path.read_text())
-    content["lineage"]["classes"] = None
+    del content["lineage"]["task"]
     path.write_text(json.dumps(content))
-    assert Trained.open(made["exact"]).classes == ["bad", "good"]
+    assert Trained.open(made["exact"]).task.classes == ("bad", "good")
 
 
 def test_a_folder_without_a_recipe_says_what_would_do(tmp_path, capsys):

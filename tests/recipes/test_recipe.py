@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from finespun.errors import FileError, InputError
 from finespun.methods.structures import LSR, STRUCTURES, LoRA
 from finespun.recipes.recipe import Recipe
+from finespun.recipes.training import HEAD_LR
 
 TEXT = """\
 model: minilm-l6
-data: {task: trec}
+data: {builtin: trec}
 structure:
   kind: lsr
   rank: 4
@@ -70,12 +71,15 @@ def test_options_reach_the_structure_under_its_own_and_pefts_names() -> None:
         (("epochs: 3", "lr: -1"), "line 8: training.lr = -1 should be greater than 0"),
         (("epochs: 3", "lr: .nan"), "line 8: training.lr = nan should be a finite"),
         (("epochs: 3", "schedule: linar"), "line 8: training.schedule = .*nearest: 'linear'"),
-        (("{task: trec}", "{}"), "line 2: data: needs either a task or a file"),
-        (("{task: trec}", "{task: trec, file: a}"), "data: needs either a task or a file"),
-        (("{task: trec}", "{task: trec, text: q}"), "the built-in task 'trec' takes no 'text'"),
+        (("{builtin: trec}", "{}"), "line 2: data: needs either a file or builtin"),
+        (("{builtin: trec}", "{builtin: trec, file: a}"), "data: needs either a file or builtin"),
+        (
+            ("{builtin: trec}", "{builtin: trec, text: q}"),
+            "'trec' takes no 'text'",
+        ),
         (("model: minilm-l6\n", ""), "x.yaml: model is missing"),
         (("epochs: 3", "epochs: 3\n  epochs: 4"), "line 9: training.epochs was given in line 8"),
-        (("{task: trec}", "{task: trec"), r"x.yaml, line 3: not YAML"),
+        (("{builtin: trec}", "{builtin: trec"), r"x.yaml, line 3: not YAML"),
         (("training:\n  epochs: 3", "training: 3"), "line 7: training = 3 should be"),
     ],
 )
@@ -168,9 +172,31 @@ def test_a_task_recipe_round_trips_and_names_every_choice() -> None:
     text = recipe.dump()
     assert Recipe.parse(text).dump() == text
     values = yaml.safe_load(text)
-    assert values["data"] == {"task": "trec", "seed": 0}
+    assert values["data"] == {"builtin": "trec", "seed": 0}
     assert values["training"]["lr"] == 3e-3
+    assert values["training"]["head_lr"] == HEAD_LR
     assert values["structure"]["separation_rank"] == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ([], HEAD_LR),
+        (["training.lr=0.5"], HEAD_LR),
+        (["training.lr=0.5", "training.head_lr=1e-4"], 1e-4),
+        (["training.lr=0.5", "train_modules=[classifier]"], 0.5),
+    ],
+)
+def test_an_untrained_head_has_a_learning_rate_of_its_own(
+    changes: list[str], wanted: float
+) -> None:
+    assert Recipe.parse(TEXT, changes).head_lr == wanted
+
+
+def test_built_in_data_of_0_1_was_called_a_task() -> None:
+    with pytest.warns(DeprecationWarning, match="data.builtin: trec"):
+        old = Recipe.parse(TEXT.replace("builtin: trec", "task: trec"))
+    assert old.dump() == Recipe.parse(TEXT).dump()
 
 
 def test_changed_checks_and_leaves_the_recipe_as_it_was() -> None:

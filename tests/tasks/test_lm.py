@@ -15,23 +15,35 @@ import finespun as fs
 from finespun.cli.app import run as cli
 from finespun.errors import InputError
 from finespun.recipes.recipe import Recipe
-from finespun.tasks.lm_measure import continue_prompts, measure, score
-from finespun.tasks.lm_text import AnswerTokens, Asker, answer_words, segment_mask, tokenize_answers
-from finespun.tasks.tables import Examples
-from finespun.tasks.text import IGNORED, Batches, rows_of, weight_of
+from finespun.tasks import AnswerPrompt
+from finespun.tasks.batches import Batches
+from finespun.tasks.prompts import (
+    AnswerTokens,
+    Asker,
+    answer_words,
+    collate,
+    segment_mask,
+    tokenize_answers,
+)
+from finespun.tasks.scoring import continue_prompts, measure, score
+from finespun.tasks.tables import LabelledTexts
+from finespun.tasks.task import IGNORED, Limits
 from finespun.training.inference import Trained
 from finespun.training.loop import Loop
 from finespun.training.output import Result
 from finespun.training.run import prepare, run
 
 TEXTS = ("the cat runs today", "a dog sleeps", "the ship stops soon the train runs", "fine")
-ROWS = Examples(TEXTS, None, (1, 0, 1, 0), ("bad", "good"))
+TASK = AnswerPrompt(prompt=PROMPT, classes=("bad", "good"))
+ROWS = LabelledTexts(TEXTS, None, (1, 0, 1, 0), ("bad", "good"))
 WORDS = ["bad", "very good"]
 FAMILIES = ["llama", "gpt2"]
 
 
 def rows(pack: bool = False, slices: bool = True, max_length: int = 32) -> AnswerTokens:
-    return tokenize_answers(Asker(tokenizer(), PROMPT), ROWS, WORDS, max_length, pack, slices)
+    return tokenize_answers(
+        Asker(tokenizer(), PROMPT), ROWS, WORDS, Limits(max_length, pack), slices
+    )
 
 
 # --- tokens --------------------------------------------------------------------------------------
@@ -40,18 +52,18 @@ def test_prompt_answer_and_end_are_there_and_only_the_answer_is_labelled():
     for i, text in enumerate(TEXTS):
         words = WORDS[ROWS.labels[i]]
         assert tok.decode(found.prompt_ids(i)) == f"Text : {text} Kind :"
-        batch = found.collate(tok, [i])
+        batch = collate(found, [i])
         labels = batch["labels"][0]
         answer = labels[labels != IGNORED].tolist()
         assert answer == [*tok(words).input_ids, tok.eos_token_id]
         assert batch["input_ids"][0].tolist()[-len(answer) :] == answer
-        assert weight_of(batch) == len(answer)
-        assert rows_of(batch) == 1
+        assert TASK.weight(batch) == len(answer)
+        assert TASK.count(batch) == 1
 
 
 def test_a_batch_is_padded_on_the_left():
-    tok, found = tokenizer(), rows()
-    batch = found.collate(tok, [0, 1, 2, 3])
+    found = rows()
+    batch = collate(found, [0, 1, 2, 3])
     for row, i in enumerate(range(4)):
         real = batch["attention_mask"][row].bool()
         ids = found.rows[i]["input_ids"]
@@ -80,7 +92,7 @@ def test_a_chat_template_surrounds_the_prompt():
     tok = tokenizer()
     asker = Asker(tok, PROMPT, chat=True)
     assert asker.prompt("the {text} cat") == "user : Text: the {text} cat\nKind: answer :"
-    found = tokenize_answers(asker, ROWS, WORDS, 32)
+    found = tokenize_answers(asker, ROWS, WORDS, Limits(32))
     assert tok.decode(found.prompt_ids(3)) == "user : Text : fine Kind : answer :"
     tok.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
@@ -106,8 +118,6 @@ def test_answers_are_one_for_each_class():
     ):
         with pytest.raises(InputError, match=told):
             answer_words(("a", "b"), answers)
-    with pytest.raises(InputError, match=r"data\.labels"):
-        answer_words(None, None)
 
 
 # --- the loss ------------------------------------------------------------------------------------
@@ -128,17 +138,17 @@ def test_padded_sliced_and_packed_losses_are_that_of_single_rows(family, pack, s
     model, found = language_model(family).double(), rows(pack, slices)
     adapter = fs.adapt(model, fs.LoRA(rank=2), "all-linear")
     stir(adapter.parameters())
-    batch = found.collate(tokenizer(), [0, 1, 2, 3])
+    batch = collate(found, [0, 1, 2, 3])
     if pack:
         batch["attention_mask"] = batch["attention_mask"].double()
     assert ("logits_to_keep" in batch) == (slices and not pack)
-    assert rows_of(batch) == 4
+    assert TASK.count(batch) == 4
     wanted = by_hand(model, found)
     loss = model(**batch).loss
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     for a, b in zip(*(torch.autograd.grad(x, adapter.parameters()) for x in (loss, wanted))):
         assert relative(a, b) < 1e-4
-    assert weight_of(batch) == sum(
+    assert TASK.weight(batch) == sum(
         len(found.rows[i]["input_ids"]) - found.begins[i] for i in range(4)
     )
 
@@ -152,7 +162,7 @@ def test_accumulated_batches_have_the_gradient_of_one(tmp_path, pack):
         training = recipe.training.model_copy(
             update={"batch_size": size, "accumulate": accumulate, "max_grad_norm": 0.0}
         )
-        batches = Batches(job.text.tokenizer, job.train, size)
+        batches = Batches(job.task, job.train, size)
         batches.order = lambda epoch: [list(range(i, i + size)) for i in range(0, 12, size)]
         loop = Loop(job.adapter, batches, training, 1e-9)
         stream = batches.epoch()
@@ -180,7 +190,7 @@ def test_who_sees_whom():
 @pytest.mark.parametrize("slices", [True, False])
 def test_all_candidates_in_one_pass_score_as_on_their_own(family, slices):
     model, found = language_model(family).requires_grad_(False), rows(slices=slices)
-    scores = score(model, found, 0)
+    scores = score(model, found)
     for i in range(len(found)):
         for j, candidate in enumerate(found.candidates[i]):
             prompt = found.prompt_ids(i)
@@ -192,7 +202,7 @@ def test_all_candidates_in_one_pass_score_as_on_their_own(family, slices):
             if j == found.right[i]:
                 assert scores.losses[i] == pytest.approx(-float(gained.sum()), abs=1e-4)
                 assert scores.tokens[i] == len(candidate)
-    metrics = measure(model, found, 0)
+    metrics = measure(model, found)
     assert metrics["loss"] == pytest.approx(float(by_hand(model, found)), abs=1e-4)
     assert set(metrics) == {"accuracy", "exact_match", "loss"}
 
@@ -222,8 +232,8 @@ def test_exact_match_is_what_generate_says(done):
     recipe, text = trained.recipe, trained.text
     job_rows = prepare(recipe).test
     with trained.adapter.disabled():
-        before = score(text.model, job_rows, 0).exact
-    after = score(text.model, job_rows, 0).exact
+        before = score(text.model, job_rows).exact
+    after = score(text.model, job_rows).exact
     prompts = [job_rows.prompt_ids(i) for i in range(len(job_rows))]
     said = continue_prompts(text.model, text.tokenizer, prompts, 4)
     wanted = ["good" if job_rows.labels[i] else "bad" for i in range(len(job_rows))]
@@ -299,7 +309,7 @@ def test_free_answers_are_generated_and_measured(tmp_path, capsys):
     path = write_lm_recipe(tmp_path, data={"file": str(tmp_path / "free.csv")}, training=short)
     result = run(Recipe.load(path))
     assert set(result.after) == {"exact_match", "loss"}
-    assert (result.train_rows, result.test_rows, len(result.classes)) == (39, 10, 49)
+    assert (result.train_rows, result.test_rows, len(result.task["classes"])) == (39, 10, 49)
     assert result.after["loss"] < result.before["loss"]
     assert cli(["predict", str(tmp_path / "out"), "the cat runs"]) == 0
     said, _, text = capsys.readouterr().out.rstrip("\n").rpartition("\t")

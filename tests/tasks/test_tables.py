@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from finespun.errors import FileError, InputError
 from finespun.tasks.tables import (
     Columns,
-    Examples,
+    LabelledTexts,
     drop_duplicates,
     load_split,
     read_examples,
@@ -28,9 +28,9 @@ def write(folder: Path, text: str, name: str = "data.csv") -> Path:
     return file
 
 
-def examples(labels: list[int], classes: int) -> Examples:
+def examples(labels: list[int], classes: int) -> LabelledTexts:
     texts = tuple(f"text {i}" for i in range(len(labels)))
-    return Examples(texts, None, tuple(labels), tuple(map(str, range(classes))))
+    return LabelledTexts(texts, None, tuple(labels), tuple(map(str, range(classes))))
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.ndjson", "t.parquet"])
@@ -43,8 +43,7 @@ def test_all_kinds_of_files_say_the_same(tmp_path: Path, name: str) -> None:
     else:
         FRAME.write_csv(file, separator="\t" if name.endswith("tsv") else ",")
     read = read_examples(file)
-    assert read == Examples(("a", "b, c", "d\ne", "f"), None, (0, 1, 0, 1), ("x", "y"))
-    assert (read.task, read.num_labels) == ("classification", 2)
+    assert read == LabelledTexts(("a", "b, c", "d\ne", "f"), None, (0, 1, 0, 1), ("x", "y"))
     assert read.label_tensor().dtype == torch.int64
 
 
@@ -56,7 +55,7 @@ def test_whole_numbers_are_classes_in_order_of_size(tmp_path: Path) -> None:
 def test_fractions_are_numbers_unless_told_otherwise(tmp_path: Path) -> None:
     file = write(tmp_path, "text,label\na,1.0\nb,2.5\n")
     read = read_examples(file)
-    assert (read.task, read.num_labels, read.labels) == ("regression", 1, (1.0, 2.5))
+    assert (read.classes, read.labels) == (None, (1.0, 2.5))
     assert read.label_tensor().dtype == torch.float32
     assert read_examples(file, labels="classes").classes == ("1", "2.5")
 
@@ -125,7 +124,7 @@ def test_a_test_file_keeps_the_training_classes(tmp_path: Path) -> None:
     test = write(tmp_path, "text,label\nd,y\nc,x\nd,y\n", "test.csv")
     got = load_split(train, test)
     assert (got.train.texts, got.test.texts) == (("a", "b"), ("d", "c"))
-    assert (got.test.labels, got.dropped) == ((1, 0), 3)  # a again, d again, c in both
+    assert (got.test.labels, got.repeated) == ((1, 0), 3)  # a again, d again, c in both
     other = write(tmp_path, "text,label\nd,w\n", "other.csv")
     with pytest.raises(InputError, match="class 'w' that the training rows lack"):
         load_split(train, other)
@@ -134,9 +133,9 @@ def test_a_test_file_keeps_the_training_classes(tmp_path: Path) -> None:
 
 
 def test_duplicates_keep_the_first_row() -> None:
-    rows = Examples(("a", "b", "a"), ("p", "p", "q"), (0, 1, 1), ("n", "y"))
+    rows = LabelledTexts(("a", "b", "a"), ("p", "p", "q"), (0, 1, 1), ("n", "y"))
     assert drop_duplicates(rows) == (rows, 0)
-    kept, dropped = drop_duplicates(Examples(("a", "b", "a"), None, (0, 1, 1), ("n", "y")))
+    kept, dropped = drop_duplicates(LabelledTexts(("a", "b", "a"), None, (0, 1, 1), ("n", "y")))
     assert (kept.texts, kept.labels, dropped) == (("a", "b"), (0, 1), 1)
 
 
@@ -165,7 +164,7 @@ def test_the_seed_chooses_other_rows() -> None:
 
 
 def test_numbers_are_held_out_over_their_whole_range() -> None:
-    whole = Examples(tuple(map(str, range(100))), None, tuple(map(float, range(100))), None)
+    whole = LabelledTexts(tuple(map(str, range(100))), None, tuple(map(float, range(100))), None)
     held = sorted(split(whole, 0.1)[1].labels)
     assert [int(value // 10) for value in held] == list(range(10))
 

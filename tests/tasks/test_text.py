@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finespun.errors import InputError, StateError
-from finespun.tasks.tables import Examples
-from finespun.tasks.text import Batches, Position, Tokens, in_order, pad, tokenize
+from finespun.tasks import Classify
+from finespun.tasks.batches import Batches, Position
+from finespun.tasks.tables import LabelledTexts
+from finespun.tasks.task import Limits, longest_first
+from finespun.tasks.tokens import Tokens, pad, tokenize
 
 
 class LetterTokenizer:
@@ -35,12 +38,12 @@ class LetterTokenizer:
         }
 
 
-TOKENIZER = LetterTokenizer()
+TOKENIZER, TASK = LetterTokenizer(), Classify()
 
 
 def tokens(lengths: list[int], max_length: int = 50) -> Tokens:
-    rows = Examples(tuple("x" * n for n in lengths), None, tuple(range(len(lengths))), None)
-    return tokenize(TOKENIZER, rows, max_length)
+    rows = LabelledTexts(tuple("x" * n for n in lengths), None, tuple(range(len(lengths))), None)
+    return tokenize(TOKENIZER, rows, Limits(max_length))
 
 
 def taken(batches: Batches) -> list[int]:
@@ -55,14 +58,14 @@ def test_long_rows_are_cut_and_counted() -> None:
 
 
 def test_pairs_reach_the_tokenizer() -> None:
-    rows = Examples(("ab", "c"), ("d", "ef"), (0, 1), ("n", "y"))
-    assert tokenize(TOKENIZER, rows, 20).lengths == [6, 6]
+    rows = LabelledTexts(("ab", "c"), ("d", "ef"), (0, 1), ("n", "y"))
+    assert tokenize(TOKENIZER, rows, Limits(20)).lengths == [6, 6]
     with pytest.raises(InputError, match="at least 5"):
-        tokenize(TOKENIZER, rows, 4)
+        tokenize(TOKENIZER, rows, Limits(4))
 
 
 def test_a_batch_is_as_wide_as_its_longest_row() -> None:
-    got = pad(TOKENIZER, tokens([1, 5, 9]), [0, 1])
+    got = pad(tokens([1, 5, 9]), [0, 1])
     assert got["input_ids"].shape == (2, 7)
     assert got["attention_mask"].sum(1).tolist() == [3, 7]
     assert got["labels"].tolist() == [0.0, 1.0]
@@ -75,7 +78,7 @@ def test_a_batch_is_as_wide_as_its_longest_row() -> None:
     seed=st.integers(0, 3),
 )
 def test_every_row_comes_once_an_epoch(lengths: list[int], size: int, seed: int) -> None:
-    batches = Batches(TOKENIZER, tokens(lengths), size, seed=seed)
+    batches = Batches(TASK, tokens(lengths), size, seed=seed)
     count = len(batches)
     order = batches.order(0)
     assert len(order) == count
@@ -88,10 +91,10 @@ def test_every_row_comes_once_an_epoch(lengths: list[int], size: int, seed: int)
 @given(size=st.integers(1, 7), stop=st.integers(0, 40), seed=st.integers(0, 3))
 def test_restoring_goes_on_with_the_very_next_batch(size: int, stop: int, seed: int) -> None:
     data = tokens([1 + i % 7 for i in range(20)])
-    whole = Batches(TOKENIZER, data, size, seed=seed)
+    whole = Batches(TASK, data, size, seed=seed)
     straight = [batch["labels"].tolist() for _ in range(3) for batch in whole.epoch()]
 
-    first, seen = Batches(TOKENIZER, data, size, seed=seed), []
+    first, seen = Batches(TASK, data, size, seed=seed), []
     place = first.position
     while len(seen) < stop and first.position.epoch < 3:
         for batch in first.epoch():
@@ -99,7 +102,7 @@ def test_restoring_goes_on_with_the_very_next_batch(size: int, stop: int, seed: 
             place = first.position
             if len(seen) >= stop:
                 break
-    second = Batches(TOKENIZER, data, size, seed=seed)
+    second = Batches(TASK, data, size, seed=seed)
     second.restore(place)
     while second.position.epoch < 3:
         seen += [batch["labels"].tolist() for batch in second.epoch()]
@@ -108,30 +111,28 @@ def test_restoring_goes_on_with_the_very_next_batch(size: int, stop: int, seed: 
 
 def test_epochs_and_seeds_differ_and_repeat() -> None:
     data = tokens([5] * 64)
-    batches = Batches(TOKENIZER, data, 4, seed=1)
+    batches = Batches(TASK, data, 4, seed=1)
     assert batches.order(0) != batches.order(1)
-    assert batches.order(0) == Batches(TOKENIZER, data, 4, seed=1).order(0)
-    assert batches.order(0) != Batches(TOKENIZER, data, 4, seed=2).order(0)
+    assert batches.order(0) == Batches(TASK, data, 4, seed=1).order(0)
+    assert batches.order(0) != Batches(TASK, data, 4, seed=2).order(0)
 
 
 def test_bucketing_saves_padding() -> None:
     lengths = [1 + (7 * i) % 40 for i in range(320)]
     data = tokens(lengths)
-    batches = Batches(TOKENIZER, data, 8)
+    batches = Batches(TASK, data, 8)
     widths = sum(8 * max(data.lengths[i] for i in batch) for batch in batches.order(0))
     assert widths < 1.15 * sum(data.lengths)  # rows in file order would cost 1.7 times
 
 
 def test_evaluation_takes_every_row_once_longest_first() -> None:
     data = tokens([2, 9, 4])
-    got = list(in_order(TOKENIZER, data, 2))
-    assert [rows for rows, _ in got] == [[1, 2], [0]]
-    assert got[0][1]["labels"].tolist() == [1.0, 2.0]
+    assert longest_first(data, 2) == [[1, 2], [0]]
 
 
 def test_impossible_places_and_sizes_are_refused() -> None:
-    batches = Batches(TOKENIZER, tokens([1, 2, 3]), 2)
+    batches = Batches(TASK, tokens([1, 2, 3]), 2)
     with pytest.raises(StateError, match="2 batches an epoch"):
         batches.restore(Position(0, 3))
     with pytest.raises(InputError, match="batch_size = 0"):
-        Batches(TOKENIZER, tokens([1]), 0)
+        Batches(TASK, tokens([1]), 0)

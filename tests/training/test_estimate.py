@@ -15,7 +15,8 @@ from finespun.errors import TargetError
 from finespun.kernels.entries import Entries, entries_linear
 from finespun.methods.structures import LoRA
 from finespun.recipes.recipe import Recipe
-from finespun.tasks.text import Tokens
+from finespun.tasks.task import Limits
+from finespun.tasks.tokens import Tokens
 from finespun.training.estimate import Held, estimate, tried
 from finespun.training.loop import Loop
 from finespun.training.output import Result
@@ -197,7 +198,7 @@ def test_time_is_that_of_all_batches(
 def test_as_many_batches_are_tried_as_there_is_patience_for(each: float, calls: int) -> None:
     """The smallest, the middle one and pairs around it."""
     rows = tuple({"input_ids": [0] * (i + 1)} for i in range(101))
-    tokens, seen = Tokens(rows, torch.zeros(101), 0, 128), []
+    tokens, seen = Tokens(Limits(128), 0, rows, torch.zeros(101), None), []
 
     def seconds(rows: list[int]) -> float:
         seen.append(rows[0])

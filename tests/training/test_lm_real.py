@@ -10,7 +10,7 @@ from suite import relative
 import finespun as fs
 from finespun.models.zoo import find_model
 from finespun.recipes.recipe import Recipe
-from finespun.tasks.lm_text import AnswerTokens
+from finespun.tasks.prompts import AnswerTokens
 from finespun.training.inference import Trained
 from finespun.training.run import prepare, run
 

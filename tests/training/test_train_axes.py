@@ -18,9 +18,9 @@ from finespun.errors import InputError
 from finespun.methods.structures import S2FT
 from finespun.recipes.recipe import Recipe
 from finespun.training.estimate import estimate
-from finespun.training.look import LOOK, first_batches, loss, measured_scores
+from finespun.training.look import LOOK, first_batches, measured_scores, weighed
 from finespun.training.output import Result
-from finespun.training.run import load_data, load_model, prepare, run, tokens_of
+from finespun.training.run import limits_of, prepare, run
 
 FEEDFORWARD = "targets=['intermediate.dense', 'output.dense']"
 BLOCKS = "targets=['encoder.layer.0', 'encoder.layer.1', 'query', 'value']"
@@ -75,15 +75,17 @@ def resumed(recipe: Recipe, after: int) -> tuple[Result, dict[str, torch.Tensor]
 def test_units_are_chosen_by_the_first_rows(recipe: Recipe, select: str) -> None:
     """The recipe's plan is that of scores measured by hand on the same rows."""
     recipe = s2ft(recipe, select)
-    data = load_data(recipe.data)
-    text = load_model(recipe, data.train.task, data.train.num_labels)
-    rows = tokens_of(recipe, text, data.train)
-    batches = list(first_batches(recipe, text, rows))
+    task = recipe.data.choose()
+    data = task.read(recipe.data.source)
+    task = task.settled(data.train)
+    text = task.load(recipe.model, recipe.training.seed)
+    rows = task.encode(text, data.train, limits_of(recipe.training))
+    batches = list(first_batches(recipe, task, text, rows))
     assert sum(len(batch["labels"]) for batch in batches) == min(LOOK, len(rows))
     text.model.eval()
     names = hosts.find(text.model, recipe.targets)
     measured = {
-        "gradient": lambda: estimate_gradients(text.model, names, batches, loss),
+        "gradient": lambda: estimate_gradients(text.model, names, batches, weighed(task)),
         "activation": lambda: mean_activations(text.model, names, batches, lambda m, b: m(**b)),
     }
     scores = measured["gradient" if select == "gradient" else "activation"]()

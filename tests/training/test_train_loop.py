@@ -14,11 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import finespun as fs
-from finespun.driver import adamw, param_groups
+from finespun.contract import ParamGroup
+from finespun.driver import adamw, param_groups, set_lr
+from finespun.driver.groups import MOST_DECAYING_LR
 from finespun.errors import InputError, StateError, TrainingError
-from finespun.recipes.recipe import Training
-from finespun.tasks.text import Batch, Position
-from finespun.training.loop import Interrupted, Loop, lr_factor, outputs_of, train_mode
+from finespun.recipes.training import Training
+from finespun.tasks.batches import Position
+from finespun.tasks.classify import outputs_of
+from finespun.tasks.task import Batch, Task
+from finespun.training.loop import Interrupted, Loop, lr_factor, train_mode
 from finespun.training.progress import Reporter
 
 
@@ -40,6 +44,8 @@ class Net(nn.Module):
 class Rows:
     """Batches of fixed sizes, the same in every epoch: what Loop asks of Batches. The label is the
     largest of the first three numbers."""
+
+    task: Task[Any, Any] = Task()
 
     def __init__(self, *sizes: int) -> None:
         g = torch.Generator().manual_seed(3)
@@ -86,7 +92,7 @@ def make(
     adapter = fs.adapt(
         model, fs.LSR(rank=2, separation_rank=2), ["first"], train_modules=["second"]
     )
-    options = {k: training.pop(k) for k in ("reporter", "save") if k in training}
+    options = {k: training.pop(k) for k in ("reporter", "save", "head_lr") if k in training}
     return Loop(adapter, rows, Training(**training), lr, **options)
 
 
@@ -208,11 +214,54 @@ def test_outputs_are_put_back_in_the_order_of_rows() -> None:
 
 def test_vectors_do_not_decay() -> None:
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    optimizer = adamw(param_groups([matrix, vector], (), 0.1, 0.5), 0.1)
+    optimizer = adamw(param_groups([matrix, vector], (), 5e-3, 0.5), 5e-3)
     matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
     optimizer.step()
-    assert torch.allclose(matrix, torch.full((2, 2), 1 - 0.1 * 0.5))
+    assert torch.allclose(matrix, torch.full((2, 2), 1 - 5e-3 * 0.5))
     assert torch.equal(vector, torch.ones(2))
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1e-2, 0.1, 1.0])
+@pytest.mark.parametrize("head_lr", [None, 1e-3, 0.5])
+def test_a_large_rate_does_not_decay_more_than_a_usual_one(
+    lr: float, head_lr: float | None
+) -> None:
+    """A matrix without a gradient loses lr * decay of itself in a step, as if lr were at most the
+    largest that decays."""
+    update, head = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    wishes = [ParamGroup([head], (head_lr or lr) / lr)]
+    optimizer = adamw(param_groups([update, head], wishes, lr, 0.01), lr)
+    set_lr(optimizer, lr)
+    update.grad, head.grad = torch.zeros(2, 2), torch.zeros(2, 2)
+    optimizer.step()
+    for parameter, own in ((update, lr), (head, head_lr or lr)):
+        wanted = torch.full((2, 2), 1 - 0.01 * min(own, MOST_DECAYING_LR))
+        assert torch.allclose(parameter, wanted, atol=1e-7)
+
+
+@pytest.mark.parametrize("head_lr", [None, 1e-2, 3e-4])
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_the_head_learns_at_its_own_rate_on_the_same_schedule(
+    head_lr: float | None, schedule: Any
+) -> None:
+    loop = make(Rows(4, 4, 4), epochs=2, schedule=schedule, head_lr=head_lr)
+    heads = {id(p) for m in loop.adapter.entry.copies.values() for p in m.parameters()}
+    stream = loop.batches.epoch()
+    for step in range(3):
+        loop.take([next(stream)])
+        share = lr_factor(step, loop.steps, loop.training)
+        found = {id(p): g["lr"] for g in loop.optimizer.param_groups for p in g["params"]}
+        assert heads < found.keys()
+        for key, lr in found.items():
+            wanted = (head_lr or loop.lr) if key in heads else loop.lr
+            assert lr == pytest.approx(wanted * share)
+
+
+def test_a_head_alone_learns_at_the_rate_that_is_given() -> None:
+    adapter = fs.adapt(Net(), fs.LoRA(rank=2), [], train_modules=["second"])
+    loop = Loop(adapter, Rows(4), Training(epochs=1), 1e-2, head_lr=1e-4)
+    loop.run()
+    assert {group["lr"] for group in loop.optimizer.param_groups} == {1e-2}
 
 
 # --- what cannot go on ---------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def test_the_result_counts_what_the_closed_form_says(done: tuple[Path, Recipe, R
     assert result.num_update_parameters == 4 * recipe.structure.num_parameters(site)
     assert result.num_module_parameters == 16 * 2 + 2
     assert (result.train_rows, result.test_rows, result.steps) == (64, 16, 48)
-    assert result.classes == list(CLASSES)
+    assert result.task["classes"] == list(CLASSES)
     files = [folder / "out" / name for name in ("adapter.safetensors", "adapter.json")]
     assert result.adapter_bytes == sum(f.stat().st_size for f in files)
     assert result.peak_memory > 50e6
@@ -76,9 +76,9 @@ def test_the_folder_holds_adapter_recipe_and_metrics(done: tuple[Path, Recipe, R
 def test_before_is_the_model_as_loaded(done: tuple[Path, Recipe, Result]) -> None:
     _, recipe, result = done
     job = prepare(recipe)
-    with_adapter = job.predictions()
+    with_adapter = job.task.predictions(job.text, job.test)
     job.adapter.detach()
-    assert torch.equal(job.predictions(), with_adapter)
+    assert torch.equal(job.task.predictions(job.text, job.test), with_adapter)
     assert job.measure() == result.before
 
 
@@ -131,7 +131,7 @@ def test_the_head_alone_can_be_trained(recipe: Recipe) -> None:
 def test_pairs_and_numbers(recipe: Recipe, tmp_path: Path) -> None:
     table = tiny_table(tmp_path / "pairs.csv", pairs=True, numbers=True)
     result = run(recipe.changed([f"data.file={table}", "data.pair=other"]))
-    assert result.classes is None
+    assert result.task["kind"] == "regress"
     assert result.after["mse"] > 0
     trained = Trained.open(recipe.output)
     assert trained.evaluate() == result.after
@@ -151,7 +151,7 @@ def test_what_a_person_should_know_is_told(recipe: Recipe, tmp_path: Path) -> No
     events = Events()
     changes = [f"data.file={table}", "training.max_length=6", "train=[]"]
     prepare(recipe.changed(changes), events)
-    assert "dropped 2 repeated rows" in events.notes()
+    assert "2 dropped as repeated" in events.notes()
     assert "cut at 6 tokens" in events.notes()
     assert "classifier starts untrained and stays so" in events.notes()
     official = ["structure={kind: lsr, rank: 4, start: official}"]

@@ -4,7 +4,7 @@ import datetime
 import math
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from typing import Any
@@ -27,15 +27,16 @@ class Parent:
 class Lineage:
     """Where an adapter comes from, stored with it.
 
-    `recipe` is the whole text of the recipe that made it, `classes` name the outputs of its head,
+    `recipe` is the whole text of the recipe that made it, `task` the kind and options of what it
+    learned, the classes of its labels among them,
     `metrics` are names and values as measured then, `created` is UTC in ISO 8601. What is made of
-    it keeps recipe and classes.
+    it keeps recipe and task.
     """
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     recipe: str | None = None
-    classes: tuple[str, ...] | None = None
+    task: Mapping[str, Any] = field(default_factory=dict)
     seeds: Mapping[str, int] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     parents: tuple[Parent, ...] = ()
@@ -50,28 +51,29 @@ class Lineage:
     @classmethod
     def from_json(cls, content: Mapping[str, Any], where: str) -> "Lineage":
         """Raises FileError, beginning with `where`, for unknown keys and values of another kind."""
-        known = {f.name for f in fields(cls)}
+        known = {*(f.name for f in fields(cls)), "classes"}
         for key in content:
             if key not in known:
                 raise FileError(f"{where}: lineage has no {key!r}; {nearest(key, known)}")
         values = dict(content)
+        if (classes := values.pop("classes", None)) is not None:  # 0.1 kept these of a task
+            values.setdefault("task", {"classes": classes})
         try:
             values["parents"] = tuple(Parent(**p) for p in values.get("parents", ()))
-            if isinstance(values.get("classes"), list):
-                values["classes"] = tuple(values["classes"])
             found = cls(**values)
         except TypeError as error:
             raise FileError(f"{where}: lineage: {error}") from error
-        for name in ("options", "seeds", "metrics", "versions"):
+        for name in ("options", "task", "seeds", "metrics", "versions"):
             if not isinstance(getattr(found, name), Mapping):
                 raise FileError(f"{where}: lineage.{name} must be an object")
         texts = [("method", found.method), ("created", found.created)]
         texts += [("recipe", found.recipe)] if found.recipe is not None else []
         for parent in found.parents:
             texts += [("parents.name", parent.name), ("parents.sha256", parent.sha256)]
-        if found.classes is not None and not isinstance(found.classes, tuple):
+        classes = found.task.get("classes") or []
+        if not isinstance(classes, list | tuple):
             raise FileError(f"{where}: lineage.classes must be a list")
-        texts += [("classes", name) for name in found.classes or ()]
+        texts += [("classes", name) for name in classes]
         for name, value in texts:
             if not isinstance(value, str):
                 raise FileError(f"{where}: lineage.{name} must be text, got {str(value)[:80]!r}")
@@ -84,14 +86,14 @@ def lineage_of(
     metrics: Mapping[str, Any] | None = None,
     seeds: Mapping[str, int] | None = None,
     parents: tuple[Parent, ...] = (),
-    classes: Sequence[str] | None = None,
+    task: Mapping[str, Any] | None = None,
 ) -> Lineage:
     """The lineage of an adapter that is made now, with these packages."""
     return Lineage(
         method=structure.kind,
         options=structure.options(),
         recipe=recipe,
-        classes=None if classes is None else tuple(classes),
+        task=task or {},
         seeds={"structure": structure.seed, **(seeds or {})},
         metrics=metrics or {},
         parents=parents,

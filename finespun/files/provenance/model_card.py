@@ -50,8 +50,8 @@ def model_card(
     if lineage.metrics:
         lines += ["", "## Measured", "", "| metric | value |", "| --- | --- |"]
         lines += [f"| {key} | {_shown(value)} |" for key, value in _flat(lineage.metrics)]
-    if lineage.classes is not None:
-        lines += ["", "## Classes", "", ", ".join(f"`{name}`" for name in lineage.classes)]
+    if classes := lineage.task.get("classes"):
+        lines += ["", "## Classes", "", ", ".join(f"`{name}`" for name in classes)]
     if lineage.recipe is not None:
         fence = "`" * 4
         lines += ["", "## Recipe", "", f"{fence}yaml", lineage.recipe.strip(), fence]

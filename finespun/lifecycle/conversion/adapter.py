@@ -270,7 +270,7 @@ def _lineage(saved: Saved, made: Structure, fitted: _Fitted, refine: int) -> Lin
     old, parent = saved.lineage, Parent(saved.entry.name, saved.sha256)
     if old is None:
         return lineage_of(made, metrics=told, parents=(parent,))
-    return lineage_of(made, old.recipe, told, old.seeds, (parent,), old.classes)
+    return lineage_of(made, old.recipe, told, old.seeds, (parent,), old.task)
 
 
 def _write_peft(saved: Saved, entry: Entry, line: Lineage, src: Path, dst: str | Path) -> None:

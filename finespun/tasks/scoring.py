@@ -2,14 +2,14 @@
 the loss, all from one forward pass."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from finespun.tasks.lm_text import PADDING, AnswerTokens, segment_mask
+from finespun.models.loaded import evaluating
+from finespun.tasks.prompts import PADDING, AnswerTokens, segment_mask
 
 BATCH_TOKENS = 1024
 
@@ -32,11 +32,11 @@ class Tree(NamedTuple):
     positions: Tensor
 
 
-def measure(model: nn.Module, tokens: AnswerTokens, fill: int) -> dict[str, float]:
+def measure(model: nn.Module, tokens: AnswerTokens) -> dict[str, float]:
     """accuracy (the likeliest candidate is the right one; only where there are two or more),
     exact_match (greedy decoding gives the right answer and ends) and loss (mean over answer tokens,
     the end included)."""
-    scores = score(model, tokens, fill)
+    scores = score(model, tokens)
     found = {}
     if all(len(row) > 1 for row in scores.words):
         hits = [max(range(len(w)), key=w.__getitem__) for w in scores.words]
@@ -47,14 +47,14 @@ def measure(model: nn.Module, tokens: AnswerTokens, fill: int) -> dict[str, floa
 
 
 @torch.no_grad()
-def score(model: nn.Module, tokens: AnswerTokens, fill: int) -> Scores:
-    """`Scores` of all rows, in eval mode; `fill` is the token that pads."""
+def score(model: nn.Module, tokens: AnswerTokens) -> Scores:
+    """`Scores` of all rows, in eval mode."""
     device = next(model.parameters()).device
     words: list[list[float]] = [[] for _ in range(len(tokens))]
     exact, losses, counts = [False] * len(tokens), [0.0] * len(tokens), [0] * len(tokens)
     with evaluating(model):
         for rows in groups(tokens):
-            tree = _tree(tokens, rows, fill)
+            tree = _tree(tokens, rows)
             inputs: dict[str, Tensor] = {
                 "input_ids": tree.input_ids.to(device),
                 "attention_mask": segment_mask(tree.segments).to(device, model_dtype(model)),
@@ -87,7 +87,7 @@ def groups(tokens: AnswerTokens) -> Iterator[list[int]]:
         order = order[count:]
 
 
-def _tree(tokens: AnswerTokens, rows: Sequence[int], fill: int) -> Tree:
+def _tree(tokens: AnswerTokens, rows: Sequence[int]) -> Tree:
     parts: list[tuple[list[int], list[int], list[int]]] = []
     for i in rows:
         ids = tokens.prompt_ids(i)
@@ -100,7 +100,7 @@ def _tree(tokens: AnswerTokens, rows: Sequence[int], fill: int) -> Tree:
     length = max(len(whole) for whole, _, _ in parts)
     filled = [
         [[empty] * (length - len(values)) + values for values in column]
-        for column, empty in zip(zip(*parts), (fill, PADDING, 0))
+        for column, empty in zip(zip(*parts), (tokens.tokenizer.pad_token_id, PADDING, 0))
     ]
     return Tree(*(torch.tensor(values) for values in filled))
 
@@ -149,15 +149,3 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     """The precision that the model computes in."""
     found = getattr(model, "dtype", None)
     return found if isinstance(found, torch.dtype) else next(model.parameters()).dtype
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; the modes of before come back."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from finespun.errors import InputError, nearest
-from finespun.tasks.tables import Examples
-from finespun.tasks.text import IGNORED, Batch, Tokens
+from finespun.tasks.tables import LabelledTexts
+from finespun.tasks.task import IGNORED, Batch, Limits
+from finespun.tasks.tokens import Tokens
 
 PADDING = -1  # the segment of tokens that nobody sees
 
@@ -107,8 +108,11 @@ class AnswerTokens(Tokens):
     begins: tuple[int, ...] = ()
     candidates: tuple[tuple[list[int], ...], ...] = ()
     right: tuple[int, ...] = ()
-    pack: bool = False
     slices: bool = True
+
+    @property
+    def packed(self) -> bool:
+        return self.limits.pack
 
     def prompt_ids(self, i: int) -> list[int]:
         """The tokens of prompt i."""
@@ -123,35 +127,36 @@ class AnswerTokens(Tokens):
             right=tuple(self.right[i] for i in indices),
         )
 
-    def collate(self, tokenizer: Any, indices: Sequence[int]) -> Batch:
-        """input_ids, attention_mask, position_ids, labels: -100 outside answers.
 
-        Unless packed, labels are cut to the columns whose logits are needed (`logits_to_keep`).
-        """
-        ids = [self.rows[i]["input_ids"] for i in indices]
-        begins = [self.begins[i] for i in indices]
-        if self.pack:
-            return packed(ids, begins)
-        length = max(map(len, ids))
-        fill = tokenizer.pad_token_id
-        shape = len(ids), length
-        found = {
-            "input_ids": torch.full(shape, fill),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "position_ids": torch.zeros(shape, dtype=torch.long),
-            "labels": torch.full(shape, IGNORED),
-        }
-        for row, (tokens, begin) in enumerate(zip(ids, begins)):
-            start = length - len(tokens)
-            found["input_ids"][row, start:] = torch.tensor(tokens)
-            found["attention_mask"][row, start:] = 1
-            found["position_ids"][row, start:] = torch.arange(len(tokens))
-            found["labels"][row, start + begin :] = torch.tensor(tokens[begin:])
-        if self.slices:
-            keep = max(len(tokens) - begin for tokens, begin in zip(ids, begins)) + 1
-            found["labels"] = found["labels"][:, -keep:]
-            found["logits_to_keep"] = torch.arange(length - keep, length)
-        return found
+def collate(tokens: AnswerTokens, indices: Sequence[int]) -> Batch:
+    """input_ids, attention_mask, position_ids, labels: -100 outside answers.
+
+    Unless packed, labels are cut to the columns whose logits are needed (`logits_to_keep`).
+    """
+    ids = [tokens.rows[i]["input_ids"] for i in indices]
+    begins = [tokens.begins[i] for i in indices]
+    if tokens.packed:
+        return packed(ids, begins)
+    length = max(map(len, ids))
+    fill = tokens.tokenizer.pad_token_id
+    shape = len(ids), length
+    found = {
+        "input_ids": torch.full(shape, fill),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+        "position_ids": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.full(shape, IGNORED),
+    }
+    for row, (own, begin) in enumerate(zip(ids, begins)):
+        start = length - len(own)
+        found["input_ids"][row, start:] = torch.tensor(own)
+        found["attention_mask"][row, start:] = 1
+        found["position_ids"][row, start:] = torch.arange(len(own))
+        found["labels"][row, start + begin :] = torch.tensor(own[begin:])
+    if tokens.slices:
+        keep = max(len(own) - begin for own, begin in zip(ids, begins)) + 1
+        found["labels"] = found["labels"][:, -keep:]
+        found["logits_to_keep"] = torch.arange(length - keep, length)
+    return found
 
 
 def packed(ids: Sequence[list[int]], begins: Sequence[int]) -> Batch:
@@ -186,11 +191,9 @@ def segment_mask(segments: Tensor) -> Tensor:
     return mask[:, None]
 
 
-def answer_words(classes: Sequence[str] | None, answers: Mapping[str, str] | None) -> list[str]:
+def answer_words(classes: Sequence[str], answers: Mapping[str, str] | None) -> list[str]:
     """What the model should say for every class. Raises InputError where `answers` does not name
     each class once, or two classes share their words."""
-    if classes is None:
-        raise InputError("a language model answers with words: set data.labels to classes")
     if answers is None:
         return list(classes)
     for name in (*answers, *classes):
@@ -206,15 +209,14 @@ def answer_words(classes: Sequence[str] | None, answers: Mapping[str, str] | Non
 
 def tokenize_answers(
     asker: Asker,
-    examples: Examples,
+    examples: LabelledTexts,
     words: Sequence[str],
-    max_length: int,
-    pack: bool = False,
+    limits: Limits,
     slices: bool = True,
     few: int = 32,
 ) -> AnswerTokens:
     """Rows of prompt and right answer, and the other answers as candidates where there are at most
-    `few`. Texts that make a row longer than `max_length` are cut, never answers."""
+    `few`. Texts that make a row longer than `limits` allow are cut, never answers."""
     rows, begins, right, candidates, cut = [], [], [], [], 0
     for i, text in enumerate(examples.texts):
         pair = None if examples.pairs is None else examples.pairs[i]
@@ -222,7 +224,7 @@ def tokenize_answers(
         possible = list(words) if len(words) <= few else [words[label]]
         probe = asker.prompt(text, pair)
         longest = max(len(asker.answer(probe, word)) for word in possible)
-        ids, prompt, shorter = asker.shortened(text, pair, max_length - longest)
+        ids, prompt, shorter = asker.shortened(text, pair, limits.max_length - longest)
         choices = tuple(asker.answer(prompt, word) for word in possible)
         right.append(label if len(possible) == len(words) else 0)
         rows.append({"input_ids": ids + choices[right[-1]]})
@@ -230,13 +232,13 @@ def tokenize_answers(
         candidates.append(choices)
         cut += shorter
     return AnswerTokens(
+        limits,
+        cut,
         tuple(rows),
         examples.label_tensor(),
-        cut,
-        max_length,
+        asker.tokenizer,
         tuple(begins),
         tuple(candidates),
         tuple(right),
-        pack,
         slices,
     )

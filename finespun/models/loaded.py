@@ -1,0 +1,36 @@
+"""A base model with what feeds it."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A loaded model with its tokenizer; `fresh` names the modules that start untrained."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    fresh: tuple[str, ...]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; the modes of before come back."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+def slices_logits(model: nn.Module) -> bool:
+    """Whether the model computes logits for chosen positions only, if asked."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
