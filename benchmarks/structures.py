@@ -80,7 +80,7 @@ def ours_and_theirs(kind: str, config: peft.PeftConfig, folder: str) -> tuple[nn
             p.add_(torch.randn_like(p) * 0.01)
     model = llama(WIDTH, LAYERS)
     if kind in DRAWN:
-        fs.adapt(model, fs.structure(kind, **DRAWN[kind]), TARGETS, ())
+        fs.adapt(model, fs.make(kind, **DRAWN[kind]), TARGETS, ())
         return model.train(), wrapped
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -141,7 +141,7 @@ def beside_lora() -> Iterator[Line]:
     fs.adapt(plain, fs.LoRA(rank=RANK), TARGETS, ())
     for kind, options in OWN.items():
         model = llama(WIDTH, LAYERS).train()
-        fs.adapt(model, fs.structure(kind, **options), TARGETS, ())
+        fs.adapt(model, fs.make(kind, **options), TARGETS, ())
         arms = {
             "ours": step(model, ids, trained(model)),
             "LoRA": step(plain, ids, trained(plain)),

@@ -42,7 +42,7 @@ class Switched:
     def of(cls, dtype: torch.dtype) -> "Switched":
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False)).to(dtype)
-        adapter = fs.adapt(model, fs.structure("shira", rank=SHIRA_RANK), r"0", ())
+        adapter = fs.adapt(model, fs.make("shira", rank=SHIRA_RANK), r"0", ())
         with torch.no_grad():
             for p in adapter.parameters():
                 p.normal_(0.0, 0.02)

@@ -1,7 +1,12 @@
 """Finespun: adapt pretrained models with very few trained parameters."""
 
+import sys
 from importlib import import_module
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
+
+from finespun import deprecated
+from finespun.methods.index import NAMES as METHODS
 
 if TYPE_CHECKING:
     from finespun.adapter import Adapter, adapt, load
@@ -9,7 +14,11 @@ if TYPE_CHECKING:
     from finespun.errors import FinespunError
     from finespun.hosts import activate, disabled, evict, rows
     from finespun.lifecycle.conversion.adapter import convert
-    from finespun.methods.structures import LSR, STRUCTURES, LoRA, structure
+    from finespun.methods.axes import make
+    from finespun.methods.index import *  # noqa: F403
+    from finespun.methods.structures import STRUCTURES
+    from finespun.methods.structures.lora import LoRA
+    from finespun.methods.structures.lsr import LSR
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -25,8 +34,8 @@ __all__ = [
     "disabled",
     "evict",
     "load",
+    "make",
     "rows",
-    "structure",
 ]
 _NAMES = {
     "adapter": ("Adapter", "adapt", "load"),
@@ -34,16 +43,21 @@ _NAMES = {
     "errors": ("FinespunError",),
     "hosts": ("activate", "disabled", "evict", "rows"),
     "lifecycle.conversion.adapter": ("convert",),
-    "methods.structures": ("LSR", "STRUCTURES", "LoRA", "structure"),
+    "methods.axes": ("make",),
+    "methods.structures": ("STRUCTURES",),
 }
-_HOMES = {name: home for home, names in _NAMES.items() for name in names}
+_HOMES = {name: f"finespun.{home}" for home, names in _NAMES.items() for name in names} | METHODS
 
 
 def __getattr__(name: str) -> Any:
     """A name or subpackage, imported when it is first asked for: the command line shows its help,
     and completes a word, without loading torch."""
+    if name in deprecated.NAMES:
+        new = deprecated.NAMES[name]
+        deprecated.warn(f"finespun.{name}", f"finespun.{new}")
+        return attrgetter(new)(sys.modules[__name__])
     if name in _HOMES:
-        found = getattr(import_module(f"finespun.{_HOMES[name]}"), name)
+        found = getattr(import_module(_HOMES[name]), name)
     elif name.startswith("_"):
         raise AttributeError(f"finespun has no {name!r}")
     else:
@@ -58,4 +72,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *METHODS})

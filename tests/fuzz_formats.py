@@ -57,7 +57,7 @@ class Format:
 # --- adapters ------------------------------------------------------------------------------------
 def write_native(folder: Path, kind: str) -> None:
     targets = r"blocks\.\d" if STRUCTURES[kind].site_kind == "block" else TARGETS
-    adapter = fs.adapt(net(), fs.structure(kind, **KINDS[kind]), targets, ("head",), "first")
+    adapter = fs.adapt(net(), fs.make(kind, **KINDS[kind]), targets, ("head",), "first")
     stir(adapter.parameters())
     adapter.save(folder)
 

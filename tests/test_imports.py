@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import finespun
+from finespun.methods.index import NAMES
 
 HEAVY = ("transformers", "peft", "pydantic", "yaml", "typer", "rich", "scipy", "sklearn", "polars")
 
@@ -47,9 +48,11 @@ def test_names_for_type_checkers_are_those_at_run_time():
     tree = ast.parse(Path(finespun.__file__).read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
     told = {(a.name, node.module) for node in block.body for a in node.names}
-    assert told == {(name, f"finespun.{home}") for name, home in finespun._HOMES.items()}
-    assert {name for name, _ in told} == set(finespun.__all__)
-    assert set(finespun.__all__) <= set(dir(finespun))
+    methods = ("*", "finespun.methods.index")
+    assert told - {methods} == {(name, finespun._HOMES[name]) for name in finespun.__all__}
+    assert methods in told
+    assert set(finespun._HOMES) == {*finespun.__all__, *NAMES}
+    assert {*finespun.__all__, *NAMES} <= set(dir(finespun))
 
 
 def test_the_core_loads_few_modules_and_none_of_the_extras():

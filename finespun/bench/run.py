@@ -111,18 +111,12 @@ class Bench:
         found: list[Contender] = []
         for member in self.spec.members:
             targets = self.spec.recipe.targets if member.targets is None else member.targets
-            recipe = self.spec.recipe.model_copy(
-                update={
-                    "targets": targets,
-                    "structure": member.structure,
-                    "allocation": member.allocation,
-                }
-            )
+            recipe = self.spec.recipe.model_copy(update={"targets": targets, **member.values})
             for budget in member.numbers or (None,):
                 sized = recipe.model_copy(update={"structure": self.fitted(member, recipe, budget)})
                 name = self.name(member, sized.structure, budget)
                 sites = self.workbench.sites(sized, sized.structure)
-                if sized.allocation is not None:
+                if len(sized.values) > 1:
                     self.workbench.check(sized)
                 found.append(
                     Contender(

@@ -16,8 +16,9 @@ from pydantic import (
 
 from finespun.contract import Structure
 from finespun.errors import InputError
-from finespun.methods.structures import LSR
-from finespun.recipes.recipe import AnyAllocation, Recipe, RunStructure, add_methods
+from finespun.methods.axes import AXES
+from finespun.recipes.axes import Chosen
+from finespun.recipes.recipe import Recipe
 from finespun.recipes.yaml import Document, Section, explain
 
 FEWEST_LRS = 3
@@ -73,14 +74,12 @@ LearningRates = Annotated[
 ]
 
 
-class Member(Section):
-    """One structure to compare, at one size or at several.
+class Member(Chosen):
+    """A value on each axis to compare, at one size or at several.
 
     `targets: []` and nothing else is the frozen model with its head trained.
     """
 
-    structure: RunStructure = LSR()
-    allocation: AnyAllocation = Field(None, description="what changes while it trains")
     numbers: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (),
         description="budgets of trained numbers; options that are not given are fitted to each; "
@@ -110,8 +109,8 @@ class Member(Section):
         if not isinstance(values, Mapping):
             raise InputError(f"{values!r} needs a structure, for example structure: {{kind: lora}}")
         member = handler(values)
-        if member.targets == () and {"structure", "numbers"} & set(values):
-            raise InputError("targets: [] trains the head alone, without structure or numbers")
+        if member.targets == () and (taken := [k for k in (*AXES, "numbers") if k in values]):
+            raise InputError(f"targets: [] trains the head alone, without {taken[0]}")
         if member.targets != () and "structure" not in values:
             raise InputError("structure is missing; targets: [] would train the head alone")
         if member.numbers and member.allocation is not None:
@@ -196,7 +195,7 @@ class BenchSpec(Document):
     def _leave_out(cls, values: Any) -> Any:
         # before the recipe is read: what is not its own should not be judged there
         recipe = keys_of(values).get("recipe")
-        sections = [(recipe, key) for key in ("structure", "allocation", "output")]
+        sections = [(recipe, key) for key in (*AXES, "output")]
         for section, key in (*sections, (keys_of(recipe).get("training"), "lr")):
             if key in keys_of(section):
                 other = {"output": "output", "lr": "lrs"}.get(key, "members")
@@ -220,12 +219,11 @@ class BenchSpec(Document):
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
-        """JSON Schema of a bench file, with the options of every structure; its recipe has no keys
+        """JSON Schema of a bench file, with the options of every method; its recipe has no keys
         that the bench has of its own."""
         schema = cls.model_json_schema()
         parts = schema["$defs"]
-        add_methods(parts["Member"]["properties"])
-        for key in ("structure", "allocation", "output", "trackers"):
+        for key in (*AXES, "output", "trackers"):
             del parts["Recipe"]["properties"][key]
         del parts["Training"]["properties"]["lr"]
         return schema

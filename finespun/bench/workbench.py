@@ -15,6 +15,7 @@ from finespun.errors import TrainingError
 from finespun.models import Loaded
 from finespun.recipes.recipe import Recipe
 from finespun.tasks.task import Encoded, Split, Task
+from finespun.training.look import look
 from finespun.training.run import Job, attach, choose_device, limits_of, surroundings
 
 
@@ -40,7 +41,7 @@ class Workbench:
                 job.adapter.detach()
 
     def check(self, recipe: Recipe) -> None:
-        """Raise InputError where the recipe's allocation cannot begin."""
+        """Raise InputError where the recipe's methods cannot begin."""
         job = self.job(Trial("", recipe))
         try:
             job.check()
@@ -52,7 +53,8 @@ class Workbench:
         recipe, text = trial.recipe, self.model(trial.recipe)
         train, test = self.encoded(trial, text)
         task = self.task(recipe)
-        return Job(recipe, task, text, attach(recipe, task, text, train), train, test)
+        seen = look(recipe, task, text, train)
+        return Job(recipe, task, text, attach(recipe, text, seen), train, test, seen)
 
     def _train(self, job: Job) -> Outcome:
         loop = job.loop()

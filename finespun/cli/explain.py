@@ -49,13 +49,14 @@ def choose(method: str, options: Sequence[str]) -> "Structure":
     """The structure with its options set. Raises InputError naming a wrong one."""
     from pydantic import ValidationError
 
-    from finespun.recipes.recipe import AnyStructure
+    from finespun.contract import Structure
+    from finespun.recipes.axes import ValueOf
     from finespun.recipes.yaml import Section, apply_override, explain
 
     class Choice(Section):
         """What was typed, as the part of a recipe that it would be."""
 
-        structure: AnyStructure
+        structure: Annotated[Structure, ValueOf("structure", alone=True)]
 
     values: dict[str, Any] = {"kind": method}
     for option in options:

@@ -1,4 +1,4 @@
-"""`finespun methods`: the structures there are, with formula and count."""
+"""`finespun methods`: what there is on every axis, structures with formula and count."""
 
 import inspect
 import json
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from finespun.contract import Structure
+    from finespun.contract import Method, Structure
 
 EXAMPLE = "finespun methods lsr"
 LAYERS, WIDTH = 24, 768
@@ -17,37 +17,60 @@ def command(
     kind: Annotated[str | None, typer.Argument(help="One method, with all its options.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List the ways to write an update: formula, source, and trained numbers at the defaults."""
-    from finespun.methods.structures import STRUCTURES, structure
+    """List the methods of every axis: what they do, source, trained numbers at the defaults."""
+    from finespun.methods.axes import AXES, axis_of
 
-    found = [structure(kind)] if kind is not None else [cls() for cls in STRUCTURES.values()]
+    if kind is not None:
+        found = [axis_of(kind).make(kind)]
+    else:
+        found = [cls() for axis in AXES.values() for cls in axis.known.values()]
     if as_json:
         typer.echo(json.dumps({one.kind: facts(one) for one in found}, ensure_ascii=False))
         return
     for one in found:
-        fact = facts(one)
-        typer.echo(typer.style(f"{one.kind}  ({fact['source']})", bold=True))
-        typer.echo(fact["formula" if kind is None else "about"])
-        typer.echo(f"{fact['numbers']:,} numbers in {LAYERS} layers of {WIDTH} x {WIDTH}")
-        if kind is not None:
-            for name, value in fact["options"].items():
-                typer.echo(f"  {name}: {json.dumps(value)}")
-        typer.echo()
+        typer.echo("\n".join(lines(one, whole=kind is not None)) + "\n")
 
 
-def facts(one: "Structure") -> dict[str, Any]:
-    """What a structure says of itself."""
+def lines(one: "Method", whole: bool) -> list[str]:
+    """What is printed of a method; its whole description and options only where asked."""
+    fact = facts(one)
+    axis = "" if fact["axis"] == "structure" else f"{fact['axis']}, "
+    told = [
+        typer.style(f"{one.kind}  ({axis}{fact['source']})", bold=True),
+        fact["about" if whole else "formula"],
+    ]
+    if "numbers" in fact:
+        told.append(f"{fact['numbers']:,} numbers in {LAYERS} layers of {WIDTH} x {WIDTH}")
+    if fact["needs"]:
+        told.append(f"needs {', '.join(fact['needs'])}")
+    if whole:
+        told += [f"  {name}: {json.dumps(value)}" for name, value in fact["options"].items()]
+    return told
+
+
+def facts(one: "Method") -> dict[str, Any]:
+    """What a method says of itself; of a structure its count as well."""
+    from finespun.contract import Structure
+
+    about = inspect.getdoc(type(one)) or ""
+    counted = {"numbers": count(one)} if isinstance(one, Structure) else {}
+    return {
+        "axis": one.axis,
+        "source": one.source,
+        "formula": about.partition("\n\n")[0],
+        "about": about,
+        **counted,
+        "needs": sorted(one.needs),
+        "options": one.options(),
+    }
+
+
+def count(one: "Structure") -> int:
+    """Trained parameters in the layers that all structures are compared on."""
     import torch
 
     from finespun.contract import TensorSite
 
-    about = inspect.getdoc(type(one)) or ""
     weight = torch.zeros(WIDTH, WIDTH)
     sites = [TensorSite(f"layer.{i}", weight, kind=one.site_kind) for i in range(LAYERS)]
-    return {
-        "source": one.source,
-        "formula": about.partition("\n\n")[0],
-        "about": about,
-        "numbers": one.total_parameters(one.plan(sites)),
-        "options": one.options(),
-    }
+    return one.total_parameters(one.plan(sites))

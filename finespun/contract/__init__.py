@@ -4,7 +4,8 @@ from finespun.contract.allocation import ALLOCATIONS, Allocation
 from finespun.contract.axis import AxisValue, Dynamics, Initializer, Objective, hooks_of
 from finespun.contract.delta import Bank, Bypass, Delta
 from finespun.contract.groups import Group, module_group
-from finespun.contract.method import Method
+from finespun.contract.method import Method, register
+from finespun.contract.need import Need
 from finespun.contract.site import Coupling, Site, SiteShape, TensorSite
 from finespun.contract.structure import (
     Plan,
@@ -12,14 +13,12 @@ from finespun.contract.structure import (
     Scores,
     Structure,
     Unmeasured,
-    register,
 )
 from finespun.contract.training import (
     AdapterView,
     Measured,
     MicroBatch,
     Moment,
-    Need,
     ParamGroup,
     Setup,
     Slots,

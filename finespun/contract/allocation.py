@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from finespun.contract.axis import AxisValue
-from finespun.contract.method import registering
+from finespun.contract.method import REGISTRY
+from finespun.contract.method import register as register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,5 +14,4 @@ class Allocation(AxisValue):
     axis = "allocation"
 
 
-ALLOCATIONS: dict[str, type[Allocation]] = {}
-register = registering(ALLOCATIONS, "an allocation")
+ALLOCATIONS: dict[str, type[Allocation]] = REGISTRY.setdefault("allocation", {})

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch.optim import Optimizer
 
 from finespun.contract.method import Method
 from finespun.contract.structure import Structure
-from finespun.contract.training import AdapterView, Need, TrainingHooks
+from finespun.contract.training import AdapterView, TrainingHooks
 from finespun.errors import InputError
 
 ORDER = ("initializer", "allocation", "dynamics", "objective")
@@ -19,9 +18,6 @@ ORDER = ("initializer", "allocation", "dynamics", "objective")
 @dataclass(frozen=True, kw_only=True)
 class AxisValue(Method):
     """A value of one axis: what it needs, which structures it suits, its hooks for one run."""
-
-    axis: ClassVar[str] = ""
-    needs: ClassVar[frozenset[Need]] = frozenset()
 
     def suits(self, structure: Structure) -> None:
         """Raise InputError where this is not for such a structure; any will do unless a value says

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin
 
+from finespun.contract.need import Need
 from finespun.errors import InputError, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What a user chooses of one published method. `kind` names it, `aliases` are other names of
-    its options (PEFT's), `source` is the paper."""
+    """What a user chooses of one published method. `kind` names it on its `axis`, `aliases` are
+    other names of its options (PEFT's), `source` is the paper."""
 
+    axis: ClassVar[str] = ""
     kind: ClassVar[str] = ""
     source: ClassVar[str] = ""
     aliases: ClassVar[Mapping[str, str]] = {}
@@ -29,6 +31,11 @@ class Method:
             if f.name in options and not fits(value := options[f.name], f.type):
                 raise InputError(f"{f.name}={value!r} must be {wanted(f.type)}; try {f.default!r}")
         return super().__new__(cls)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it needs of a run, and of the methods beside it."""
+        return frozenset()
 
     def options(self) -> dict[str, Any]:
         """The hyper-parameters as JSON values; `from_options(**options)` restores them."""
@@ -62,18 +69,25 @@ class Method:
 
 
 M = TypeVar("M", bound=Method)
+REGISTRY: dict[str, dict[str, type[Any]]] = {}  # axis -> kind -> class
 
 
-def registering(known: dict[str, type[M]], axis: str) -> Callable[[type[M]], type[M]]:
-    """A class decorator that makes methods of an axis known by their `kind`."""
+def registering(known: dict[str, type[M]], what: str) -> Callable[[type[M]], type[M]]:
+    """A class decorator that makes methods known by their `kind`, among those of one sort."""
 
     def register(cls: type[M]) -> type[M]:
         if not cls.kind or cls.kind in known:
-            raise InputError(f"{axis} needs a kind of its own, not {cls.kind!r}")
+            raise InputError(f"{what} needs a kind of its own, not {cls.kind!r}")
         known[cls.kind] = cls
         return cls
 
     return register
+
+
+def register(cls: type[M]) -> type[M]:
+    """A class decorator that makes a method known on its axis by its `kind`. Raises InputError for
+    a kind that is taken."""
+    return registering(REGISTRY.setdefault(cls.axis, {}), f"a value of {cls.axis!r}")(cls)
 
 
 WORDS = {int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from finespun.contract.delta import Bank, Delta, Factors
-from finespun.contract.method import Method, registering
+from finespun.contract.method import REGISTRY, Method
+from finespun.contract.method import register as register
 from finespun.contract.site import Site, SiteShape
 from finespun.errors import InputError, PlanError, nearest
 
@@ -78,6 +79,7 @@ class Structure(Method):
     dropout: float = 0.0
     seed: int = 0
 
+    axis = "structure"
     site_kind: ClassVar[str] = "linear"
     default_lr: ClassVar[float] = 1e-3
     start_lrs: ClassVar[Mapping[str, float]] = {}
@@ -97,23 +99,6 @@ class Structure(Method):
     def starts_at_zero(self) -> bool:
         """Whether ΔW is exactly zero after `build`."""
         return True
-
-    @property
-    def needs_python(self) -> str:
-        """Why only Python can set this up, by a call between `adapt` and training; "" where a
-        recipe can."""
-        return ""
-
-    @property
-    def wants_gradient(self) -> bool:
-        """Whether training must begin with `Delta.start_from` at every site."""
-        return False
-
-    @property
-    def wants_scores(self) -> str | None:
-        """What must be measured at every site of the base and given to `plan` as scores:
-        "activations" or "gradients"; None for nothing."""
-        return None
 
     def plan(self, sites: Sequence[Site], scores: Scores | None = None) -> Plan:
         """Decide for all sites at once; `scores` (site name -> importance of the site, or of its
@@ -250,16 +235,4 @@ def must_divide(
         )
 
 
-STRUCTURES: dict[str, type[Structure]] = {}
-register = registering(STRUCTURES, "a structure")
-
-
-def structure(kind: str, **options: Any) -> Structure:
-    """A structure by name, for recipes and files.
-
-    >>> structure("lora", rank=4).options()["rank"]
-    4
-    """
-    if kind not in STRUCTURES:
-        raise InputError(f"no structure is called {kind!r}; {nearest(kind, STRUCTURES)}")
-    return STRUCTURES[kind].from_options(**options)
+STRUCTURES: dict[str, type[Structure]] = REGISTRY.setdefault("structure", {})

@@ -1,7 +1,6 @@
 """What a method may do and ask during training: protocols that drivers and hosts implement."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -10,31 +9,11 @@ from torch.optim import Optimizer
 
 from finespun.contract.delta import Bank, Delta
 from finespun.contract.groups import Group
+from finespun.contract.need import Need as Need
 from finespun.contract.structure import Plan, Structure
 
 if TYPE_CHECKING:
     from finespun.contract.mixing import Mixing
-
-
-class Need(StrEnum):
-    """What a value of an axis needs of a run. Recipes refuse by it, hooks are held to it."""
-
-    GRADIENTS = "gradients"  # of the base weights, before training
-    ACTIVATIONS = "activations"  # mean |h| of the base, before training
-    COVARIANCE = "covariance"  # of the layers' inputs, before training
-    HELD_OUT = "held-out batches"
-    PRODUCTS = "products"  # updates that are bilinear in their parameters
-    FACTORS = "factors"  # updates with A and B
-    GATES = "gates"  # a gate on every rank
-    GAIN = "gain"
-    OVERLAY = "overlay"
-    MIXER = "mixer"
-    PERTURBATION = "perturbation"  # other parameters between forward and step
-    HOLD = "hold"  # parameters that stand still for a step
-    REPLAY = "replay"  # a second pass over a step's micro-batches
-    ROOT_LOSS = "root loss"  # a loss that the model itself returns, or driver.loss
-    TEACHER = "teacher"
-    STEPPER = "stepper"  # an optimiser of its own
 
 
 class Moment(NamedTuple):

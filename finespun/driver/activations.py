@@ -1,63 +1,98 @@
-"""How active the hidden features of chosen layers are, before training: S2FT's rules A and S."""
+"""What layers read, before training: how active its features are, and how they vary together."""
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from finespun.contract import Structure
 from finespun.errors import InputError
-from finespun.hosts import Host, disabled
-from finespun.hosts import sites as sites_of
+from finespun.hosts import Host, modules
 from finespun.hosts.coupling import family
-from finespun.hosts.targets import modules
+
+Of = Callable[[Tensor], Tensor]
 
 
-@torch.no_grad()
-def mean_activations(
-    model: nn.Module,
-    sites: Iterable[str],
-    batches: Iterable[Any],
-    call: Callable[[nn.Module, Any], Any],
-) -> dict[str, Tensor]:
-    """Mean |h|, (features,), of what each site reads, over all positions of all batches; for layers
-    that write hidden features of a block, of these, where they are read.
+class Means:
+    """Mean of a function of the rows that modules read, by a pre-hook on each module."""
 
-    Layers that make values for several query heads get one mean for each unit of these instead.
-    `call(model, batch)` runs the model, which is its base meanwhile, in the mode that it is in.
-    Raises TargetError for unknown sites, InputError for a layer that never ran.
-    """
-    hosts, known = sites_of(model, sites, Structure()), modules(model)
-    readers = {
-        n: f.reader if (f := family(known, n)) and h.coupling else n for n, h in hosts.items()
-    }
-    sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(readers.values(), 0)
+    def __init__(self, readers: Mapping[str, str], of: Of) -> None:
+        self.readers, self.of = readers, of  # site -> the module whose inputs tell
+        self.sums: dict[str, Tensor] = {}
+        self.counts = dict.fromkeys(readers.values(), 0)
 
-    def add(name: str) -> Callable[[nn.Module, Any], None]:
+    def hook(self, name: str) -> Callable[[nn.Module, Any], None]:
+        """Adds what module `name` is about to read."""
+
+        @torch.no_grad()
         def before(layer: nn.Module, args: Any) -> None:
-            x = args[0].detach().flatten(0, -2).abs()
-            flat = x.to(torch.promote_types(x.dtype, torch.float32))
-            sums[name] = flat.sum(0) + sums.get(name, 0.0)
-            counts[name] += len(flat)
+            x = args[0].detach().flatten(0, -2)
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            self.sums[name] = self.of(x) + self.sums.get(name, 0.0)
+            self.counts[name] += len(x)
 
         return before
 
-    with ExitStack() as undo:
-        if "_finespun_adapters" in model.__dict__:
-            undo.enter_context(disabled(model))
-        for name in counts:
-            layer = known[name.partition(":")[0]]
-            undo.callback(layer.register_forward_pre_hook(add(name)).remove)
-        for batch in batches:
-            call(model, batch)
-    for name, count in counts.items():
-        if not count:
-            raise InputError(f"{name!r} never ran: give batches, and a call that runs the model")
-    means = {name: total / counts[name] for name, total in sums.items()}
-    return {name: _own(host, means[readers[name]]) for name, host in hosts.items()}
+    def means(self) -> dict[str, Tensor]:
+        """Site -> mean over all rows. Raises InputError for a module that never ran."""
+        for name, count in self.counts.items():
+            if not count:
+                raise InputError(
+                    f"{name!r} never ran: give batches, and a call that runs the model"
+                )
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        return {site: means[reader] for site, reader in self.readers.items()}
+
+
+class Activations(Means):
+    """Mean |h| (features,) of what each site reads; of layers that write hidden features of a
+    block, of these, where they are read, one for each unit where layers make values for several
+    heads."""
+
+    def __init__(self, known: Mapping[str, nn.Module], hosts: Mapping[str, Host]) -> None:
+        self.hosts = hosts
+        readers = {
+            n: f.reader if (f := family(known, n)) and h.coupling else n for n, h in hosts.items()
+        }
+        super().__init__(readers, lambda x: x.abs().sum(0))
+
+    def means(self) -> dict[str, Tensor]:
+        return {name: _own(self.hosts[name], mean) for name, mean in super().means().items()}
+
+
+@contextmanager
+def watch_activations(model: nn.Module, hosts: Mapping[str, Host]) -> Iterator[Means]:
+    """Mean activations at these sites, from the passes inside the block."""
+    known = modules(model)
+    with _watched(known, Activations(known, hosts)) as found:
+        yield found
+
+
+@contextmanager
+def watch_covariances(model: nn.Module, hosts: Mapping[str, Host]) -> Iterator[Means]:
+    """E[x xᵀ] (in, in) of what these sites read. Raises InputError for layers whose inputs are no
+    rows of features: tables, convolutions, blocks."""
+    for name, host in hosts.items():
+        if host.shape.kind != "linear":
+            raise InputError(
+                f"{name!r} is of kind {host.shape.kind}: covariances are of linear ones"
+            )
+    with _watched(modules(model), Means({n: n for n in hosts}, lambda x: x.mT @ x)) as found:
+        yield found
+
+
+@contextmanager
+def _watched(known: Mapping[str, nn.Module], means: Means) -> Iterator[Means]:
+    hooks = [
+        known[name.partition(":")[0]].register_forward_pre_hook(means.hook(name))
+        for name in means.counts
+    ]
+    try:
+        yield means
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _own(host: Host, mean: Tensor) -> Tensor:

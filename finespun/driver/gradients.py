@@ -1,69 +1,54 @@
-"""The gradient of the loss with respect to chosen base weights, one weight at a time.
+"""The gradient of the loss with respect to chosen base weights, one weight at a time."""
 
-Masks and starts look at it before training: SHiRA, S2FT, LoRA-GA, LoRA-SB.
-"""
-
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from finespun.contract import Structure
 from finespun.errors import InputError, TrainingError
-from finespun.hosts import Host, adapter_set_of, disabled
-from finespun.hosts import sites as sites_of
+from finespun.hosts import Host
 from finespun.hosts.layers.quantised import quantised
 
 Loss = Callable[[nn.Module, Any], Tensor | tuple[Tensor, float]]
 Add = Callable[[Tensor], None]
 
 
-def estimate_gradients(
-    model: nn.Module,
-    sites: Iterable[str],
-    batches: Iterable[Any],
-    loss: Loss,
-    device: torch.device | str = "cpu",
-) -> dict[str, Tensor]:
-    """G = ∂L/∂W0, shape (out, in), of every site, for L the mean loss over all batches.
+class GradientSums:
+    """Σ w·∇L_b of every site, one batch after another."""
 
-    `loss(model, batch)` is the batch's mean loss (0-d), or (mean loss, weight) where batches count
-    differently, by their labelled tokens, say: G = Σ w·∇L_b / Σ w. The model is its base meanwhile,
-    in the mode (training or not) that it is in; nothing of it changes, frozen weights included. A
-    weight's gradient is added to its sum on `device`, in float32 at least, and let go before the
-    next one is formed. Of a weight that two modules share, G is that of the named module's use
-    alone, also where an adapter acts at both (tie="both"); a layer that never ran has G = 0. Raises
-    TargetError for unknown sites, InputError without batches or for a loss that is no number or
-    does not depend on the weights, TrainingError where it is not finite.
-    Source: arXiv 2407.05000 (LoRA-GA).
-    """
-    hosts = sites_of(model, sites, Structure())
+    def __init__(self, sums: dict[str, Tensor]) -> None:
+        self.sums, self.total = sums, 0.0
+
+    def add(self, found: Tensor | tuple[Tensor, float]) -> None:
+        """Go backwards from a batch's mean loss, or from (mean loss, weight). Raises InputError for
+        what is no loss, TrainingError where it is not finite."""
+        value, weight = found if isinstance(found, tuple) else (found, 1.0)
+        _check(value, weight)
+        (value * weight).backward()
+        self.total += weight
+
+    def means(self) -> dict[str, Tensor]:
+        """Σ w·∇L_b / Σ w. Raises InputError where there was no batch."""
+        if not self.total:
+            raise InputError("no batches to estimate gradients from; give at least one")
+        return {name: added.div_(self.total) for name, added in self.sums.items()}
+
+
+@contextmanager
+def watch_gradients(
+    model: nn.Module, hosts: Mapping[str, Host], device: torch.device | str
+) -> Iterator[GradientSums]:
+    """Add up the gradients of these sites' weights on `device`, in float32 at least; each is let go
+    before the next one is formed, and no parameter of the model asks for one. Raises InputError for
+    blocks."""
+    for name, host in hosts.items():
+        if host.shape.kind == "block":
+            raise InputError(f"{name!r} is a block: it has no weight to look at the gradient of")
     sums = {name: _zeros(host, device) for name, host in hosts.items()}
-    total = 0.0
-    base = disabled(model) if "_finespun_adapters" in model.__dict__ else nullcontext()
-    with base, _frozen(model), _watched(list(hosts.values()), sums), torch.enable_grad():
-        for batch in batches:
-            found = loss(model, batch)
-            value, weight = found if isinstance(found, tuple) else (found, 1.0)
-            _check(value, weight)
-            (value * weight).backward()
-            total += weight
-    if not total:
-        raise InputError("no batches to estimate gradients from; give at least one")
-    return {name: added.div_(total) for name, added in sums.items()}
-
-
-def start_from_gradients(model: nn.Module, name: str, batches: Iterable[Any], loss: Loss) -> None:
-    """Show every site of adapter `name` its gradient before training, where the structure wants it
-    (`Structure.wants_gradient`): masks are chosen, starts drawn. Arguments and errors are those of
-    `estimate_gradients`; StateError where the structure does not look at gradients."""
-    deltas = adapter_set_of(model)[name].deltas
-    gradients = estimate_gradients(model, deltas, batches, loss)
-    for site, delta in deltas.items():
-        gradient = gradients.pop(site)
-        delta.start_from(gradient.to(delta.site.device))
+    with _frozen(model), _watched(list(hosts.values()), sums):
+        yield GradientSums(sums)
 
 
 def _check(value: Any, weight: Any) -> None:

@@ -23,7 +23,7 @@ from finespun.files.provenance.fingerprint import Fingerprint, fingerprint
 from finespun.files.provenance.lineage import Lineage, lineage_of
 from finespun.files.provenance.model_card import model_card, write_card
 from finespun.hosts import Entry, adapter_set_of, tensors_of
-from finespun.methods.structures import STRUCTURES, structure
+from finespun.methods.axes import STRUCTURE
 from finespun.storage.atomic import located, settled, whole_folder
 from finespun.storage.safe_io import (
     check_finite,
@@ -193,15 +193,15 @@ def _structure(content: Any, strict: bool, notes: list[str]) -> Structure:
     _only(content, ("kind", "options"), "structure", strict, notes)
     kind = _text(content["kind"], "structure.kind")
     options = _object(content["options"], "structure.options")
-    if kind in STRUCTURES:
-        known = {f.name for f in dataclasses.fields(STRUCTURES[kind])}
+    if kind in STRUCTURE.known:
+        known = {f.name for f in dataclasses.fields(STRUCTURE.find(kind))}
         extra = sorted(options.keys() - known)
         if extra and strict:
             told = f"{kind} has no option {extra[0]!r}; {nearest(extra[0], known)}"
             raise StrictError(f"structure.options: {told}")
         notes += [f"{CONFIG}: option {e!r} of {kind!r} is unknown and left out" for e in extra]
         options = {k: v for k, v in options.items() if k in known}
-    return structure(kind, **options)
+    return STRUCTURE.make(kind, **options)
 
 
 def check_scale(name: str, scale: Any) -> None:

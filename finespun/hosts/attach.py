@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from finespun.contract import Delta, Plan, Scores, Structure
 from finespun.contract.mixing import mount
+from finespun.contract.need import MEASURED
 from finespun.errors import InputError, StateError, TargetError, nearest
 from finespun.hosts import forward_hooks as passes
 from finespun.hosts.adapter_set import AdapterSet, Entry, adapter_set_of, alone
@@ -59,7 +61,7 @@ def new_entry(
     adapter_set = model.__dict__.get("_finespun_adapters")
     if isinstance(adapter_set, AdapterSet):
         check(adapter_set, "adapt")
-    if scores is not None and structure.wants_scores is None:
+    if scores is not None and not structure.needs & MEASURED:
         raise InputError(f"{structure.kind} with these options chooses nothing by scores")
     found = list(sites(model, targets, structure).values())
     check_trained(model, targets, trained)
@@ -70,10 +72,18 @@ def new_entry(
     register(model, entry)
     try:
         materialise(model, entry)
+        _start(entry, scores)
     except BaseException:
         remove(model, name)
         raise
     return entry
+
+
+def _start(entry: Entry, scores: Scores | None) -> None:
+    """Show every delta that starts from its gradient what was measured."""
+    for name, delta in entry.deltas.items():
+        if scores is not None and type(delta).start_from is not Delta.start_from:
+            delta.start_from(torch.as_tensor(scores[name]).to(delta.site.device))
 
 
 def register(model: nn.Module, entry: Entry) -> None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from finespun.deprecated import rename_keys
 from finespun.errors import FileError, InputError, nearest
+from finespun.methods.axes import AXES
 
 MOST_BYTES, MOST_NODES = 1 << 20, 100_000
 
@@ -96,7 +97,7 @@ def explain(
     told: dict[str, str] = {}
     for item in error.errors(include_url=False):
         key, owner = _place(item["loc"], model)
-        shown = _inside(key, item["loc"]) if key in ("structure", "allocation") else key
+        shown = _inside(key, item["loc"]) if key in AXES else key
         line = next((f", line {lines[k]}" for k in (shown, key) if k in lines), "")
         told.setdefault(shown, f"{source}{line}: {_reason(item, shown, owner)}")
     return "\n".join(told.values())

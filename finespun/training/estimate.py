@@ -88,21 +88,21 @@ def estimate(
     check_installed(recipe.trackers)
     with surroundings(recipe):
         job = prepare(recipe, reporter)
-        started = clock()
         loop = job.loop()
-        looked = clock() - started
         with train_mode(job.adapter):
-            return _estimate(job, loop, clock, looked)
+            return _estimate(job, loop, clock)
 
 
-def _estimate(job: Job, loop: Loop, clock: Clock, looked: float) -> Estimate:
+def _estimate(job: Job, loop: Loop, clock: Clock) -> Estimate:
     adapter, epochs = job.adapter, job.recipe.training.epochs
     order = sorted(loop.batches.order(0), key=lambda rows: job.train.padded(rows))
     tokens = round(sum(job.train.padded(rows) for rows in order) * epochs / loop.steps)
     typical = Passes(job, _few(job, order[(len(order) - 1) // 2]))
     plan, held = adapter.entry.plan, hosts.tensors_of(adapter.entry)
     activations, flops = _activations(job), typical.flops()
-    seconds = looked + epochs * steps_time(job, loop, order, clock, whole=activations <= WHOLE)
+    seconds = job.look.seconds + epochs * steps_time(
+        job, loop, order, clock, whole=activations <= WHOLE
+    )
     return Estimate(
         targets=plan.sites,
         modules=adapter.entry.trained,

@@ -1,4 +1,4 @@
-"""What a method wants to see of the base before training, from the first rows to train on."""
+"""What methods need to see of the base before training, from the first rows to train on."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from finespun import hosts
-from finespun.adapter import Adapter
-from finespun.contract import Scores
-from finespun.driver import estimate_gradients, mean_activations, start_from_gradients
+from finespun.contract.need import MEASURED
+from finespun.driver import Look, measure
 from finespun.models import Loaded
 from finespun.recipes.recipe import Recipe
 from finespun.tasks.batches import Batches
@@ -18,31 +17,15 @@ from finespun.tasks.task import Batch, Encoded, Task
 LOOK = 128  # rows
 
 
-def measured_scores(
-    recipe: Recipe, task: Task[Any, Any], text: Loaded, rows: Encoded
-) -> Scores | None:
-    """What the structure chooses by (`Structure.wants_scores`), None where it wants nothing."""
-    wanted = recipe.structure.wants_scores
-    if wanted is None:
-        return None
-    model, names = text.model.eval(), hosts.find(text.model, recipe.targets)
+def look(recipe: Recipe, task: Task[Any, Any], text: Loaded, rows: Encoded) -> Look:
+    """What the recipe's methods need to know of the base, every layer's; empty where they need
+    nothing."""
+    needs = recipe.needs() & MEASURED
+    names = hosts.find(text.model, recipe.targets) if needs else []
     if not names:
-        return {}
+        return Look({need: {} for need in needs})
     batches = first_batches(recipe, task, text, rows)
-    if wanted == "activations":
-        return mean_activations(model, names, batches, lambda m, batch: m(**batch))
-    return estimate_gradients(model, names, batches, weighed(task))
-
-
-def show_gradients(
-    recipe: Recipe, task: Task[Any, Any], text: Loaded, adapter: Adapter, rows: Encoded
-) -> None:
-    """Show every site its gradient, for structures that begin with it
-    (`Structure.wants_gradient`)."""
-    if recipe.structure.wants_gradient and adapter.deltas:
-        model = text.model.eval()
-        batches = first_batches(recipe, task, text, rows)
-        start_from_gradients(model, adapter.name, batches, weighed(task))
+    return measure(text.model.eval(), names, needs, batches, weighed(task))
 
 
 def first_batches(

@@ -18,7 +18,7 @@ import torch
 
 from finespun import hosts
 from finespun.adapter import Adapter
-from finespun.contract import AxisValue, ParamGroup, TrainingHooks
+from finespun.contract import AxisValue, Measured, ParamGroup, TrainingHooks
 from finespun.driver import Driver, prepare, set_lr
 from finespun.errors import StateError, TrainingError
 from finespun.recipes.training import Training
@@ -59,10 +59,11 @@ class Loop:
         save: Save | None = None,
         hooks: Sequence[AxisValue | TrainingHooks] = (),
         head_lr: float | None = None,
+        measured: Measured | None = None,
     ) -> None:
         self.adapter, self.batches, self.training, self.lr = adapter, batches, training, lr
         self.reporter, self.save = reporter or Reporter(), save
-        prepared = prepare(adapter.model, adapter.name, hooks, self.steps, training.seed)
+        prepared = prepare(adapter.model, adapter.name, hooks, self.steps, training.seed, measured)
         heads = [p for module in adapter.entry.copies.values() for p in module.parameters()]
         if head_lr is not None and 0 < len(heads) < len(adapter.parameters()):
             prepared.wishes.append(ParamGroup(heads, head_lr / lr))

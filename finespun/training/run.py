@@ -13,7 +13,7 @@ import torch
 
 from finespun.adapter import Adapter, adapt
 from finespun.contract import AxisValue
-from finespun.driver import check
+from finespun.driver import Look, check
 from finespun.errors import InputError
 from finespun.files import Lineage, lineage_of
 from finespun.models import Loaded
@@ -29,7 +29,7 @@ from finespun.training.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
-from finespun.training.look import measured_scores, show_gradients
+from finespun.training.look import look
 from finespun.training.loop import Loop, steps_of
 from finespun.training.output import (
     ADAPTER,
@@ -56,6 +56,7 @@ class Job:
     adapter: Adapter
     train: Encoded
     test: Encoded
+    look: Look
 
     def measure(self) -> dict[str, float]:
         """Metrics on the held-out rows."""
@@ -68,7 +69,6 @@ class Job:
 
     def loop(self, reporter: Reporter | None = None, **options: Any) -> Loop:
         """The training loop of this recipe, at its start."""
-        show_gradients(self.recipe, self.task, self.text, self.adapter, self.train)
         training = self.recipe.training
         return Loop(
             self.adapter,
@@ -78,6 +78,7 @@ class Job:
             reporter,
             hooks=self.values,
             head_lr=self.recipe.head_lr,
+            measured=self.look,
             **options,
         )
 
@@ -89,7 +90,7 @@ class Job:
     @property
     def values(self) -> list[AxisValue]:
         """The recipe's values of the axes beside the structure."""
-        return [] if self.recipe.allocation is None else [self.recipe.allocation]
+        return [v for v in self.recipe.values.values() if isinstance(v, AxisValue)]
 
     def check(self) -> None:
         """Raise InputError where a value of an axis cannot do its work in this run."""
@@ -189,7 +190,8 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Job:
     model.model.to(choose_device(recipe.training.device))
     limits = limits_of(recipe.training)
     train, test = (task.encode(model, part, limits) for part in (rows.train, rows.test))
-    adapter = attach(recipe, task, model, train)
+    seen = look(recipe, task, model, train)
+    adapter = attach(recipe, model, seen)
     notes = [rows.report] if rows.repeated or rows.unused else []
     notes += [train.report] if train.cut else []
     if not recipe.structure.starts_at_zero and adapter.deltas:
@@ -200,7 +202,7 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Job:
         notes.append(f"{', '.join(untrained)} starts untrained and stays so: add it to train")
     for note in notes:
         reporter.tell({"event": "note", "text": note})
-    job = Job(recipe, task, model, adapter, train, test)
+    job = Job(recipe, task, model, adapter, train, test, seen)
     job.check()
     return job
 
@@ -210,12 +212,13 @@ def limits_of(training: Training) -> Limits:
     return Limits(training.max_length, training.pack, training.eval_batch_size)
 
 
-def attach(recipe: Recipe, task: Task[Any, Any], model: Loaded, rows: Encoded) -> Adapter:
+def attach(recipe: Recipe, model: Loaded, seen: Look) -> Adapter:
     """The recipe's adapter on its model; modules that start untrained are trained unless the recipe
-    names others. `rows` are those to train on, for structures that choose by them."""
+    names others. Of what was `seen`, what other methods need is kept."""
     train = model.fresh if recipe.train_modules is None else recipe.train_modules
-    scores = measured_scores(recipe, task, model, rows)
+    scores = seen.scores(recipe.structure)
     adapter = adapt(model.model, recipe.structure, recipe.targets, train, scores=scores)
+    seen.keep(recipe.needs(but="structure"))
     if not adapter.parameters():
         raise InputError("nothing to train: targets and train are both empty")
     return adapter

@@ -24,7 +24,8 @@ from finespun.bench.tables import csv_text, markdown, show
 from finespun.bench.trials import FILE, Outcome, Results, Trial
 from finespun.contract import TensorSite
 from finespun.errors import FileError, InputError
-from finespun.methods.structures import LSR, LoRA, structure
+from finespun.methods.axes import make
+from finespun.methods.structures import LSR, LoRA
 from finespun.recipes.recipe import Recipe
 
 TEXT = """\
@@ -70,7 +71,7 @@ def test_a_bench_file_is_read_whole() -> None:
         ("members=[]", "members: is a list of members"),
         (
             "members=[{structure: {kind: lra}}]",
-            "member 1: structure: kind 'lra' is not known; nearest: .*'lora'",
+            "member 1: structure: no structure is called 'lra'; nearest: .*'lora'",
         ),
         ("members=[{targets: [], structure: {kind: lora}}]", "trains the head alone, without"),
         ("members=[{numbers: [9]}]", "member 1: structure is missing; targets"),
@@ -87,7 +88,7 @@ def test_a_bench_file_is_read_whole() -> None:
         ),
         (
             "members=[{structure: {kind: shira, mask: given}}]",
-            "member 1: structure: mask='given' waits for a mask that only Python can hand over",
+            "member 1: structure: shira needs a call from Python .*; try mask='random'",
         ),
         ("members=[{structure: {kind: lora}, numbers: [0]}]", "greater than or equal to 1"),
         ("members=[4]", "member 1: 4 needs a structure"),
@@ -214,18 +215,18 @@ def test_a_budget_out_of_reach_names_the_nearest_size() -> None:
     with pytest.raises(InputError, match=r"no free rank .*; leave it out"):
         fit(LoRA(), ("rank",), sites(), 9_000)
     with pytest.raises(InputError, match=r"ia3 has no free rank .*; give its options instead"):
-        fit(structure("ia3"), (), sites(), 9_000)
+        fit(make("ia3"), (), sites(), 9_000)
     with pytest.raises(InputError, match="fewer numbers than LoRA of the same rank"):
         fit(LSR(rank=1), ("rank",), sites(1, 2, 2), 9)
 
 
 def test_where_numbers_do_not_depend_on_the_rank_it_stays() -> None:
-    assert fit(structure("nola", rank=8, k=100, l=100), (), sites(), 1_300).options()["rank"] == 8
+    assert fit(make("nola", rank=8, k=100, l=100), (), sites(), 1_300).options()["rank"] == 8
 
 
 def test_numbers_that_fall_with_the_rank_are_fitted_too() -> None:
-    found = fit(structure("randlora"), (), sites(), 300_000)
-    counts = [total(structure("randlora", rank=r), sites()) for r in range(1, 65)]
+    found = fit(make("randlora"), (), sites(), 300_000)
+    counts = [total(make("randlora", rank=r), sites()) for r in range(1, 65)]
     assert counts[0] > 2 * counts[3]
     assert total(found, sites()) == max(count for count in counts if count <= 300_000)
 

@@ -18,7 +18,8 @@ import finespun as fs
 from finespun.contract import Plan, SiteShape, TensorSite, module_group
 from finespun.errors import InputError, PlanError
 from finespun.linalg import LowRank
-from finespun.methods.structures import STRUCTURES, structure
+from finespun.methods.axes import make
+from finespun.methods.structures import STRUCTURES
 
 
 def moved(case, dtype=torch.float32):
@@ -276,8 +277,8 @@ def test_a_kind_is_registered_once():
     with pytest.raises(InputError, match="lora"):
         fs.contract.register(fs.LoRA)
     with pytest.raises(InputError, match=r"'lra'.*'lora'"):
-        structure("lra")
-    assert structure("lora", r=3, lora_alpha=6.0) == fs.LoRA(rank=3, alpha=6.0)
+        make("lra")
+    assert make("lora", r=3, lora_alpha=6.0) == fs.LoRA(rank=3, alpha=6.0)
 
 
 def test_an_option_that_does_not_exist_names_the_nearest():
@@ -328,4 +329,4 @@ def test_gate_and_exact_start_act_on_factors(case):
 )
 def test_options_of_another_type_are_told(kind, options, says):
     with pytest.raises(InputError, match=says):
-        structure(kind, **options)
+        make(kind, **options)

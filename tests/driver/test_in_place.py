@@ -17,8 +17,8 @@ from finespun.driver import Driver, in_place, start_from_gradients
 from finespun.errors import StateError
 from finespun.hosts import merging
 
-SPARSE = fs.structure("shira", rank=1)
-SNIP = fs.structure("shira", rank=1, mask="snip")
+SPARSE = fs.make("shira", rank=1)
+SNIP = fs.make("shira", rank=1, mask="snip")
 SITES = [f"blocks.{i}.{n}" for i in (0, 1) for n in ("up", "down")]
 
 
@@ -100,7 +100,7 @@ def test_fused_adapters_are_their_weighted_sum(undo, weights):
 def test_a_merged_weights_original_is_still_read():
     """An adapter that looks at W0 sees it, whatever entries are switched on."""
     model, _ = adapted()
-    fs.adapt(model, fs.structure("dora", rank=2), SITES, (), "dora")
+    fs.adapt(model, fs.make("dora", rank=2), SITES, (), "dora")
     stir(hosts.adapter_set_of(model)["dora"].deltas[SITES[0]].parameters())
     fs.activate(model, {"default": 1.0, "dora": 1.0})
     y, before = model(batch()), weights(model)

@@ -35,7 +35,7 @@ SOME = ["conv_in", "mid_block.resnets.0.conv1", "up_blocks.1.attentions.0.proj_i
 # --- written by us, read by diffusers -----------------------------------------------------------
 @pytest.mark.parametrize(
     "structure",
-    [fs.LoRA(rank=3, alpha=7.0), fs.LSR(rank=4, separation_rank=2), fs.structure("loha", rank=1)],
+    [fs.LoRA(rank=3, alpha=7.0), fs.LSR(rank=4, separation_rank=2), fs.make("loha", rank=1)],
     ids=["lora", "lsr", "loha"],
 )
 def test_diffusers_computes_what_we_do(tmp_path, structure):

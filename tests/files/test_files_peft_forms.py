@@ -233,9 +233,9 @@ def test_tables_that_scale_their_rows(tmp_path, name, scale):
     [
         (fs.LSR(rank=2, separation_rank=2), ["embed", "up", "conv", "one"]),
         (fs.LoRA(rank=2), ["embed", "conv"]),
-        (fs.structure("dora", rank=2), ["up", "conv"]),
-        (fs.structure("tokens", tokens=(4, 1)), ["embed"]),
-        (fs.structure("ia3"), ["up"]),
+        (fs.make("dora", rank=2), ["up", "conv"]),
+        (fs.make("tokens", tokens=(4, 1)), ["embed"]),
+        (fs.make("ia3"), ["up"]),
     ],
     ids=["lsr", "lora", "dora", "tokens", "ia3"],
 )
@@ -260,12 +260,12 @@ def test_our_adapters_in_pefts_own_form(tmp_path, structure, targets):
 def test_strength_is_written_or_refused(tmp_path):
     import peft
 
-    adapter = fresh(Kinds().eval(), fs.structure("tokens", tokens=(4, 1)), ["embed"])
+    adapter = fresh(Kinds().eval(), fs.make("tokens", tokens=(4, 1)), ["embed"])
     adapter.scale = 0.3
     adapter.export(tmp_path / "x", portable=False)
     theirs = peft.PeftModel.from_pretrained(Kinds().eval(), tmp_path / "x").eval()
     assert relative(out(theirs), out(adapter.model)) < 1e-6
-    dora = fresh(Kinds().eval(), fs.structure("dora", rank=2), ["up"])
+    dora = fresh(Kinds().eval(), fs.make("dora", rank=2), ["up"])
     with pytest.raises(InputError, match=r"keeps its rank; rank=2 does"):
         dora.export(tmp_path / "y", rank=1, portable=False)
     dora.scale = 0.3

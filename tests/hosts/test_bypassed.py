@@ -83,9 +83,7 @@ def test_a_whole_layer_of_torchs_encoder_may_be_trained(whole, need_weights, bat
 def test_a_bypass_goes_around_torchs_encoder_layer_on_its_fast_path(padded):
     torch.manual_seed(0)
     model, x = Encodes().eval(), torch.randn(2, 5, 8)
-    adapter = fs.adapt(
-        model, fs.structure("lor2c", rank=2), [r"encoder.layers.0"], train_modules=()
-    )
+    adapter = fs.adapt(model, fs.make("lor2c", rank=2), [r"encoder.layers.0"], train_modules=())
     stir(adapter.parameters())
     mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padded else None
     slow = model.encoder(x.requires_grad_(), src_key_padding_mask=mask).detach()
@@ -204,7 +202,7 @@ def test_an_offloaded_model_is_adapted_and_cannot_be_merged(structure):
         adapter.merge()
     assert relative(model(x), plain(x)) < 1e-6
     with pytest.raises(StateError, match="'0' is offloaded"):
-        fs.adapt(model, fs.structure("dora", rank=2), ["0"], name="dora")
+        fs.adapt(model, fs.make("dora", rank=2), ["0"], name="dora")
 
 
 @every_structure

@@ -195,7 +195,7 @@ def test_parts_take_every_kind_of_structure(kind):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(12, 36)), torch.randn(4, 5, 12)
     plain = copy.deepcopy(model)
-    adapter = fs.adapt(model, fs.structure(kind, **PARTED[kind]), ["0:q", "0:v"])
+    adapter = fs.adapt(model, fs.make(kind, **PARTED[kind]), ["0:q", "0:v"])
     with torch.no_grad():
         for p in adapter.parameters():
             p.add_(0.2 * torch.randn_like(p))
@@ -223,9 +223,9 @@ def test_parts_take_every_kind_of_structure(kind):
 @pytest.mark.parametrize(
     "structure",
     [
-        fs.structure("fourierft", frequencies=9),
-        fs.structure("oft", block_size=6),
-        fs.structure("c3a", block_size=6),
+        fs.make("fourierft", frequencies=9),
+        fs.make("oft", block_size=6),
+        fs.make("c3a", block_size=6),
     ],
     ids=lambda s: s.kind,
 )

@@ -52,8 +52,8 @@ BASES = {
 STRUCTURES = {
     "lora": fs.LoRA(rank=4),
     "lsr": fs.LSR(rank=4, separation_rank=4),
-    "dora": fs.structure("dora", rank=4),
-    "s2ft": fs.structure("s2ft", channels=0.1, select="weight", outputs=["0"]),
+    "dora": fs.make("dora", rank=4),
+    "s2ft": fs.make("s2ft", channels=0.1, select="weight", outputs=["0"]),
 }
 
 

@@ -13,8 +13,8 @@ from finespun.errors import StateError
 STRUCTURES = {
     "lora": fs.LoRA(rank=2),
     "lsr": fs.LSR(rank=2, separation_rank=2),
-    "dora": fs.structure("dora", rank=2),
-    "unilora": fs.structure("unilora", size=60),
+    "dora": fs.make("dora", rank=2),
+    "unilora": fs.make("unilora", size=60),
 }
 every_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
 

@@ -48,7 +48,7 @@ def saved_lora(folder: Path, rank: int = 6, **options: object) -> Path:
 @pytest.mark.parametrize("kind", FACTORS)
 def test_whatever_has_factors_becomes_an_exact_lora(tmp_path, kind):
     model = bert()
-    adapter = fresh(model, fs.structure(kind, **FACTORS[kind]), TARGETS)
+    adapter = fresh(model, fs.make(kind, **FACTORS[kind]), TARGETS)
     wanted = logits(model)
     adapter.save(tmp_path / "a")
     base = None
@@ -79,7 +79,7 @@ DENSE = {
 def test_updates_without_factors_are_read_without_their_base_where_it_does_not_matter(
     tmp_path, kind
 ):
-    adapter = fresh(bert(), fs.structure(kind, **DENSE[kind]), TARGETS)
+    adapter = fresh(bert(), fs.make(kind, **DENSE[kind]), TARGETS)
     wanted = {n: u.dense().double() for n, u in adapter.updates().items()}
     adapter.save(tmp_path / "a")
     done = fs.convert(tmp_path / "a", tmp_path / "b", fs.LoRA(rank=3))
@@ -256,7 +256,7 @@ def test_the_base_is_read_tensor_by_tensor_where_it_is_needed(tmp_path, kind, ma
     model = make()
     targets = TARGETS if make is bert else ("c_attn", "c_proj")
     make().save_pretrained(tmp_path / "base")
-    adapter = fresh(model, fs.structure(kind, rank=2), targets)
+    adapter = fresh(model, fs.make(kind, rank=2), targets)
     wanted = logits(model)
     adapter.save(tmp_path / "a")
     with pytest.raises(InputError, match=r"depends on the base weight.*--model"):
@@ -272,13 +272,13 @@ def test_the_base_is_read_tensor_by_tensor_where_it_is_needed(tmp_path, kind, ma
 
 def test_names_with_another_prefix_are_found(tmp_path):
     bert().bert.save_pretrained(tmp_path / "base")
-    fresh(bert(), fs.structure("dora", rank=2), TARGETS).save(tmp_path / "a")
+    fresh(bert(), fs.make("dora", rank=2), TARGETS).save(tmp_path / "a")
     done = fs.convert(tmp_path / "a", tmp_path / "b", fs.LoRA(rank=24), model=tmp_path / "base")
     assert done.error < 1e-5
 
 
 def test_another_base_is_refused_by_shape_and_name(tmp_path):
-    fresh(bert(), fs.structure("dora", rank=2), TARGETS).save(tmp_path / "a")
+    fresh(bert(), fs.make("dora", rank=2), TARGETS).save(tmp_path / "a")
     gpt2().save_pretrained(tmp_path / "gpt2")
     with pytest.raises(FileError, match=r"gpt2 has no tensor 'bert.encoder.layer.0"):
         fs.convert(tmp_path / "a", tmp_path / "b", fs.LoRA(rank=2), model=tmp_path / "gpt2")
@@ -294,7 +294,7 @@ def test_what_cannot_be_converted_is_told(tmp_path):
     with pytest.raises(InputError, match="is the adapter itself"):
         convert(tmp_path / "a", tmp_path / "a", "lora")
     with pytest.raises(InputError, match="only a LoRA or an LSR"):
-        convert(tmp_path / "a", tmp_path / "b", fs.structure("krona"))
+        convert(tmp_path / "a", tmp_path / "b", fs.make("krona"))
     with pytest.raises(InputError, match="nearest: 'lora'"):
         convert(tmp_path / "a", tmp_path / "b", "lra")
     with pytest.raises(InputError, match="PEFT's format holds no LSR"):
@@ -311,7 +311,7 @@ def test_what_cannot_be_converted_is_told(tmp_path):
     fresh(bert(), fs.LoRA(), (), train_modules=("classifier",)).save(tmp_path / "head")
     with pytest.raises(InputError, match="nothing to convert"):
         convert(tmp_path / "head", tmp_path / "b", "lora")
-    fresh(bert(), fs.structure("ia3"), TARGETS).save(tmp_path / "ia3")
+    fresh(bert(), fs.make("ia3"), TARGETS).save(tmp_path / "ia3")
     base = bert()
     nn.init.ones_(base.bert.encoder.layer[0].attention.self.query.bias)
     base.save_pretrained(tmp_path / "base")

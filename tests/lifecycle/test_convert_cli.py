@@ -62,7 +62,7 @@ def test_a_trained_head_is_merged_too(tmp_path):
 
     model = bert()
     model.save_pretrained(tmp_path / "base")
-    adapter = fresh(model, fs.structure("dora", rank=2), ("query", "value"))
+    adapter = fresh(model, fs.make("dora", rank=2), ("query", "value"))
     assert adapter.entry.trained == ("classifier",)
     wanted = logits(model)
     adapter.save(tmp_path / "a")
@@ -212,7 +212,7 @@ def test_commands_print_tables_and_json(done, tmp_path, capsys):
 
 def test_updates_that_need_the_base_say_so(tmp_path, capsys):
     bert().save_pretrained(tmp_path / "base")
-    fresh(bert(), fs.structure("dora", rank=2), ("query",)).save(tmp_path / "a")
+    fresh(bert(), fs.make("dora", rank=2), ("query",)).save(tmp_path / "a")
     assert "depends on the base weight" in printed(["inspect", str(tmp_path / "a")], capsys)
     base = ["--model", str(tmp_path / "base")]
     assert "effective" in printed(["inspect", str(tmp_path / "a"), *base], capsys)

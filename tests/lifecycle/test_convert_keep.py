@@ -217,7 +217,7 @@ def test_an_adapter_that_python_saved_is_exported_on_the_base_that_is_named(plac
     adapted = bert()
     fs.load(adapted, "a")
     assert relative(logits(in_peft(bert(), Path("out"))), logits(adapted)) < 1e-5
-    shape = fresh(bert(), fs.structure("dora", rank=2), TARGETS, train_modules=())
+    shape = fresh(bert(), fs.make("dora", rank=2), TARGETS, train_modules=())
     shape.save("dora")
     small = ["export", "dora", "small", "--model", "base", "--rank", "1", "--per-module-rank"]
     assert run(small) == 0
@@ -270,6 +270,6 @@ def test_options_of_a_conversion_are_told_as_they_are_typed(place, capsys):
         assert error.startswith(f"error: {to}: structure")
         assert told in error
         assert error.count("\n") == 1
-    fresh(bert(), fs.structure("shira", rank=2), TARGETS, train_modules=()).save("shira")
+    fresh(bert(), fs.make("shira", rank=2), TARGETS, train_modules=()).save("shira")
     assert write("convert", "shira", "out") == 2
     assert "--set rank=16 or --energy 0.95" in capsys.readouterr().err

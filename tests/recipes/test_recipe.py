@@ -55,12 +55,12 @@ def test_options_reach_the_structure_under_its_own_and_pefts_names() -> None:
         (("epochs", "epocs"), "x.yaml, line 8: training.epocs is not .*; nearest: 'epochs'"),
         (("targets", "target"), "x.yaml, line 6: target is not a key .*; nearest: 'targets'"),
         (("rank", "rnak"), "x.yaml, line 3: structure: lsr has no option 'rnak'; nearest: 'rank'"),
-        (("lsr", "lsx"), "x.yaml, line 3: structure: kind 'lsx' is not known; nearest: 'lsr'"),
+        (("lsr", "lsx"), "x.yaml, line 3: structure: no structure is called 'lsx'; nearest: 'lsr'"),
         (("kind: lsr", "seed: 1"), "line 3: structure: .* needs a kind, one of .*'lsr'"),
         (("rank: 4", "rank: four"), "x.yaml, line 5: structure.rank = 'four' .* valid integer"),
         (
             ("kind: lsr", "kind: shira\n  mask: given"),
-            r"line 3: structure: mask='given' waits .* only Python can hand over.*try 'random'",
+            r"line 3: structure: shira needs a call from Python .*mask='given'; try mask='random'",
         ),
         (
             ("targets:", "allocation: {kind: merge_inject, merges: 1}\ntargets:"),

@@ -127,7 +127,7 @@ def test_merging_says_how_many_bytes_it_keeps():
 def test_a_bank_on_a_sequential_root_changes_nothing():
     model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()), torch.randn(3, 8)
     y = model(x)
-    adapter = fs.adapt(model, fs.structure("tied_lora", rank=2), ["0"])
+    adapter = fs.adapt(model, fs.make("tied_lora", rank=2), ["0"])
     assert torch.equal(model(x), y)
     model(x).sum().backward()
     assert all(p.grad is not None for p in adapter.parameters())

@@ -15,10 +15,11 @@ from finespun.contract import TensorSite
 from finespun.contract.structure import Unmeasured
 from finespun.driver import estimate_gradients, mean_activations
 from finespun.errors import InputError
+from finespun.methods.axes import AXES
 from finespun.methods.structures import S2FT
 from finespun.recipes.recipe import Recipe
 from finespun.training.estimate import estimate
-from finespun.training.look import LOOK, first_batches, measured_scores, weighed
+from finespun.training.look import LOOK, first_batches, look, weighed
 from finespun.training.output import Result
 from finespun.training.run import limits_of, prepare, run
 
@@ -128,9 +129,12 @@ def test_another_choice_on_resuming_is_refused(
         run(recipe, reporter=Stops(3))
 
     def upside_down(*about: Any) -> Any:
-        return {name: 1 / (1 + score.abs()) for name, score in measured_scores(*about).items()}
+        seen = look(*about)
+        for scores in seen.found.values():
+            scores.update({name: 1 / (1 + score.abs()) for name, score in scores.items()})
+        return seen
 
-    monkeypatch.setattr("finespun.training.run.measured_scores", upside_down)
+    monkeypatch.setattr("finespun.training.run.look", upside_down)
     with pytest.raises(InputError, match=r"s2ft chooses other numbers.*training\.threads=1"):
         run(recipe, resume=True)
 
@@ -186,11 +190,17 @@ def test_a_run_with_events_is_resumed_exactly(recipe: Recipe, after: int) -> Non
             "allocation: merge_inject needs LoR2C of rank 2 or more, not lora",
         ),
         (["structure.rank=1"], "merge_inject needs LoR2C of rank 2 or more, not rank 1"),
-        (["structure={kind: shira, mask: given}"], "structure: mask='given' waits for a mask"),
+        (
+            ["structure={kind: shira, mask: given}"],
+            "structure: shira needs a call from Python .* with mask='given'; try mask='random'",
+        ),
         (["allocation.merges=2"], r"merges=2, but there are 1 neighbouring"),
         (["allocation.merges=-1"], r"allocation: merges=-1.*must not be negative"),
         (["allocation.merge=1"], r"merge_inject has no option 'merge'; nearest: 'merges'"),
-        (["allocation.kind=merge_injec"], "'merge_injec' is not known; nearest: 'merge_inject'"),
+        (
+            ["allocation.kind=merge_injec"],
+            "no allocation is called 'merge_injec'; nearest: 'merge_inject'",
+        ),
         (["allocation.merges=few"], r"allocation.merges = 'few' .*valid integer"),
     ],
 )
@@ -202,8 +212,8 @@ def test_what_cannot_happen_is_told_before_training(
 
 
 def test_members_of_a_bench_have_allocations_of_their_own(recipe: Recipe, tmp_path: Path) -> None:
-    values = recipe.model_dump(mode="json", exclude={"structure", "output", "trackers"})
-    del values["training"]["lr"], values["allocation"]
+    values = recipe.model_dump(mode="json", exclude={*AXES, "output", "trackers"})
+    del values["training"]["lr"]
     values["training"]["epochs"] = 1
     blocks = BLOCKS.partition("=")[2]
     text = (

@@ -22,7 +22,8 @@ from finespun.files.peft.keys import PREFIX, in_order, repeated, saved_module
 from finespun.files.peft.read import CONFIG, PASSED, TENSORS
 from finespun.files.peft.table import BANKS, KINDS, METHODS, STARTS, Config, Found, Reading
 from finespun.hosts import Entry, sites
-from finespun.methods.structures import STRUCTURES, LoRA, structure
+from finespun.methods.axes import STRUCTURE
+from finespun.methods.structures.lora import LoRA
 from finespun.storage.atomic import settled
 from finespun.storage.memory_limit import bounded
 from finespun.storage.safe_io import read_json, read_tensors
@@ -68,7 +69,7 @@ def read_method(
             notes.append(f"its places in {len(found)} layers are drawn again from proj_seed")
         if not found:
             raise FileError(f"{TENSORS} holds no layer's tensors")
-    made = STRUCTURES[method.kind]()
+    made = STRUCTURE.find(method.kind)()
     if isinstance(layers, nn.Module):
         hosts: Mapping[str, Site] = sites(layers, found, made)
     else:
@@ -135,8 +136,8 @@ def sort(
 def check_options(method: Reading, config: Config, strict: bool) -> list[str]:
     """Raise FileError for options that change what the adapter does and are not read, and if strict
     for unknown ones; returns notes on what else a person should hear."""
-    own = {f.name for f in dataclasses.fields(STRUCTURES[method.kind])}
-    own |= set(STRUCTURES[method.kind].aliases)
+    own = {f.name for f in dataclasses.fields(STRUCTURE.find(method.kind))}
+    own |= set(STRUCTURE.find(method.kind).aliases)
     passed = {
         *own,
         *PASSED,
@@ -167,7 +168,7 @@ def check_options(method: Reading, config: Config, strict: bool) -> list[str]:
 
 
 def _structure(method: Reading, config: Config, found: Mapping[str, Found]) -> Structure:
-    known = STRUCTURES[method.kind]
+    known = STRUCTURE.find(method.kind)
     with _complete(method, "a layer"):
         options = {**config, **method.options(config, found)}
     own = {f.name for f in dataclasses.fields(known)} | set(known.aliases)
@@ -176,7 +177,7 @@ def _structure(method: Reading, config: Config, found: Mapping[str, Found]) -> S
     for name, value in taken.items():
         if known.aliases.get(name, name) in whole and type(value) is not int:
             raise FileError(f"{name}={str(value)[:60]} must be a whole number")
-    return structure(method.kind, **taken)
+    return STRUCTURE.make(method.kind, **taken)
 
 
 def _own(

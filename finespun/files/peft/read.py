@@ -23,7 +23,8 @@ from finespun.files.peft.keys import Pair, Parts, sort
 from finespun.files.provenance.fingerprint import Fingerprint
 from finespun.files.provenance.lineage import Lineage
 from finespun.hosts import Entry
-from finespun.methods.structures import LoRA, structure
+from finespun.methods.axes import make
+from finespun.methods.structures.lora import LoRA
 from finespun.storage.atomic import settled
 from finespun.storage.patterns import check_pattern
 from finespun.storage.safe_io import TensorFile, read_json, read_tensors
@@ -126,7 +127,7 @@ def read_peft(folder: str | Path, strict: bool = True) -> Saved:
 
 def _structure(config: Mapping[str, Any]) -> Structure:
     if config["peft_type"] == "TRAINABLE_TOKENS":
-        return structure("tokens", tokens=_indices(config.get("token_indices"), "token_indices"))
+        return make("tokens", tokens=_indices(config.get("token_indices"), "token_indices"))
     told = LoRA(
         rank=config.get("r", 8),
         alpha=finite_number(config.get("lora_alpha", 8), "lora_alpha"),
@@ -136,7 +137,7 @@ def _structure(config: Mapping[str, Any]) -> Structure:
     if not config.get("use_dora"):
         return told
     alpha = told.scale * told.rank
-    return structure("dora", rank=told.rank, alpha=alpha, dropout=told.dropout)
+    return make("dora", rank=told.rank, alpha=alpha, dropout=told.dropout)
 
 
 def check_config(config: Mapping[str, Any], strict: bool, notes: list[str]) -> None:

@@ -1,6 +1,6 @@
 """What PEFT's other methods write: their tensors under our names, and what their options mean.
 
-PEFT's options are those of `structure(kind, ...)` by its aliases; a site's own rank or block is in
+PEFT's options are those of `make(kind, ...)` by its aliases; a site's own rank or block is in
 the shapes of its tensors. Format: PEFT 0.21.
 """
 

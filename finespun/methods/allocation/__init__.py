@@ -1,6 +1,10 @@
 """Which layers are adapted, and how much in each: choices that are made during training."""
 
-from finespun.contract.allocation import ALLOCATIONS
-from finespun.methods.allocation.merge_inject import MergeInject, inject, merge
+from typing import TYPE_CHECKING
 
-__all__ = ["ALLOCATIONS", "MergeInject", "inject", "merge"]
+from finespun.methods.axes import names_of
+
+if TYPE_CHECKING:
+    from finespun.methods.index import *  # noqa: F403
+
+__getattr__ = names_of(__name__)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from finespun.contract.delta import Bank
+from finespun.contract.need import Need
 from finespun.contract.site import Coupling, Site, SiteShape
 from finespun.contract.structure import Plan, Scores, Structure, must_be_one_of, register
 from finespun.errors import InputError, PlanError
@@ -17,7 +18,12 @@ from finespun.methods.structures.pieces import units
 from finespun.methods.structures.pieces.lines import ColumnsDelta, LinesDelta, RowsDelta
 
 SELECT = ("random", "weight", "activation", "product", "gradient")
-SCORES = {"activation": "activations", "product": "activations", "gradient": "gradients"}
+SCORES = {
+    "activation": Need.ACTIVATIONS,
+    "product": Need.ACTIVATIONS,
+    "gradient": Need.GRADIENTS,
+}
+MEASURES = {Need.ACTIVATIONS: "mean_activations", Need.GRADIENTS: "estimate_gradients"}
 
 
 @register
@@ -60,8 +66,8 @@ class S2FT(Structure):
         must_be_one_of("select", self.select, SELECT)
 
     @property
-    def wants_scores(self) -> str | None:
-        return SCORES.get(self.select)
+    def needs(self) -> frozenset[Need]:
+        return frozenset({SCORES[self.select]} if self.select in SCORES else ())
 
     def alone(self, shape: SiteShape) -> Coupling:
         """A layer that shares nothing: its inputs are chosen, its outputs where named so."""
@@ -75,11 +81,10 @@ class S2FT(Structure):
         return alone if known is None or alone.side == "out" != known.side else known
 
     def plan(self, sites: Sequence[Site], scores: Scores | None = None) -> Plan:
-        if self.wants_scores and scores is None:
-            measure = {"activations": "mean_activations", "gradients": "estimate_gradients"}
+        if self.needs and scores is None:
             raise PlanError(
                 f"select={self.select!r} needs scores: pass adapt(..., scores=...), made by "
-                f"driver.{measure[self.wants_scores]}, or select='weight'"
+                f"driver.{MEASURES[SCORES[self.select]]}, or select='weight'"
             )
         known: Scores = {} if scores is None else scores
         blocks, chosen = units.blocks_of(sites, self.coupling), dict[str, list[int]]()
@@ -108,7 +113,7 @@ class S2FT(Structure):
         measures: list[Callable[[Site], Tensor]] = []
         if self.select in ("weight", "product"):
             measures.append(lambda site: site.weight())
-        if self.wants_scores:
+        if self.needs:
             measures.append(lambda site: units.given(scores, site))
         values = torch.cat([units.importance(members, measures) for members in pool.values()])
         return values.argsort(descending=self.largest, stable=True)[:count]

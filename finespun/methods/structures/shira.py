@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 
 from finespun.contract.delta import Bank
+from finespun.contract.need import Need
 from finespun.contract.site import Site, SiteShape
 from finespun.contract.structure import Plan, Ranked, must_be_one_of, register
 from finespun.errors import InputError, PlanError
@@ -50,17 +51,10 @@ class SHiRA(Ranked):
             raise InputError(f"skip={self.skip} needs mask='magnitude' and may not be negative")
 
     @property
-    def needs_python(self) -> str:
-        if self.mask != "given":
-            return ""
-        return (
-            "mask='given' waits for a mask that only Python can hand over, by `select`; "
-            "try 'random', 'magnitude' or 'gradient'"
-        )
-
-    @property
-    def wants_gradient(self) -> bool:
-        return self.mask in ("gradient", "snip")
+    def needs(self) -> frozenset[Need]:
+        if self.mask in ("gradient", "snip"):
+            return frozenset({Need.GRADIENTS})
+        return frozenset({Need.PYTHON} if self.mask == "given" else ())
 
     def choose(self, site: Site) -> dict[str, Any]:
         shape = site.shape

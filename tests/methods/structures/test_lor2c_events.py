@@ -6,8 +6,15 @@ from bypasses import BLOCKS, BOTH, Stack, adapted, after, begun, by_hand, view
 
 import finespun as fs
 from finespun.errors import InputError, PlanError
-from finespun.methods.allocation import MergeInject, inject, merge
-from finespun.methods.allocation.merge_inject import inside, lone, neighbours, span
+from finespun.methods.allocation.merge_inject import (
+    MergeInject,
+    inject,
+    inside,
+    lone,
+    merge,
+    neighbours,
+    span,
+)
 from finespun.methods.structures import LoR2C
 
 

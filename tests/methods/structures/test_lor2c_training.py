@@ -8,8 +8,7 @@ from torch import nn
 import finespun as fs
 from finespun.driver import Driver, prepare
 from finespun.errors import InputError, StateError
-from finespun.methods.allocation import MergeInject, inject
-from finespun.methods.allocation.merge_inject import inside, score
+from finespun.methods.allocation.merge_inject import MergeInject, inject, inside, score
 from finespun.methods.structures import LoR2C
 from finespun.training.checkpoint import load_checkpoint, save_checkpoint
 

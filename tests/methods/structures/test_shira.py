@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import Sizes, adapted, built, fingerprint, moved, outputs_agree, peft, rank, site, update
 
-from finespun.contract import SiteShape
+from finespun.contract import Need, SiteShape
 from finespun.errors import InputError, PlanError, StateError
 from finespun.kernels.entries import Entries
 from finespun.methods.structures import LoRA, SHiRA
@@ -24,7 +24,7 @@ def chosen(form, *sites):
         scores = torch.randn(*where.value.shape, generator=g, dtype=torch.float64)
         if form.mask == "given":
             delta.select(scores)
-        elif form.wants_gradient:
+        elif Need.GRADIENTS in form.needs:
             delta.start_from(scores)
         delta.v.data = v
     return deltas
