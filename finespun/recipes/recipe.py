@@ -52,9 +52,10 @@ class Recipe(Chosen, Document):
     def head_lr(self) -> float:
         """The learning rate of modules trained whole: the recipe's, else that of an untrained head,
         or the updates' own where the recipe names modules."""
-        if self.training.head_lr is not None:
-            return self.training.head_lr
-        return HEAD_LR if self.train_modules is None else self.lr
+        given = self.training.head_lr
+        if given is None:
+            given = HEAD_LR if self.train_modules is None else "lr"
+        return self.lr if given == "lr" else given
 
     def changed(self, overrides: Sequence[str]) -> Self:
         """The same recipe with `section.key=value` overrides. Raises InputError."""

@@ -1,6 +1,6 @@
 """The section of a recipe that says how to learn."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -17,11 +17,10 @@ class Training(Section):
     accumulate: int = Field(1, ge=1, description="batches to a step")
     pack: bool = Field(False, description="with a prompt: a batch as one row, without padding")
     lr: float | None = Field(None, gt=0, description="null: the structure's own, 1e-3 for most")
-    head_lr: float | None = Field(
+    head_lr: Annotated[float, Field(gt=0)] | Literal["lr"] | None = Field(
         None,
-        gt=0,
-        description="of modules trained whole, beside updates; null: 3e-3 for the untrained head, "
-        "lr for modules that train_modules names",
+        description="of modules trained whole, beside updates; lr: the same; null: 3e-3 for the "
+        "untrained head, lr for modules that train_modules names",
     )
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_share: float = Field(

@@ -184,6 +184,7 @@ def test_a_task_recipe_round_trips_and_names_every_choice() -> None:
         ([], HEAD_LR),
         (["training.lr=0.5"], HEAD_LR),
         (["training.lr=0.5", "training.head_lr=1e-4"], 1e-4),
+        (["training.lr=0.5", "training.head_lr=lr"], 0.5),
         (["training.lr=0.5", "train_modules=[classifier]"], 0.5),
     ],
 )
