@@ -10,6 +10,10 @@ from pydantic import BaseModel
 
 from finespun.cli.app import app
 from finespun.cli.methods import facts
+from finespun.contract import Method, Structure
+from finespun.errors import InputError
+from finespun.methods.axes import AXES, STRUCTURE
+from finespun.methods.composition import suits
 from finespun.methods.structures import STRUCTURES
 from finespun.recipes.recipe import Recipe
 
@@ -37,9 +41,44 @@ def method_table() -> str:
     return "\n".join(rows)
 
 
+def others() -> list[Method]:
+    """Every value of the axes beside the structure, by its defaults."""
+    return [cls() for axis in AXES.values() if axis is not STRUCTURE for cls in axis.known.values()]
+
+
+def axis_table() -> str:
+    """What the axes ask, and the values that they have."""
+    rows = ["| axis | question | values |", "| --- | --- | --- |"]
+    for axis in AXES.values():
+        known = sorted(axis.known)
+        told = f"{len(known)}, above" if axis is STRUCTURE else ", ".join(f"`{k}`" for k in known)
+        rows.append(f"| `{axis.name}` | {axis.question} | {told or 'none yet'} |")
+    return "\n".join(rows)
+
+
+def composition_table() -> str:
+    """Which structures each value of another axis goes with, and what it needs."""
+    rows = ["| value | needs | goes with |", "| --- | --- | --- |"]
+    for value in others():
+        fit = [f"`{kind}`" for kind, cls in methods() if goes(value, cls())]
+        told = "every structure" if len(fit) == len(methods()) else ", ".join(fit)
+        rows.append(f"| `{value.kind}` | {', '.join(sorted(value.needs))} | {told} |")
+    return "\n".join(rows)
+
+
+def goes(value: Method, structure: Structure) -> bool:
+    """Whether a recipe may have both."""
+    try:
+        suits(value, structure)
+    except InputError:
+        return False
+    return True
+
+
 def method_reference() -> str:
-    """The docstring and options of every structure."""
-    return "\n\n".join(f"::: {cls.__module__}.{cls.__name__}" for _, cls in methods())
+    """The docstring and options of every method."""
+    every = [cls for _, cls in methods()] + [type(value) for value in others()]
+    return "\n\n".join(f"::: {cls.__module__}.{cls.__name__}" for cls in every)
 
 
 def recipe_keys() -> str:
@@ -96,6 +135,8 @@ def cell(text: str) -> str:
 
 WRITERS = {
     "<!-- table of methods -->": method_table,
+    "<!-- table of axes -->": axis_table,
+    "<!-- what goes together -->": composition_table,
     "<!-- reference of methods -->": method_reference,
     "<!-- keys of a recipe -->": recipe_keys,
     "<!-- commands -->": commands,

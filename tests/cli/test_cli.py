@@ -19,7 +19,8 @@ from finespun.cli import app as cli
 from finespun.cli.app import COMMANDS, app, run
 from finespun.cli.bench import NO_RANKING
 from finespun.errors import StateError
-from finespun.methods.structures import STRUCTURES, LoRA
+from finespun.methods.axes import AXES
+from finespun.methods.structures import LoRA
 from finespun.training.inference import Trained
 from finespun.training.loop import Interrupted
 from finespun.training.output import Result
@@ -374,13 +375,14 @@ def test_init_writes_a_recipe_that_trains(tmp_path: Path, capsys: Captured) -> N
 def test_methods(capsys: Captured) -> None:
     assert run(["methods", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found.keys() == STRUCTURES.keys()
+    assert found.keys() == {kind for axis in AXES.values() for kind in axis.known}
     assert found["lora"]["numbers"] == 24 * 8 * 2 * 768
     assert found["lsr"]["numbers"] == 24 * 3584
     assert run(["methods"]) == 0
     shown = capsys.readouterr().out
     for kind, facts in found.items():
-        assert f"{kind}  ({facts['source']})" in shown
+        axis = "" if facts["axis"] == "structure" else f"{facts['axis']}, "
+        assert f"{kind}  ({axis}{facts['source']})" in shown
         assert facts["formula"] in shown
     assert run(["methods", "lsr"]) == 0
     assert "separation_rank: 16" in capsys.readouterr().out
