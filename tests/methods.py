@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from finespun import contract
 from finespun.contract import Bank, Delta, Plan, Ranked, Site, SiteShape, Structure
+from finespun.contract.structure import UNCHOSEN
 
 
 def factor_pair(delta: Delta, structure: Ranked, purpose: str = "A") -> None:
@@ -39,13 +40,13 @@ class DoRA(Ranked):
         delta.m = nn.Parameter(torch.linalg.vector_norm(delta.base_weight(), dim=1))
         return delta
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return self.rank * (shape.in_features + shape.out_features) + shape.out_features
+    def num_parameters(self, shape: SiteShape, choice: Any = UNCHOSEN) -> int:
+        return self.rank_of(choice) * (shape.in_features + shape.out_features) + shape.out_features
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Any = UNCHOSEN) -> int:
         size = shape.in_features * shape.out_features
-        per_token = 2 * self.rank * (shape.in_features + shape.out_features)
-        return tokens * (per_token + 3 * shape.out_features) + 2 * (self.rank + 1) * size
+        per_token = 2 * self.rank_of(choice) * (shape.in_features + shape.out_features)
+        return tokens * (per_token + 3 * shape.out_features) + 2 * (self.rank_of(choice) + 1) * size
 
 
 class DoRADelta(Delta):
@@ -53,7 +54,8 @@ class DoRADelta(Delta):
 
     def map_weight(self, w0: Tensor) -> Tensor:
         V = w0 + self.scale * (self.B @ self.A)
-        return V * (self.m / torch.linalg.vector_norm(V, dim=1).detach())[:, None]
+        norm = torch.linalg.vector_norm(V, dim=1).detach()
+        return V * (self.m / norm.clamp_min(torch.finfo(V.dtype).tiny))[:, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +69,12 @@ class HiRA(Ranked):
         factor_pair(delta, self)
         return delta
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return self.rank * (shape.in_features + shape.out_features)
+    def num_parameters(self, shape: SiteShape, choice: Any = UNCHOSEN) -> int:
+        return self.rank_of(choice) * (shape.in_features + shape.out_features)
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Any = UNCHOSEN) -> int:
         size = shape.in_features * shape.out_features
-        return (2 * self.rank + 1) * size + 2 * tokens * size
+        return (2 * self.rank_of(choice) + 1) * size + 2 * tokens * size
 
 
 class HiRADelta(Delta):
@@ -93,10 +95,10 @@ class IA3(Structure):
         delta.g = nn.Parameter(torch.ones(site.shape.out_features, device=site.device))
         return delta
 
-    def num_parameters(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape, choice: Any = UNCHOSEN) -> int:
         return shape.out_features
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Any = UNCHOSEN) -> int:
         return tokens * shape.out_features
 
 
@@ -153,14 +155,14 @@ class UniLoRA(Ranked):
         index = torch.tensor(choice["index"], device=site.device)
         return UniLoRADelta(site, bank, index, choice["rank"], choice["scale"])
 
-    def num_parameters(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape, choice: Any = UNCHOSEN) -> int:
         return 0
 
     def num_shared_parameters(self, plan: Plan) -> int:
         return self.size
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 2 * (tokens + 1) * self.rank * (shape.in_features + shape.out_features)
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Any = UNCHOSEN) -> int:
+        return 2 * (tokens + 1) * self.rank_of(choice) * (shape.in_features + shape.out_features)
 
 
 class UniLoRADelta(Delta):
@@ -194,11 +196,11 @@ class Bypass(Ranked):
         factor_pair(delta, self)
         return delta
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return self.rank * (shape.in_features + shape.out_features)
+    def num_parameters(self, shape: SiteShape, choice: Any = UNCHOSEN) -> int:
+        return self.rank_of(choice) * (shape.in_features + shape.out_features)
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 2 * tokens * self.num_parameters(shape)
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Any = UNCHOSEN) -> int:
+        return 2 * tokens * self.num_parameters(shape, choice)
 
 
 class BypassDelta(contract.Bypass):

@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from finespun.contract.delta import Delta
 from finespun.contract.mixing import CHOICE, carry
-from finespun.contract.structure import Plan, Structure
+from finespun.contract.structure import TIE, Plan, Structure
 from finespun.linalg import LowRank
 from finespun.methods.structures.lora import LoRA, lora_of
 
@@ -13,15 +14,17 @@ Compacted = tuple[Structure, Plan, dict[str, Delta]]
 
 
 def compact(structure: Structure, plan: Plan, deltas: Mapping[str, Delta]) -> Compacted:
-    """The same updates without dead numbers: in the structure's own form where every site has one,
-    else as LoRAs of each site's own rank, dead ranks removed. Sites whose own form has no number
-    left go, unless another bypass begins or ends there. Nothing changes where nothing was switched
-    off."""
-    if not any(delta.masks() or "gate" in delta._buffers for delta in deltas.values()):
+    """The same updates without dead numbers and gates: in the structure's own form where every
+    site has one, else as LoRAs of each site's own rank, dead ranks removed. Sites whose update is
+    dead, or whose own form has no number left, go, unless another bypass begins or ends there.
+    Nothing changes where nothing was switched off or gated."""
+    if not any(d.dead or d.masks() or d.gating is not None for d in deltas.values()):
         return structure, plan, dict(deltas)
-    own = {name: delta.compact() for name, delta in deltas.items()}
+    ends = {end for choice in plan.choices.values() for end in choice.get("span") or ()}
+    ends |= {*plan.shared.get(TIE, {}).values()}
+    deltas = {name: delta for name, delta in deltas.items() if name in ends or not delta.dead}
+    own = {name: _own_form(delta) for name, delta in deltas.items()}
     if all(found is not None for found in own.values()):
-        ends = {end for choice in plan.choices.values() for end in choice.get("span") or ()}
         small = {
             name: (found[0], {**plan.choices[name], **found[1]})
             for name, found in own.items()
@@ -39,6 +42,13 @@ def compact(structure: Structure, plan: Plan, deltas: Mapping[str, Delta]) -> Co
     sites = tuple(site for site in plan.sites if site.name in small)
     plan = dataclasses.replace(plan, sites=sites, choices=choices, shared=shared)
     return structure, plan, {name: delta for name, (delta, _) in small.items()}
+
+
+def _own_form(delta: Delta) -> tuple[Delta, dict[str, Any]] | None:
+    """A delta in which nothing was switched off stays the object it is."""
+    touched = delta.masks() or delta.gating is not None
+    found = delta.compact() if touched or delta.dead else (delta, {})
+    return (delta, {}) if found is None and not touched else found
 
 
 def _emptied(before: Delta, after: Delta) -> bool:

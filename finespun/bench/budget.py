@@ -66,7 +66,7 @@ def _ladders(
     """Lists of growing choices; in each only one size changes. Raises InputError if there are
     none."""
     names = {field.name for field in dataclasses.fields(structure)}
-    free = {"rank", "separation_rank"} & names - set(given)
+    free = {"rank", "separation_rank"} & {*structure.sizes} - {*given}
     if not free or not sites:
         raise InputError(
             f"{structure.kind} has no free rank to fit to numbers; "

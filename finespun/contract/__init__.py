@@ -2,12 +2,14 @@
 
 from finespun.contract.allocation import ALLOCATIONS, Allocation
 from finespun.contract.axis import AxisValue, Dynamics, Initializer, Objective, hooks_of
-from finespun.contract.delta import Bank, Bypass, Delta
-from finespun.contract.groups import Group, module_group
+from finespun.contract.bank import Bank
+from finespun.contract.delta import Bypass, Delta, module_group
+from finespun.contract.groups import Group
 from finespun.contract.method import Method, register
 from finespun.contract.need import Need
 from finespun.contract.site import Coupling, Site, SiteShape, TensorSite
 from finespun.contract.structure import (
+    UNCHOSEN,
     Plan,
     Ranked,
     Scores,
@@ -28,6 +30,7 @@ from finespun.contract.training import (
 
 __all__ = [
     "ALLOCATIONS",
+    "UNCHOSEN",
     "AdapterView",
     "Allocation",
     "AxisValue",

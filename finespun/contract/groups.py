@@ -1,15 +1,9 @@
 """Groups of numbers that live or die together: a rank, a Kronecker term, a module, a head."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from finespun.contract.delta import Delta
+from torch import Tensor, nn
 
 Index = tuple[int | slice, ...]
 
@@ -27,15 +21,15 @@ class Group:
     slices: tuple[tuple[str, Index], ...]
     stays_in_form: bool = True
 
-    def parts(self, delta: Delta) -> list[Tensor]:
+    def parts(self, delta: nn.Module) -> list[Tensor]:
         """Views of the group's numbers."""
         return [delta.get_parameter(name)[index] for name, index in self.slices]
 
-    def norm(self, delta: Delta) -> Tensor:
+    def norm(self, delta: nn.Module) -> Tensor:
         """Euclidean norm over all numbers of the group, a 0-d tensor."""
         return torch.stack([p.detach().square().sum() for p in self.parts(delta)]).sum().sqrt()
 
-    def shrink(self, delta: Delta, threshold: float) -> float:
+    def shrink(self, delta: nn.Module, threshold: float) -> float:
         """The proximal step of threshold·‖g‖: g ← max(0, 1 − threshold/‖g‖) g. Returns the norm
         that is left; at 0.0 the group can be switched off."""
         norm = float(self.norm(delta))
@@ -44,9 +38,3 @@ class Group:
             for part in self.parts(delta):
                 part.mul_(factor)
         return factor * norm
-
-
-def module_group(delta: Delta) -> Group:
-    """All numbers of one site as a single group."""
-    own = [n for n, _ in delta.named_parameters() if not n.startswith("start.")]
-    return Group("module", delta.site.shape.name, tuple((n, (slice(None),)) for n in own))

@@ -13,10 +13,11 @@ from finespun.errors import InputError, nearest
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """What a user chooses of one published method. `kind` names it on its `axis`, `aliases` are
-    other names of its options (PEFT's), `source` is the paper."""
+    other names of its options (PEFT's), `title` is its name in prose, `source` the paper."""
 
     axis: ClassVar[str] = ""
     kind: ClassVar[str] = ""
+    title: ClassVar[str] = ""
     source: ClassVar[str] = ""
     aliases: ClassVar[Mapping[str, str]] = {}
 
@@ -79,6 +80,7 @@ def registering(known: dict[str, type[M]], what: str) -> Callable[[type[M]], typ
         if not cls.kind or cls.kind in known:
             raise InputError(f"{what} needs a kind of its own, not {cls.kind!r}")
         known[cls.kind] = cls
+        cls.title = cls.__dict__.get("title", cls.__name__)
         return cls
 
     return register

@@ -5,6 +5,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,9 @@ from finespun.contract.site import Site, SiteShape
 from finespun.errors import InputError, PlanError, nearest
 
 Scores = Mapping[str, float | Tensor]
+Choice = Mapping[str, Any]
+UNCHOSEN: Choice = MappingProxyType({})
+TIE = "tie"  # Plan.shared[TIE]: module -> the target whose weight it shares and whose update acts
 
 
 class Unmeasured(dict[str, float | Tensor]):
@@ -72,7 +76,8 @@ class Structure(Method):
     """Hyper-parameters of one way to write ΔW; subclass it beside a Delta.
 
     `site_kind` is "linear", or "block" for a bypass; `default_lr` is AdamW's learning rate where a
-    recipe gives none, `start_lrs` that of starts that have their own. `dropout` acts on the input
+    recipe gives none, `start_lrs` that of starts that have their own; `sizes` names the options
+    that make it larger. `dropout` acts on the input
     of the update while training; `seed` fixes every random draw.
     """
 
@@ -83,6 +88,7 @@ class Structure(Method):
     site_kind: ClassVar[str] = "linear"
     default_lr: ClassVar[float] = 1e-3
     start_lrs: ClassVar[Mapping[str, float]] = {}
+    sizes: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
@@ -130,7 +136,7 @@ class Structure(Method):
         return type(self).form is not Structure.form
 
     # --- counts: the one source of every figure in docs, command line and reports ----------------
-    def num_parameters(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
         """Trained numbers at one site, in closed form."""
         raise NotImplementedError(f"{type(self).__name__} must count its numbers")
 
@@ -140,9 +146,10 @@ class Structure(Method):
 
     def total_parameters(self, plan: Plan) -> int:
         """Trained numbers of the whole plan."""
-        return sum(self.num_parameters(s) for s in plan.sites) + self.num_shared_parameters(plan)
+        own = (self.num_parameters(s, plan.choices.get(s.name, UNCHOSEN)) for s in plan.sites)
+        return sum(own) + self.num_shared_parameters(plan)
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         """Floating point operations (2 per multiply-add) that the update adds to a forward pass
         over `tokens` rows, work that is done once per step included."""
         raise NotImplementedError(f"{type(self).__name__} must count its operations")
@@ -171,6 +178,7 @@ class Ranked(Structure):
     alpha: float | None = None
 
     default_scale: ClassVar[float] = 2.0
+    sizes: ClassVar[tuple[str, ...]] = ("rank",)
 
     aliases: ClassVar[Mapping[str, str]] = {
         "r": "rank",
@@ -189,6 +197,10 @@ class Ranked(Structure):
     def scale(self) -> float:
         """c = alpha / rank, the factor in front of the update."""
         return self.default_scale if self.alpha is None else self.alpha / self.rank
+
+    def rank_of(self, choice: Choice) -> int:
+        """The rank that a plan's choice says, else the structure's own."""
+        return int(choice.get("rank", self.rank))
 
     def choose(self, site: Site) -> dict[str, Any]:
         shape = site.shape

@@ -12,12 +12,13 @@ from torch import Size, Tensor, nn
 from finespun.adapters.packed import PackedTensors, Slot
 from finespun.contract import Bank, Plan, SiteShape
 from finespun.contract.mixing import mount
+from finespun.contract.structure import TIE
 from finespun.errors import BaseMismatch, FileError, TargetError, nearest
 from finespun.files.native import DAMAGED, Saved, check_scale, plan_as_json
 from finespun.files.provenance.fingerprint import check_base
 from finespun.hosts import Entry, modules, register, sites, tensors_of
 from finespun.hosts.attach import check_trained
-from finespun.hosts.layers.tied import TIE, ties
+from finespun.hosts.layers.tied import ties
 from finespun.hosts.targets import OWN
 from finespun.storage.memory_limit import bounded
 
@@ -182,6 +183,7 @@ def _work_out(model: nn.Module, entry: Entry) -> Forms:
             for name, host in hosts.items():
                 delta = mount(structure.build(host, plan, bank), plan.choices[name])
                 check_scale(name, delta.scale)
+                delta.switch_on()
                 parts[f"delta/{name}"] = delta.state_dict()
                 asked += _bytes(parts[f"delta/{name}"])
                 _check_promised(entry, asked)
@@ -239,6 +241,8 @@ def _optional(key: str, forms: Forms) -> Form | None:
     if own in forms.tensors:
         return forms.tensors[own]
     name = name.removeprefix("start.")
+    if name == "alive" and place in {f"delta/{site.name}" for site in forms.plan.sites}:
+        return Form(Size([]), False)
     if name == "gate" and place.removeprefix("delta/") in forms.ranks:
         return Form(Size([forms.ranks[place.removeprefix("delta/")]]), True)
     masked = f"{place}/{name.removeprefix('alive_')}"

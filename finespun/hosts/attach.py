@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from finespun.contract import Delta, Plan, Scores, Structure
 from finespun.contract.mixing import mount
 from finespun.contract.need import MEASURED
+from finespun.contract.structure import TIE
 from finespun.errors import InputError, StateError, TargetError, nearest
 from finespun.hosts import forward_hooks as passes
 from finespun.hosts.adapter_set import AdapterSet, Entry, adapter_set_of, alone
@@ -26,7 +27,7 @@ from finespun.hosts.layers.block import link
 from finespun.hosts.layers.copies import CopyHost
 from finespun.hosts.layers.host import Host
 from finespun.hosts.layers.kinds import sites
-from finespun.hosts.layers.tied import TIE, TiedDelta, ties
+from finespun.hosts.layers.tied import TiedDelta, ties
 from finespun.hosts.states import check
 from finespun.hosts.targets import modules, unread
 
@@ -236,12 +237,15 @@ def load_tensors(entry: Entry, tensors: Mapping[str, Tensor]) -> None:
 
 def _check_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     extra = {k for k in tensors if k.rsplit("/", 1)[-1].split("_")[0] in ("gate", "alive")}
+    extra |= {k for k in tensors if k.rsplit("/", 1)[-1].startswith(("start.gate", "start.alive"))}
     for key in own.keys() - tensors.keys():
+        if key.endswith("/alive"):
+            continue  # asleep when built, awake in the file
         raise InputError(f"tensor {key!r} is missing; {nearest(key, tensors)}")
     for key in tensors.keys() - own.keys() - extra:
         raise InputError(f"tensor {key!r} belongs to nothing here; {nearest(key, own)}")
     for key, tensor in own.items():
-        if tensors[key].shape != tensor.shape:
+        if key in tensors and tensors[key].shape != tensor.shape:
             found, wanted = tuple(tensors[key].shape), tuple(tensor.shape)
             raise InputError(f"{key!r} is {found}, expected {wanted}")
 

@@ -189,7 +189,9 @@ def _patches(host: Host, stored: Stored, strengths: dict[str, float]) -> tuple[P
     """The entries that the updates move: as they stand, and with their new values, added up in
     float32 at least and rounded once; None where one of the updates is dense."""
     held = host.held()
-    here = [(held[n], c) for n, c in strengths.items() if n in held]
+    here = [(held[n], c) for n, c in strengths.items() if n in held and not held[n].dead]
+    if not here:
+        return None
     found = [(_entries(d), c) for d, c in here]
     moves = [(*move, c) for move, c in found if move is not None]
     if len(moves) < len(here):
@@ -218,7 +220,7 @@ def _fold(
     active = [
         (held[name], c)
         for name, c in strengths.items()
-        if name in held and not isinstance(held[name], TiedDelta)
+        if name in held and not isinstance(held[name], TiedDelta) and not held[name].dead
     ]
     if not active:
         return

@@ -117,7 +117,9 @@ def _estimate(job: Job, loop: Loop, clock: Clock) -> Estimate:
         activations=activations,
         tokens=tokens,
         flops=round(flops / typical.tokens * tokens),
-        update_flops=sum(job.recipe.structure.flops(shape, tokens) for shape in plan.sites),
+        update_flops=sum(
+            job.recipe.structure.flops(s, tokens, plan.choices[s.name]) for s in plan.sites
+        ),
         seconds=seconds,
         measuring=_measuring(job, clock),
         device=str(next(adapter.model.parameters()).device),

@@ -227,12 +227,14 @@ def test_switching_the_module_off_silences_it(case):
     if not list(case.delta().trained_parameters()):
         return
     delta = moved(case)
-    group = module_group(delta)
-    assert group.norm(delta) > 0
-    delta.switch_off(group)
-    assert group.norm(delta) == 0
-    assert all(not mask.any() for mask in delta.masks().values())
-    assert all(torch.count_nonzero(p) == 0 for p in delta.trained_parameters())
+    delta.switch_off(module_group(delta))
+    assert delta.dead
+    assert delta.silent
+    assert torch.count_nonzero(delta(draw(4, WIDTH))) == 0
+    assert torch.count_nonzero(delta.as_low_rank().dense()) == 0
+    assert delta.bias_change() is None
+    delta.switch_on()
+    assert not delta.silent
 
 
 @given(st.floats(0.0, 3.0), st.integers(1, 5))

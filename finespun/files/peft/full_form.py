@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
 from finespun.contract import Delta
+from finespun.contract.structure import TIE
 from finespun.errors import InputError
 from finespun.files.peft.keys import keys_of
 from finespun.hosts import Entry, modules
 from finespun.hosts.layers.slices import SliceHost
-from finespun.hosts.layers.tied import TIE
 from finespun.linalg import LowRank
 from finespun.methods.structures.dora import DoRADelta
 from finespun.methods.structures.pieces.extras import BiasDelta, TokensDelta

@@ -126,6 +126,10 @@ class BlockHost(Host):
         added = super().forward(lambda _: first, hidden)
         return (added, *out[1:]) if isinstance(out, tuple) else added
 
+    def calls(self, delta: Delta) -> bool:
+        """Spans may begin or end where the block's own bypass is dead."""
+        return True
+
     def change(
         self, delta: Delta, strength: float, x: Tensor, base: Base, way: Way | None = None
     ) -> Tensor:
@@ -134,10 +138,12 @@ class BlockHost(Host):
         for span in self.begins.get(adapter, ()):
             span.keep(x)
         change = torch.zeros_like(x)
-        if adapter not in self.away:
+        if adapter not in self.away and not delta.dead:
             change = super().change(delta, strength, x, base, way)
         for span in self.ends.get(adapter, ()):
-            change = change + super().change(span.delta, strength, span.recall(x), base)
+            read = span.recall(x)
+            if not span.delta.dead:
+                change = change + super().change(span.delta, strength, read, base)
         return change
 
 

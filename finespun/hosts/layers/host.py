@@ -99,7 +99,8 @@ class Host(StoredLayer, Slotted):
         if self.adapter_set.rows is not None:
             return self._by_rows(base, x, self.adapter_set.rows)
         found = self.held()
-        active = [(found[n], c) for n, c in self.adapter_set.in_force() if n in found and c != 0.0]
+        strengths = [(n, c) for n, c in self.adapter_set.in_force() if n in found and c != 0.0]
+        active = [(found[n], c) for n, c in strengths if self.calls(found[n])]
         mixer = self._mixer(active)
         if mixer is not None:
             y = mixer(x, base(x), self._members(mixer, active, base))
@@ -113,6 +114,10 @@ class Host(StoredLayer, Slotted):
             for name, _ in self.adapter_set.active:
                 y = self._overlaid(y, x, name)
         return y
+
+    def calls(self, delta: Delta) -> bool:
+        """Whether a delta has a part in the output: a dead one has none."""
+        return not delta.dead
 
     def _alone(self, base: Base, x: Tensor, delta: Delta, strength: float) -> Tensor:
         """One update, nothing beside it: it may make the whole output."""
@@ -140,7 +145,7 @@ class Host(StoredLayer, Slotted):
             raise StateError(f"{self.name!r} changes the number of rows; rows() cannot follow")
         strength = {n: e.scale for n, e in self.adapter_set.entries.items()}
         for name, numbers in rows.index(x.shape[0], self.name, x.device):
-            if name in found and strength[name] != 0.0:
+            if name in found and strength[name] != 0.0 and self.calls(found[name]):
                 part = x.index_select(0, numbers)
                 y = self._routed(y, numbers, part, found[name], strength[name], base)
         return y.view(shape) if packed else y

@@ -7,8 +7,6 @@ from finespun.contract.delta import Factors
 from finespun.errors import TargetError
 from finespun.hosts.layers.host import Host
 
-TIE = "tie"
-
 
 class TiedDelta(Delta):
     """The update of another site, seen from the other side: ΔW' = ΔWᵀ where one use is a table and
@@ -25,6 +23,10 @@ class TiedDelta(Delta):
     def _delta(self) -> Delta:
         source: Host = self.__dict__["source"]
         return source.delta(self.__dict__["adapter"])
+
+    @property
+    def dead(self) -> bool:
+        return self._delta().dead
 
     @property
     def _turned(self) -> bool:

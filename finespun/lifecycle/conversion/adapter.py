@@ -16,10 +16,10 @@ from torch import Tensor
 from finespun import files
 from finespun.adapters.packed import PackedTensors
 from finespun.contract import Plan, Structure
+from finespun.contract.structure import TIE
 from finespun.errors import InputError, nearest
 from finespun.files import Lineage, Parent, Saved, lineage_of
 from finespun.hosts import Entry, tensors_of
-from finespun.hosts.layers.tied import TIE
 from finespun.lifecycle.conversion import diffusion
 from finespun.lifecycle.stored import (
     StoredDeltas,

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import cast
 
 from finespun.contract import SiteShape
+from finespun.contract.structure import TIE
 from finespun.errors import InputError
 from finespun.files import Lineage, Saved
 from finespun.files.diffusion.names import Style, Unplaced, place_on, stripped
 from finespun.files.diffusion.write import Update, split_name, target, write_diffusion
 from finespun.hosts import Entry
-from finespun.hosts.layers.tied import TIE
 from finespun.lifecycle.stored import StoredDeltas, StoredWeights, update_of
 from finespun.methods.structures import LoRA
 from finespun.storage.atomic import located

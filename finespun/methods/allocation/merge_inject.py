@@ -147,7 +147,7 @@ class Events(TrainingHooks):
         """Let the bypass fade, and switch it off at the end."""
         delta, passed = self.adapter.deltas[block], step - self.fading[block]
         left = 1 - passed / self.form.fade if self.form.fade else 0.0
-        if "gate" not in delta._buffers:
+        if delta.gating is None:
             delta.set_gate(
                 torch.ones(self.adapter.plan.choices[block]["rank"]).to(delta.site.device)
             )
@@ -213,8 +213,8 @@ def inject(adapter: AdapterView, block: str) -> None:
         A = delta.get_parameter("A")
         with torch.no_grad():
             A.copy_(adapter.structure.kaiming(name, "A", A.shape))
-        for mask in delta.masks().values():
-            mask.fill_(True)
+            delta.get_parameter("B").zero_()
+        delta.switch_on()
         plan = plan.choose(name, asleep=False)
     _settle(adapter, plan.choices)
 
@@ -267,7 +267,7 @@ def _living(adapter: AdapterView) -> list[str]:
     return [
         name
         for name, delta in adapter.deltas.items()
-        if isinstance(delta, Bypass) and not delta.silent and "gate" not in delta._buffers
+        if isinstance(delta, Bypass) and not delta.silent and delta.gating is None
     ]
 
 

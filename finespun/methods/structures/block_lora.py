@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, must_divide, nearest_divisor, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    must_divide,
+    nearest_divisor,
+    register,
+)
 from finespun.errors import InputError
 
 LAYOUTS = ("folded", "literal", "input")
@@ -38,6 +46,7 @@ class BlockLoRA(Ranked):
     layout: Literal["folded", "literal", "input"] = "folded"
 
     kind = "block_lora"
+    title = "Block-LoRA"
     source = "arXiv 2501.16720"
     aliases = {**Ranked.aliases, "n": "blocks"}
 
@@ -65,21 +74,21 @@ class BlockLoRA(Ranked):
         delta.A.data.copy_(self.kaiming(site.shape.name, "A", delta.A.shape))
         return delta
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        thin, n = self.rank // self.blocks, self.blocks
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        thin, n = self.rank_of(choice) // self.blocks, self.blocks
         return {
             "folded": thin * (shape.in_features + shape.out_features),
-            "literal": self.rank * shape.out_features + thin * shape.in_features,
-            "input": self.rank * (shape.out_features + shape.in_features // n),
+            "literal": self.rank_of(choice) * shape.out_features + thin * shape.in_features,
+            "input": self.rank_of(choice) * (shape.out_features + shape.in_features // n),
         }[self.layout]
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         """Two products a row; adding the blocks of B once a step or the pieces of every row."""
         n_in, n_out, n = shape.in_features, shape.out_features, self.blocks
         if self.layout == "input":
-            return tokens * (2 * self.num_parameters(shape) + (n - 1) * (n_in // n))
-        adds = (n - 1) * n_out * (self.rank // n) if self.layout == "literal" else 0
-        return 2 * tokens * (self.rank // n) * (n_in + n_out) + adds
+            return tokens * (2 * self.num_parameters(shape, choice) + (n - 1) * (n_in // n))
+        adds = (n - 1) * n_out * (self.rank_of(choice) // n) if self.layout == "literal" else 0
+        return 2 * tokens * (self.rank_of(choice) // n) * (n_in + n_out) + adds
 
 
 class BlockLoRADelta(Delta):

@@ -8,9 +8,17 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Base, Delta
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Structure, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Structure,
+    register,
+)
 from finespun.errors import InputError, PlanError
 from finespun.methods.structures.oft import cayley, cayley_flops, multiply_blocks
+
+SIZES = ("block_size", "factors")
 
 
 @register
@@ -32,6 +40,7 @@ class BOFT(Structure):
     factors: int = 1
 
     kind = "boft"
+    sizes = ("factors",)
     source = "arXiv 2311.06243"
     aliases = {"boft_block_size": "block_size", "boft_n_butterfly_factor": "factors"}
 
@@ -62,12 +71,13 @@ class BOFT(Structure):
         choice = plan.choices[site.shape.name]
         return BOFTDelta(site, choice["block_size"], choice["factors"])
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return self.factors * shape.in_features * self.block_size + shape.out_features
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        b, m = (choice.get(k, getattr(self, k)) for k in SIZES)
+        return int(m * shape.in_features * b + shape.out_features)
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         """2·m·in·b on x and three per output; the rotations once."""
-        n, b, m = shape.in_features, self.block_size, self.factors
+        n, b, m = shape.in_features, *(choice.get(k, getattr(self, k)) for k in SIZES)
         return tokens * (2 * m * n * b + 3 * shape.out_features) + cayley_flops(m * n // b, b)
 
 

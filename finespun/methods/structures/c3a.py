@@ -10,7 +10,14 @@ from torch.fft import irfft, rfft
 
 from finespun.contract.delta import Bank, Delta
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Structure, must_divide, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Structure,
+    must_divide,
+    register,
+)
 from finespun.errors import InputError
 
 
@@ -48,16 +55,17 @@ class C3A(Structure):
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "C3ADelta":
         return C3ADelta(site, plan.choices[site.shape.name]["block_size"])
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return shape.out_features * shape.in_features // self.block_size
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        b = choice.get("block_size", self.block_size)
+        return int(shape.out_features * shape.in_features // b)
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         """2.5·b·log2 b for a real FFT, eight for a complex multiply-add; those of w once."""
-        b = self.block_size
+        b = choice.get("block_size", self.block_size)
         rows, columns = shape.out_features // b, shape.in_features // b
         transform = math.ceil(2.5 * b * math.log2(b)) if b > 1 else 1
         products = 8 * rows * columns * (b // 2 + 1)
-        return tokens * ((rows + columns) * transform + products) + rows * columns * transform
+        return int(tokens * ((rows + columns) * transform + products) + rows * columns * transform)
 
 
 class C3ADelta(Delta):
@@ -77,6 +85,8 @@ class C3ADelta(Delta):
 
     def product(self, x: Tensor) -> Tensor:
         b = self.w.shape[-1]
+        if not x.numel():  # transforms refuse to do nothing
+            return self.w.new_zeros(*x.shape[:-1], self.site.shape.out_features)
         X = rfft(x.to(self.w.dtype).unflatten(-1, (-1, b)))
         Y = torch.einsum("...nf,mnf->...mf", X, rfft(self.w).conj())
         return irfft(Y, n=b).flatten(-2) / x.shape[-1]

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    register,
+)
 from finespun.errors import InputError
 
 
@@ -56,13 +62,13 @@ class DeLoRA(Ranked):
             delta.B.data.copy_(self.kaiming(name, "B", delta.B.shape))
         return delta
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return self.rank * (shape.in_features + shape.out_features) + 1
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        return self.rank_of(choice) * (shape.in_features + shape.out_features) + 1
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         """LoRA's; and norms and scaled factors once: three per number, one more for A."""
-        size = self.rank * (shape.in_features + shape.out_features)
-        return (2 * tokens + 3) * size + self.rank * shape.in_features
+        size = self.rank_of(choice) * (shape.in_features + shape.out_features)
+        return (2 * tokens + 3) * size + self.rank_of(choice) * shape.in_features
 
 
 class DeLoRADelta(Delta):

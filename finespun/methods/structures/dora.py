@@ -8,8 +8,14 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Base, Delta
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, register
-from finespun.methods.structures.pieces.extras import OwnBias, extra
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    register,
+)
+from finespun.methods.structures.pieces.extras import OwnBias, extra, extra_parameters
 
 
 @register
@@ -39,14 +45,21 @@ class DoRA(Ranked):
         delta.m.data.copy_(delta.norm(delta.base_weight()))
         return delta
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return self.rank * (shape.in_features + shape.out_features) + shape.out_features
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        if (beside := extra_parameters(shape, choice)) is not None:
+            return beside
+        bias = shape.out_features if choice.get("bias") else 0
+        return (
+            bias
+            + self.rank_of(choice) * (shape.in_features + shape.out_features)
+            + shape.out_features
+        )
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         """LoRA's and three per output; the norms of V once."""
         out, inner = shape.out_features, shape.in_features
-        per_row = 2 * self.rank * (inner + out) + 3 * out
-        return tokens * per_row + 2 * (self.rank + 1) * out * inner
+        per_row = 2 * self.rank_of(choice) * (inner + out) + 3 * out
+        return tokens * per_row + 2 * (self.rank_of(choice) + 1) * out * inner
 
 
 class DoRADelta(Delta):
@@ -61,9 +74,9 @@ class DoRADelta(Delta):
         self.m = nn.Parameter(torch.zeros(out, device=device))
 
     def norm(self, w0: Tensor) -> Tensor:
-        """‖V‖ of every row, (out,), a constant to the gradient."""
+        """‖V‖ of every row, (out,), a constant to the gradient; never zero."""
         V = torch.addmm(w0, self.B.detach(), self.A.detach(), alpha=self.scale)
-        return torch.linalg.vector_norm(V, dim=1)
+        return torch.linalg.vector_norm(V, dim=1).clamp_min(torch.finfo(V.dtype).tiny)
 
     def map_weight(self, w0: Tensor) -> Tensor:
         V = torch.addmm(w0, self.B, self.A, alpha=self.scale)

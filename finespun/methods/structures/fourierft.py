@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Structure, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Structure,
+    register,
+)
 from finespun.errors import InputError, PlanError
 from finespun.linalg import streams
 
@@ -35,6 +41,7 @@ class FourierFT(Structure):
     draw: Literal["stream", "torch"] = "stream"
 
     kind = "fourierft"
+    sizes = ("frequencies",)
     default_lr = 0.1
     source = "arXiv 2405.03003"
     aliases = {"n_frequency": "frequencies", "random_loc_seed": "seed"}
@@ -69,10 +76,10 @@ class FourierFT(Structure):
             places = streams.choice(key, out * inner, n)
         return FourierFTDelta(site, places, self.scaling)
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return self.frequencies
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        return int(choice.get("frequencies", self.frequencies))
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         """A real inverse FFT of the whole update once, then a dense product."""
         size = shape.out_features * shape.in_features
         return 2 * tokens * size + math.ceil(2.5 * size * math.log2(max(size, 2)))

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, must_divide, nearest_divisor, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    must_divide,
+    nearest_divisor,
+    register,
+)
 from finespun.errors import InputError
 
 
@@ -33,6 +41,7 @@ class GraLoRA(Ranked):
     hybrid_rank: int = 0
 
     kind = "gralora"
+    sizes = ("rank", "hybrid_rank")
     source = "arXiv 2505.20355"
     aliases = {
         **Ranked.aliases,
@@ -70,11 +79,11 @@ class GraLoRA(Ranked):
             delta.A_hybrid.data.copy_(self.kaiming(name, "A_hybrid", delta.A_hybrid.shape))
         return delta
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return self.total_rank * (shape.in_features + shape.out_features)
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        return (self.rank_of(choice) + self.hybrid_rank) * (shape.in_features + shape.out_features)
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 2 * tokens * self.num_parameters(shape)
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
+        return 2 * tokens * self.num_parameters(shape, choice)
 
 
 class GraLoRADelta(Delta):
@@ -106,7 +115,8 @@ class GraLoRADelta(Delta):
         x = x.to(self.A.dtype)
         u = x.reshape(-1, self.k, x.shape[-1] // self.k).transpose(0, 1) @ self.A.mT
         u = u.unflatten(-1, (self.k, -1)).transpose(0, 2).flatten(-2)
-        y = (u @ self.B.mT).transpose(0, 1).reshape(*x.shape[:-1], -1)
+        y = (u @ self.B.mT).transpose(0, 1)
+        y = y.reshape(*x.shape[:-1], self.site.shape.out_features)
         if self.hybrid:
             y = y + F.linear(F.linear(x, self.A_hybrid), self.B_hybrid)
         return y * self.scale

@@ -7,7 +7,13 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    register,
+)
 
 
 @register
@@ -36,13 +42,13 @@ class HiRA(Ranked):
         delta.A.data.copy_(self.kaiming(name, "A", delta.A.shape))
         return delta
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return self.rank * (shape.in_features + shape.out_features)
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        return self.rank_of(choice) * (shape.in_features + shape.out_features)
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         """Forming B·A and its product with W0 once, then a dense product."""
         size = shape.in_features * shape.out_features
-        return (2 * self.rank + 1) * size + 2 * tokens * size
+        return (2 * self.rank_of(choice) + 1) * size + 2 * tokens * size
 
 
 class HiRADelta(Delta):

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Base, Delta
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Structure, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Structure,
+    register,
+)
 
 
 @register
@@ -28,6 +34,7 @@ class IA3(Structure):
     feedforward: tuple[str, ...] = ()
 
     kind = "ia3"
+    title = "(IA)3"
     source = "arXiv 2205.05638"
     aliases = {"feedforward_modules": "feedforward"}
 
@@ -41,11 +48,12 @@ class IA3(Structure):
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "IA3Delta":
         return (InputGain if plan.choices[site.shape.name]["input"] else OutputGain)(site)
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return shape.in_features if self.reads_input(shape.name) else shape.out_features
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        reads_input = choice.get("input", self.reads_input(shape.name))
+        return shape.in_features if reads_input else shape.out_features
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return tokens * self.num_parameters(shape)
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
+        return tokens * self.num_parameters(shape, choice)
 
 
 class IA3Delta(Delta):

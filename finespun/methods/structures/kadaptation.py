@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, must_divide, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    must_divide,
+    register,
+)
 from finespun.errors import InputError
 
 
@@ -53,14 +60,21 @@ class KAdaptation(Ranked):
         delta.V.data.copy_(self.kaiming(site.shape.name, "V", delta.V.shape))
         return delta
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return self.rank * (shape.in_features + shape.out_features)
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        return self.rank_of(choice) * (shape.in_features + shape.out_features)
 
     def num_shared_parameters(self, plan: Plan) -> int:
         return self.terms**3
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 2 * tokens * (self.terms * self.num_parameters(shape) + self.rank * self.terms**3)
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
+        return (
+            2
+            * tokens
+            * (
+                self.terms * self.num_parameters(shape, choice)
+                + self.rank_of(choice) * self.terms**3
+            )
+        )
 
 
 class Slow(Bank):
@@ -102,4 +116,4 @@ class KAdaptationDelta(Delta):
         h = x.to(self.V.dtype).reshape(-1, n, width) @ self.V.reshape(n * r, width).mT
         h = torch.einsum("taij,iba->tbij", h.unflatten(-1, (n, r)), self.P)
         y = h.flatten(2) @ self.U.transpose(1, 2).reshape(n * r, -1)
-        return y.reshape(*x.shape[:-1], -1) * self.scale
+        return y.reshape(*x.shape[:-1], self.site.shape.out_features) * self.scale

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Structure, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Structure,
+    register,
+)
 from finespun.errors import InputError, PlanError
 from finespun.kernels.kron import kron_apply, kron_macs
 
@@ -64,12 +70,12 @@ class KronA(Structure):
         delta.P.data.copy_(self.kaiming(site.shape.name, "P", delta.P.shape))
         return delta
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        p_out, p_in = self.split(shape)
-        return p_out * p_in + shape.out_features // p_out * (shape.in_features // p_in)
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        p_out, p_in = choice.get("factors") or self.split(shape)
+        return int(p_out * p_in + shape.out_features // p_out * (shape.in_features // p_in))
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 2 * tokens * _macs(shape, *self.split(shape))
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
+        return 2 * tokens * _macs(shape, *(choice.get("factors") or self.split(shape)))
 
 
 class KronADelta(Delta):

@@ -7,7 +7,13 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    register,
+)
 
 
 @register
@@ -37,16 +43,16 @@ class LoHa(Ranked):
             drawn.copy_(self.kaiming(site.shape.name, name, drawn.shape))
         return delta
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return 2 * self.rank * (shape.in_features + shape.out_features)
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        return 2 * self.rank_of(choice) * (shape.in_features + shape.out_features)
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         """Forming the factors, or ΔW, once; then products of rank r², or dense."""
-        factors = self.rank**2 * (shape.in_features + shape.out_features)
+        factors = self.rank_of(choice) ** 2 * (shape.in_features + shape.out_features)
         size = shape.in_features * shape.out_features
-        if factored(self.rank, shape):
+        if factored(self.rank_of(choice), shape):
             return (1 + 2 * tokens) * factors
-        return (4 * self.rank + 1 + 2 * tokens) * size
+        return (4 * self.rank_of(choice) + 1 + 2 * tokens) * size
 
 
 def factored(rank: int, shape: SiteShape) -> bool:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, must_be_positive, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    must_be_positive,
+    register,
+)
 from finespun.kernels.kron import kron_apply, kron_macs
 
 
@@ -70,19 +77,24 @@ class LoKr(Ranked):
         """Whether a matrix of these sides is written with rank r."""
         return 2 * self.rank < max(sides)
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        u, v = self.split(shape)
-        P = self.rank * sum(u) if self.decompose_both and self.low(u) else math.prod(u)
-        return P + (self.rank * sum(v) if self.low(v) else math.prod(v))
+    def chosen(self, shape: SiteShape, choice: Choice) -> tuple[Any, Any, int, int]:
+        """u, v and the ranks of P and Q, by a plan's choice or the structure's own."""
+        u, v = self.split(shape) if "u" not in choice else (choice["u"], choice["v"])
+        own = {"u": u, "v": v, "rank": self.rank_of(choice)}
+        return u, v, *(choice.get("ranks") or self.ranks(own))
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        u, v, P_rank, Q_rank = self.chosen(shape, choice)
+        P, Q = (r * sum(sides) or math.prod(sides) for r, sides in ((P_rank, u), (Q_rank, v)))
+        return int(P + Q)
+
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         """Q_a, P, Q_b one after the other; forming P once where it has factors."""
-        u, v = self.split(shape)
+        u, v, P_rank, Q_rank = self.chosen(shape, choice)
         per_row = kron_macs(1, u[0], v[0], u[1], v[1])
-        if self.low(v):
-            per_row = self.rank * (math.prod(u) + shape.in_features + shape.out_features)
-        forming = math.prod(u) * self.rank if self.decompose_both and self.low(u) else 0
-        return 2 * (tokens * per_row + forming)
+        if Q_rank:
+            per_row = Q_rank * (math.prod(u) + shape.in_features + shape.out_features)
+        return int(2 * (tokens * per_row + math.prod(u) * P_rank))
 
 
 class LoKrDelta(Delta):

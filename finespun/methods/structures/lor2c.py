@@ -7,10 +7,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from finespun.contract.delta import Bank, Bypass, Delta, Factors
-from finespun.contract.groups import module_group
+from finespun.contract.delta import Bank, Bypass, Delta, Factors, module_group
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, Scores, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    Scores,
+    register,
+)
 from finespun.errors import PlanError
 from finespun.methods.structures.lora import LoRADelta
 
@@ -58,7 +64,7 @@ class LoR2C(Ranked):
         return max(1, self.rank // 2)
 
     def bank(self, plan: Plan) -> Bank | None:
-        widths = {s.in_features: s.name for s in plan.sites if s.kind == "block"}
+        widths = self._widths(plan)
         if not self.share or not widths:
             return None
         if len(widths) > 1:
@@ -81,23 +87,31 @@ class LoR2C(Ranked):
             delta.switch_off(module_group(delta))
         return delta
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        if shape.kind != "block":
-            return self.inside_rank * (shape.in_features + shape.out_features)
-        return (1 if self.share else 2) * self.rank * shape.in_features
+    def _rank_of(self, shape: SiteShape, choice: Choice) -> int:
+        return int(choice.get("rank", self.rank if shape.kind == "block" else self.inside_rank))
+
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        sides = shape.in_features + shape.out_features
+        if shape.kind == "block" and self.share:
+            sides = shape.out_features
+        return self._rank_of(shape, choice) * sides
 
     def total_parameters(self, plan: Plan) -> int:
         """Without what sleeps."""
         asleep = [s for s in plan.sites if plan.choices[s.name].get("asleep")]
-        return super().total_parameters(plan) - sum(map(self.num_parameters, asleep))
+        sleeping = sum(self.num_parameters(s, plan.choices[s.name]) for s in asleep)
+        return super().total_parameters(plan) - sleeping
 
     def num_shared_parameters(self, plan: Plan) -> int:
-        widths = [s.in_features for s in plan.sites if s.kind == "block"]
-        return self.rank * widths[0] if self.share and widths else 0
+        return self.rank * min(self._widths(plan), default=0) if self.share else 0
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        rank = self.rank if shape.kind == "block" else self.inside_rank
-        return 2 * tokens * rank * (shape.in_features + shape.out_features)
+    def _widths(self, plan: Plan) -> dict[int, str]:
+        """Width -> a block of it that has a bypass."""
+        blocks = [s for s in plan.sites if s.kind == "block" and plan.choices[s.name]["rank"]]
+        return {s.in_features: s.name for s in blocks}
+
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
+        return 2 * tokens * self._rank_of(shape, choice) * (shape.in_features + shape.out_features)
 
 
 def spectrum_score(delta: Delta) -> dict[str, float]:

@@ -5,15 +5,22 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from finespun.contract import fitting
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.groups import Group
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    register,
+)
 from finespun.errors import InputError
 from finespun.linalg import LowRank
-from finespun.methods.structures.pieces.extras import OwnBias, extra
+from finespun.methods.structures.pieces.extras import OwnBias, extra, extra_parameters
 
 
 @register
@@ -60,11 +67,14 @@ class LoRA(Ranked):
         delta.A.data.copy_(drawn)
         return delta
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return self.rank * (shape.in_features + shape.out_features)
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        if (beside := extra_parameters(shape, choice)) is not None:
+            return beside
+        bias = shape.out_features if choice.get("bias") else 0
+        return bias + self.rank_of(choice) * (shape.in_features + shape.out_features)
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 2 * tokens * self.num_parameters(shape)
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
+        return 2 * tokens * self.rank_of(choice) * (shape.in_features + shape.out_features)
 
 
 class LoRADelta(Delta):
@@ -91,14 +101,31 @@ class LoRADelta(Delta):
             for i in range(len(self.A))
         ]
 
+    @torch.no_grad()
+    def assign(
+        self, update: LowRank | Tensor, covariance: Tensor | None = None, refine: int = 0
+    ) -> float:
+        """In closed form: the leading terms of the singular value decomposition of ΔW·C^½; what
+        fits is taken over as it is."""
+        if self.adjusted or self.masks():
+            return super().assign(update, covariance, refine)
+        root, rank = math.sqrt(self.scale), len(self.A)
+        best, error = fitting.truncated(update, rank, covariance)
+        self.A[: best.rank], self.B[:, : best.rank] = best.A / root, best.B / root
+        self.A[best.rank :], self.B[:, best.rank :] = 0, 0
+        return error
+
+    def predicted(self, update: LowRank) -> float:
+        return update.error(min(len(self.A), update.rank))
+
     def compact(self) -> "tuple[LoRADelta, dict[str, Any]]":
         A, B = (t.detach() for t in self.complete((self.A, self.B)))
-        alive = torch.ones(len(A), dtype=torch.bool)
-        own = alive[: len(self.A)]
+        alive = torch.ones(len(self.A), dtype=torch.bool)
         if (mask := self.masks().get("A")) is not None:
-            own &= mask.any(1).cpu()
-        if (gate := self._buffers.get("gate")) is not None:
-            own &= gate.cpu().ne(0)
+            alive &= mask.any(1).cpu()
+        if self.gating is not None:
+            alive &= self.gating.detach().cpu().ne(0)
+        alive = alive.repeat(len(A) // len(self.A))
         alive[0] |= not alive.any()
         return lora_of(self.site, LowRank(A[alive], B[:, alive]), self.scale)
 

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, must_be_one_of, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    must_be_one_of,
+    register,
+)
 from finespun.errors import InputError
 from finespun.linalg import randomized_svd_of
 
@@ -34,6 +41,7 @@ class LoRAXS(Ranked):
     noise: float = 0.0
 
     kind = "lora_xs"
+    title = "LoRA-XS"
     source = "arXiv 2405.17604"
     default_scale = 1.0
 
@@ -57,11 +65,16 @@ class LoRAXS(Ranked):
             delta.R.data.copy_(self.noise * torch.randn(delta.R.shape, generator=g))
         return delta
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return self.rank**2
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        return self.rank_of(choice) ** 2
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 2 * tokens * self.rank * (shape.in_features + shape.out_features + self.rank)
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
+        return (
+            2
+            * tokens
+            * self.rank_of(choice)
+            * (shape.in_features + shape.out_features + self.rank_of(choice))
+        )
 
 
 def main_directions(W: Tensor, rank: int) -> Factors:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, must_be_one_of, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    must_be_one_of,
+    register,
+)
 from finespun.errors import InputError
 from finespun.kernels.kron import kron_apply, kron_macs, kron_sum, kron_sum3, kron_sum_many
 from finespun.linalg import choose_sides
@@ -47,6 +54,8 @@ class LSR(Ranked):
     path: Literal["auto", "formed", "factorised"] = "auto"
 
     kind = "lsr"
+    title = "LSR-Adapt"
+    sizes = ("rank", "separation_rank")
     default_lr = 3e-3
     source = "arXiv 2502.13568"
 
@@ -110,20 +119,27 @@ class LSR(Ranked):
         formed = kron_sum_many([d.pair(s) for d in lsr for s in SIDES])
         return [d.trim(A, B) for d, A, B in zip(lsr, formed[::2], formed[1::2])]
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return self.separation_rank * sum(r * (p + q) for r, p, q in zip(*self.split(shape)))
+    def sizes_of(self, shape: SiteShape, choice: Choice) -> tuple[Any, Any, Any, Any]:
+        """Ranks, input sizes, output sizes and terms of A and B, by a plan's choice or its own."""
+        if "terms" in choice:
+            return tuple(choice[name] for name in ("ranks", "down", "up", "terms"))
+        return *self.split(shape), [self.separation_rank] * 2
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        ranks, down, up, (a, b) = self.sizes_of(shape, choice)
+        return int(sum(r * (a * p + b * q) for r, p, q in zip(ranks, down, up)))
+
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         """Forming A and B once, then two products per row; or the factorised products alone where
         these are fewer."""
-        ranks, p, q = self.split(shape)
-        size, s = shape.in_features + shape.out_features, self.separation_rank
-        formed = (s + tokens) * self.rank * size
+        ranks, p, q, (a, b) = self.sizes_of(shape, choice)
+        n_in, n_out, rank = shape.in_features, shape.out_features, math.prod(ranks)
+        formed = rank * ((a + tokens) * n_in + (b + tokens) * n_out)
         if len(ranks) == 3:
-            return 2 * formed
-        factorised = tokens * (macs(s, ranks, p) + macs(s, q, ranks))
+            return int(2 * formed)
+        factorised = tokens * (macs(a, ranks, p) + macs(b, q, ranks))
         ways = {"formed": formed, "factorised": factorised, "auto": min(formed, factorised)}
-        return 2 * ways[self.path]
+        return int(2 * ways[self.path])
 
 
 class LSRDelta(Terms):

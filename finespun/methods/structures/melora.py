@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, must_divide, nearest_divisor, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    must_divide,
+    nearest_divisor,
+    register,
+)
 from finespun.errors import InputError
 
 
@@ -48,11 +56,11 @@ class MELoRA(Ranked):
         delta.A.data.copy_(self.kaiming(site.shape.name, "A", delta.A.shape))
         return delta
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return self.rank * (shape.in_features + shape.out_features) // self.blocks
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        return self.rank_of(choice) * (shape.in_features + shape.out_features) // self.blocks
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 2 * tokens * self.num_parameters(shape)
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
+        return 2 * tokens * self.num_parameters(shape, choice)
 
 
 class MELoRADelta(Delta):
@@ -71,4 +79,4 @@ class MELoRADelta(Delta):
     def product(self, x: Tensor) -> Tensor:
         slices = x.to(self.A.dtype).reshape(-1, len(self.A), self.A.shape[-1]).transpose(0, 1)
         y = slices @ self.A.mT @ self.B.mT
-        return y.transpose(0, 1).reshape(*x.shape[:-1], -1) * self.scale
+        return y.transpose(0, 1).reshape(*x.shape[:-1], self.site.shape.out_features) * self.scale

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    register,
+)
 
 
 @register
@@ -36,12 +42,12 @@ class MiSS(Ranked):
         choice = plan.choices[site.shape.name]
         return MiSSDelta(site, choice["rank"], choice["scale"])
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return self.rank * shape.out_features
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        return self.rank_of(choice) * shape.out_features
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         """Adding inputs up, then one product with D."""
-        return tokens * (shape.in_features + 2 * self.rank * shape.out_features)
+        return tokens * (shape.in_features + 2 * self.rank_of(choice) * shape.out_features)
 
 
 class MiSSDelta(Delta):

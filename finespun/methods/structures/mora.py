@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, must_be_one_of, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    must_be_one_of,
+    register,
+)
 from finespun.errors import PlanError
 
 
@@ -62,16 +69,16 @@ class MoRA(Ranked):
         cls = RotatedMoRA if self.sharing == "rotation" else SummedMoRA
         return cls(site, choice["size"], choice["scale"])
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return self.size(shape) ** 2
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        return int(choice.get("size", self.size(shape))) ** 2
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         """A product with M for each block, three operations per input for the rotations; or sums
         and a single product."""
-        size, inner = self.size(shape), shape.in_features
+        size, inner = choice.get("size", self.size(shape)), shape.in_features
         if self.sharing == "sum":
-            return tokens * (inner + 2 * size**2)
-        return tokens * -(-inner // size) * (3 * size + 2 * size**2)
+            return int(tokens * (inner + 2 * size**2))
+        return int(tokens * -(-inner // size) * (3 * size + 2 * size**2))
 
 
 class MoRADelta(Delta):

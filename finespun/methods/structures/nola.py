@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, must_be_positive, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    must_be_positive,
+    register,
+)
 from finespun.errors import InputError, PlanError
 from finespun.methods.structures.pieces.basis import Basis, mixed
 from finespun.methods.structures.pieces.frozen import Frozen
@@ -38,6 +45,7 @@ class NOLA(Ranked):
     chunk: int = 0
 
     kind = "nola"
+    sizes = ("k", "l")
     source = "arXiv 2310.02556"
     default_scale = 1.0
 
@@ -79,12 +87,12 @@ class NOLA(Ranked):
         A, B = (mixed([d.mixture(side) for d in nola]) for side in (0, 1))
         return [d.complete_sides(a, b) for d, a, b in zip(nola, A, B)]
 
-    def num_parameters(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
         return sum(self.terms)
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         (k, l), n_in, n_out = self.terms, shape.in_features, shape.out_features
-        return 2 * self.rank * (tokens * (n_in + n_out) + k * n_in + l * n_out)
+        return 2 * self.rank_of(choice) * (tokens * (n_in + n_out) + k * n_in + l * n_out)
 
 
 class NOLADelta(Delta):

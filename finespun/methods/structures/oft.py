@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Base, Delta
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Structure, must_divide, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Structure,
+    must_divide,
+    register,
+)
 from finespun.errors import InputError
 
 
@@ -47,14 +54,13 @@ class OFT(Structure):
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "OFTDelta":
         return OFTDelta(site, plan.choices[site.shape.name]["block_size"], self.neumann)
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return shape.in_features * (self.block_size - 1) // 2
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        return shape.in_features * (choice.get("block_size", self.block_size) - 1) // 2
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         """Rotating x; and the rotations once."""
-        return 2 * tokens * shape.in_features * self.block_size + cayley_flops(
-            shape.in_features // self.block_size, self.block_size, self.neumann
-        )
+        n, b = shape.in_features, choice.get("block_size", self.block_size)
+        return 2 * tokens * n * b + cayley_flops(n // b, b, self.neumann)
 
 
 class OFTDelta(Delta):

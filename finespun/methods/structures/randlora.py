@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, Scores, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    Scores,
+    register,
+)
 from finespun.methods.structures.pieces.frozen import Frozen
 
 
@@ -32,6 +39,7 @@ class RandLoRA(Ranked):
     rank: int = 32
 
     kind = "randlora"
+    sizes = ()
     source = "arXiv 2502.00987"
     default_scale = 20.0
     aliases = {
@@ -54,15 +62,15 @@ class RandLoRA(Ranked):
         B = Frozen("symmetric", self.seed, ("randlora", "B"), (M, -(-m // rank) * rank))
         return RandLoRADelta(site, A, B, 3 * scale)
 
-    def num_parameters(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
         m = min(shape.in_features, shape.out_features)
-        return -(-m // self.rank) * (self.rank + m)
+        return -(-m // self.rank_of(choice)) * (self.rank_of(choice) + m)
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         """The two products of every row, or forming ΔW once and one dense product."""
         n_in, n_out = shape.in_features, shape.out_features
         m = min(n_in, n_out)
-        full = -(-m // self.rank) * self.rank
+        full = -(-m // self.rank_of(choice)) * self.rank_of(choice)
         by_factors, dense = tokens * full * (n_in + n_out), (full + tokens) * n_in * n_out
         return 2 * (full * m + min(by_factors, dense))
 

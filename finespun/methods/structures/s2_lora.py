@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from finespun.contract.delta import Bank, Factors
 from finespun.contract.groups import Group
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    register,
+)
 from finespun.errors import InputError
 from finespun.methods.structures.pieces.pairs import Pairs, PairsDelta, pair_sizes
 
@@ -37,6 +43,7 @@ class S2LoRA(Ranked):
     share: Literal["shape", "slice"] = "shape"
 
     kind = "s2_lora"
+    title = "S2-LoRA"
     source = "arXiv 2309.11756"
     default_scale = 1.0
 
@@ -56,15 +63,15 @@ class S2LoRA(Ranked):
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "S2LoRADelta":
         return S2LoRADelta(site, bank, plan.choices[site.shape.name])
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return self.rank
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        return self.rank_of(choice)
 
     def num_shared_parameters(self, plan: Plan) -> int:
         sizes = pair_sizes(plan.sites, self.share == "slice")
         return self.rank * sum(out + inner for out, inner in sizes)
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return tokens * self.rank * (2 * (shape.in_features + shape.out_features) + 1)
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
+        return tokens * self.rank_of(choice) * (2 * (shape.in_features + shape.out_features) + 1)
 
 
 class S2LoRADelta(PairsDelta):

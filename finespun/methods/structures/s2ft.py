@@ -11,7 +11,15 @@ from torch import Tensor
 from finespun.contract.delta import Bank
 from finespun.contract.need import Need
 from finespun.contract.site import Coupling, Site, SiteShape
-from finespun.contract.structure import Plan, Scores, Structure, must_be_one_of, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Scores,
+    Structure,
+    must_be_one_of,
+    register,
+)
 from finespun.errors import InputError, PlanError
 from finespun.linalg import streams
 from finespun.methods.structures.pieces import units
@@ -56,6 +64,7 @@ class S2FT(Structure):
     outputs: tuple[str, ...] = ()
 
     kind = "s2ft"
+    sizes = ("channels", "heads")
     source = "arXiv 2412.06289"
 
     def __post_init__(self) -> None:
@@ -125,17 +134,16 @@ class S2FT(Structure):
         found = units.lines(choice["units"], choice["of"], size)
         return (RowsDelta if rows else ColumnsDelta)(site, found)
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        """Of a layer that shares nothing; `total_parameters` asks the plan."""
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        """Of the units chosen; without a choice, of a layer that shares nothing."""
+        if "units" in choice:
+            size = shape.out_features * shape.in_features
+            return int(size // choice["of"] * len(choice["units"]))
         size = shape.out_features if self.alone(shape).side == "out" else shape.in_features
         return shape.out_features * shape.in_features // size * share_of(size, self.channels)
 
-    def total_parameters(self, plan: Plan) -> int:
-        sizes = {s.name: s.out_features * s.in_features for s in plan.sites}
-        return sum(sizes[n] // c["of"] * len(c["units"]) for n, c in plan.choices.items())
-
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 2 * tokens * self.num_parameters(shape)
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
+        return 2 * tokens * self.num_parameters(shape, choice)
 
 
 def share_of(size: int, share: float) -> int:

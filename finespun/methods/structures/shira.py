@@ -8,7 +8,14 @@ import torch
 from finespun.contract.delta import Bank
 from finespun.contract.need import Need
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, must_be_one_of, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    must_be_one_of,
+    register,
+)
 from finespun.errors import InputError, PlanError
 from finespun.kernels.entries import WORTH
 from finespun.methods.structures.pieces import masks
@@ -68,29 +75,33 @@ class SHiRA(Ranked):
         return {"rank": self.rank, "scale": self.scale}
 
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> EntriesDelta:
-        shape, count = site.shape, self.num_parameters(site.shape)
-        scale = plan.choices[shape.name]["scale"]
+        shape, choice = site.shape, plan.choices[site.shape.name]
+        count, scale = self.num_parameters(shape, choice), choice["scale"]
         if self.mask == "random":
             return EntriesDelta(site, masks.random(shape, count, self.seed), scale)
         if self.mask == "structured":
-            return EntriesDelta(site, masks.structured(shape, self.lines(shape), self.seed), scale)
+            return EntriesDelta(
+                site, masks.structured(shape, self.lines(shape, choice), self.seed), scale
+            )
         if self.mask == "magnitude":
             return ChosenEntriesDelta(site, masks.largest(site.weight(), count, self.skip), scale)
         delta = ChosenEntriesDelta(site, torch.zeros(count, dtype=torch.int64), scale)
         delta.rule = self.mask
         return delta
 
-    def lines(self, shape: SiteShape) -> int:
+    def lines(self, shape: SiteShape, choice: Choice) -> int:
         """Rows, or columns, of the structured mask."""
-        return masks.whole_lines(shape, self.rank * (shape.in_features + shape.out_features))
+        return masks.whole_lines(
+            shape, self.rank_of(choice) * (shape.in_features + shape.out_features)
+        )
 
-    def num_parameters(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
         short, long = sorted((shape.out_features, shape.in_features))
         if self.mask == "structured":
-            return self.lines(shape) * (long - 1) + short
-        return self.rank * (short + long)
+            return self.lines(shape, choice) * (long - 1) + short
+        return self.rank_of(choice) * (short + long)
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         """Entry by entry, or a dense product where more than one in `WORTH` is trained."""
-        size, count = shape.in_features * shape.out_features, self.num_parameters(shape)
+        size, count = shape.in_features * shape.out_features, self.num_parameters(shape, choice)
         return 2 * tokens * (count if WORTH * count <= size else size)

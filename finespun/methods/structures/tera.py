@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    register,
+)
 from finespun.errors import PlanError
 from finespun.kernels.kron import kron_apply, kron_macs, kron_sum
 from finespun.linalg import choose_factors
@@ -60,12 +66,13 @@ class TeRA(Ranked):
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "TeRADelta":
         return TeRADelta(site, plan.choices[site.shape.name], self.seed)
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return sum(self.modes)
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        return sum(choice.get("modes", self.modes))
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
         """Mode by mode, each side in its cheaper order."""
-        return 2 * tokens * (both_sides(split(shape), self.modes) + math.prod(self.modes))
+        modes, sizes = choice.get("modes", self.modes), choice.get("sizes") or split(shape)
+        return 2 * tokens * (both_sides(sizes, modes) + math.prod(modes))
 
 
 def split(shape: SiteShape) -> tuple[int, int, int, int]:

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    register,
+)
 from finespun.methods.structures.pieces.pairs import Pairs, PairsDelta, pair_sizes
 
 
@@ -28,6 +34,7 @@ class TiedLoRA(Ranked):
     """
 
     kind = "tied_lora"
+    title = "Tied-LoRA"
     source = "arXiv 2311.09578"
 
     def bank(self, plan: Plan) -> Pairs:
@@ -40,15 +47,15 @@ class TiedLoRA(Ranked):
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "TiedLoRADelta":
         return TiedLoRADelta(site, bank, plan.choices[site.shape.name])
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return shape.out_features + self.rank
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        return shape.out_features + self.rank_of(choice)
 
     def num_shared_parameters(self, plan: Plan) -> int:
         return self.rank * sum(out + inner for out, inner in pair_sizes(plan.sites))
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        products = 2 * self.rank * (shape.in_features + shape.out_features)
-        return tokens * (products + self.num_parameters(shape))
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
+        products = 2 * self.rank_of(choice) * (shape.in_features + shape.out_features)
+        return tokens * (products + self.num_parameters(shape, choice))
 
 
 class TiedLoRADelta(PairsDelta):

@@ -5,7 +5,13 @@ from typing import Any
 
 from finespun.contract.delta import Bank
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Structure, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Structure,
+    register,
+)
 from finespun.errors import InputError, PlanError
 from finespun.methods.structures.pieces.extras import TokensDelta, table
 
@@ -46,8 +52,13 @@ class Tokens(Structure):
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> TokensDelta:
         return TokensDelta(site, plan.choices[site.shape.name]["tokens"])
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return len(self.tokens) * table(shape)[1]
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        return len(choice.get("tokens", self.tokens)) * table(shape)[1]
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 2 * tokens * len(self.tokens) * (shape.in_features + shape.out_features)
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
+        return (
+            2
+            * tokens
+            * len(choice.get("tokens", self.tokens))
+            * (shape.in_features + shape.out_features)
+        )

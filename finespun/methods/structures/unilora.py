@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, Scores, must_be_positive, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    Scores,
+    must_be_positive,
+    register,
+)
 from finespun.linalg import streams
 from finespun.methods.structures.pieces.frozen import DRAWS, Frozen
 
@@ -35,6 +43,8 @@ class UniLoRA(Ranked):
     bound: float = 0.02
 
     kind = "unilora"
+    title = "Uni-LoRA"
+    sizes = ("size",)
     source = "arXiv 2506.00799"
     default_scale = 1.0
     aliases = {
@@ -78,14 +88,14 @@ class UniLoRA(Ranked):
         """√(D/d): a step of θ moves each entry of A and B by √(d/D) of it."""
         return float((plan.shared["total"] / plan.shared["size"]) ** 0.5)
 
-    def num_parameters(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
         return 0
 
     def num_shared_parameters(self, plan: Plan) -> int:
         return int(plan.shared["size"])
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return (2 * tokens + 1) * self.rank * (shape.in_features + shape.out_features)
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
+        return (2 * tokens + 1) * self.rank_of(choice) * (shape.in_features + shape.out_features)
 
 
 def spread(key: streams.Key, sizes: tuple[int, ...]) -> Tensor:

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, must_be_positive, must_divide, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    must_be_positive,
+    must_divide,
+    register,
+)
 from finespun.errors import InputError
 
 
@@ -35,6 +43,7 @@ class VBLoRA(Ranked):
     bound: float = 0.02
 
     kind = "vblora"
+    title = "VB-LoRA"
     source = "arXiv 2405.15179"
     default_scale = 1.0
     aliases = {
@@ -72,15 +81,20 @@ class VBLoRA(Ranked):
             logits.data.copy_(0.1 * torch.randn(logits.shape, generator=g))
         return delta
 
-    def num_parameters(self, shape: SiteShape) -> int:
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
         pieces = (shape.in_features + shape.out_features) // self.vector_length
-        return self.rank * pieces * self.num_vectors
+        return self.rank_of(choice) * pieces * self.num_vectors
 
     def num_shared_parameters(self, plan: Plan) -> int:
         return self.num_vectors * self.vector_length
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        return 2 * (tokens + self.top_k) * self.rank * (shape.in_features + shape.out_features)
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
+        return (
+            2
+            * (tokens + self.top_k)
+            * self.rank_of(choice)
+            * (shape.in_features + shape.out_features)
+        )
 
 
 class Vectors(Bank):

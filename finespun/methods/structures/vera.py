@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
 from finespun.contract.site import Site, SiteShape
-from finespun.contract.structure import Plan, Ranked, Scores, register
+from finespun.contract.structure import (
+    UNCHOSEN,
+    Choice,
+    Plan,
+    Ranked,
+    Scores,
+    register,
+)
 from finespun.methods.structures.pieces.frozen import Frozen
 
 
@@ -51,12 +58,12 @@ class VeRA(Ranked):
         scale *= 6 / math.sqrt(plan.shared["in"] * rank)
         return VeRADelta(site, A, B, self.d_initial, scale)
 
-    def num_parameters(self, shape: SiteShape) -> int:
-        return shape.out_features + self.rank
+    def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
+        return shape.out_features + self.rank_of(choice)
 
-    def flops(self, shape: SiteShape, tokens: int = 1) -> int:
-        products = 2 * self.rank * (shape.in_features + shape.out_features)
-        return tokens * (products + self.num_parameters(shape))
+    def flops(self, shape: SiteShape, tokens: int = 1, choice: Choice = UNCHOSEN) -> int:
+        products = 2 * self.rank_of(choice) * (shape.in_features + shape.out_features)
+        return tokens * (products + self.num_parameters(shape, choice))
 
 
 class VeRADelta(Delta):

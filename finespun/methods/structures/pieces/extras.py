@@ -22,6 +22,13 @@ def extra(site: Site, choice: Mapping[str, Any]) -> Delta | None:
     return BiasDelta(site) if choice.get("only") == "bias" else None
 
 
+def extra_parameters(shape: SiteShape, choice: Mapping[str, Any]) -> int | None:
+    """Parameters of such a delta; None where the choice says no such thing."""
+    if "tokens" in choice:
+        return len(choice["tokens"]) * table(shape)[1]
+    return shape.out_features if choice.get("only") == "bias" else None
+
+
 def table(shape: SiteShape) -> tuple[int, int]:
     """Rows and width of the table that a site is: one row for each token."""
     sizes = shape.out_features, shape.in_features

@@ -11,7 +11,7 @@ from finespun.contract.delta import Delta
 from finespun.contract.groups import Group
 from finespun.contract.site import Site
 from finespun.errors import InputError
-from finespun.linalg import LowRank, condition, nearest_separable, rebalance
+from finespun.linalg import LowRank, condition, nearest_separable, predicted_error, rebalance
 
 SIDES = ("A", "B")
 
@@ -80,6 +80,23 @@ class Terms(Delta):
             for s in SIDES:
                 for old, new in zip(self.side(s), rebalance(*self.pair(s))):
                     old.copy_(new)
+
+    def assign(
+        self, update: LowRank | Tensor, covariance: Tensor | None = None, refine: int = 0
+    ) -> float:
+        """The nearest Kronecker sums of balanced factors; under a covariance, and where something
+        stands between, least squares from there."""
+        if self.count == 3 or self.adjusted or self.masks():
+            return super().assign(update, covariance)
+        whole = LowRank.from_dense(update) if isinstance(update, Tensor) else update
+        error = self.project(whole, refine)
+        return error if covariance is None else super().assign(update, covariance)
+
+    def predicted(self, update: LowRank) -> float | None:
+        if self.count == 3:
+            return None
+        c = self.choice
+        return predicted_error(update, c["ranks"], c["down"], c["up"], c["terms"])
 
     def project(self, update: LowRank, refine: int = 0) -> float:
         """Become the nearest LSR of another update, scale included (`nearest_separable`), and
