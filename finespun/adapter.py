@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, Never
 
-import torch
 from torch import Tensor, nn
 
 from finespun import files, hosts
-from finespun.adapters.compact import compact
+from finespun.adapters.lineage import Lineage
+from finespun.adapters.state import AdapterState
 from finespun.contract import Delta, Scores, Structure, calculus
 from finespun.deprecated import renamed
 from finespun.errors import InputError, StateError, TargetError
@@ -61,10 +61,10 @@ def adapt(
         )
     if not names and not trained:
         raise TargetError('no layer and no module to train; name layers, or use "all-linear"')
-    entry = hosts.new_entry(model, name, structure, names, trained, scores, tie == "both")
+    attached = hosts.new_adapter(model, name, structure, names, trained, scores, tie == "both")
     adapter = Adapter(model, name)
     if exact_start and not structure.starts_at_zero:
-        for delta in entry.deltas.values():
+        for delta in attached.deltas.values():
             delta.keep_start()
     adapter.make_trainable()
     hosts.activate(model, name)
@@ -92,13 +92,13 @@ def load(
     _check_model(model)
     saved = files.read_for(model, folder, strict, part).named(name)
     notes = files.register_saved(model, saved, force)
+    name = saved.state.name
     try:
-        hosts.activate(model, saved.entry.name)
+        hosts.activate(model, name)
     except BaseException:
-        hosts.remove(model, saved.entry.name)
+        hosts.remove(model, name)
         raise
-    adapter = Adapter(model, saved.entry.name)
-    adapter.lineage = saved.lineage
+    adapter = Adapter(model, name)
     if trainable:
         adapter.make_trainable()
     else:
@@ -124,22 +124,36 @@ class Adapter:
     def __init__(self, model: nn.Module, name: str) -> None:
         hosts.adapter_set_of(model)[name]
         self.model, self.name = model, name
-        self.lineage: files.Lineage | None = None
 
     @property
-    def entry(self) -> hosts.Entry:
-        """What the model's board holds of this adapter."""
+    def _held(self) -> hosts.Attached | AdapterState:
+        """What the model holds of this adapter: modules, or a state that sleeps."""
         return hosts.adapter_set_of(self.model)[self.name]
 
     @property
+    def attached(self) -> hosts.Attached:
+        """The adapter's modules in the model; created if it was never active."""
+        return hosts.materialise(self.model, self.name)
+
+    entry = attached  # its name in 0.1
+
+    def state(self) -> AdapterState:
+        """The adapter without the model, as it is now: what training does later leaves it alone."""
+        return files.state_of(self.model, self.name, copy=True)
+
+    @property
     def structure(self) -> Structure:
-        return self.entry.structure
+        return self._held.structure
+
+    @property
+    def lineage(self) -> Lineage | None:
+        """Who made the adapter, where that is known; saved with it."""
+        return self._held.lineage
 
     @property
     def deltas(self) -> dict[str, Delta]:
         """Site name -> Delta; created if the adapter was never active."""
-        hosts.materialise(self.model, self.entry)
-        return self.entry.deltas
+        return self.attached.deltas
 
     @property
     def num_parameters(self) -> int:
@@ -149,21 +163,17 @@ class Adapter:
     @property
     def num_update_parameters(self) -> int:
         """Trained parameters of the updates, a bank's included."""
-        hosts.materialise(self.model, self.entry)
-        own = sum(p.numel() for d in self.deltas.values() for p in d.trained_parameters())
-        bank = self.entry.bank
-        shared = [] if bank is None else bank.named_parameters()
-        return own + sum(p.numel() for n, p in shared if not n.startswith("start."))
+        return sum(p.numel() for p in self.attached.update_parameters())
 
     @property
     def num_module_parameters(self) -> int:
         """Parameters in the adapter's own copies of modules (a fresh head, say)."""
-        return sum(p.numel() for m in self.entry.copies.values() for p in m.parameters())
+        return sum(p.numel() for p in self.attached.module_parameters())
 
     @property
     def scale(self) -> float:
         """Strength at inference; 1.0 as trained."""
-        return self.entry.scale
+        return self._held.strength
 
     @scale.setter
     def scale(self, value: float) -> None:
@@ -171,12 +181,11 @@ class Adapter:
             raise InputError(f"scale={value} must be a finite number; 1.0 is as trained")
         if self.name in hosts.adapter_set_of(self.model).merged:
             raise StateError(f"{self.name!r} is merged; unmerge it before changing its strength")
-        self.entry.scale = value
+        hosts.set_strength(self.model, self.name, float(value))
 
     # --- training --------------------------------------------------------------------------------
     def make_trainable(self) -> "Adapter":
         """Freeze every other parameter of the model and let this adapter's be trained."""
-        hosts.materialise(self.model, self.entry)
         hosts.freeze_others(self.model, self.name, self.parameters())
         for parameter in self.parameters():
             parameter.requires_grad_(True)
@@ -193,10 +202,7 @@ class Adapter:
 
     def parameters(self) -> list[nn.Parameter]:
         """All numbers that training moves: updates, bank, and copies of modules."""
-        own = [p for d in self.deltas.values() for p in d.trained_parameters()]
-        if self.entry.bank is not None:
-            own += [p for n, p in self.entry.bank.named_parameters() if not n.startswith("start.")]
-        return own + [p for m in self.entry.copies.values() for p in m.parameters()]
+        return self.attached.parameters()
 
     def push(self, v: Mapping[str, Mapping[str, Tensor]]) -> dict[str, LowRank | Tensor]:
         """J v at every site, for a change `v[site][name]` of the trained numbers, those of the bank
@@ -216,28 +222,16 @@ class Adapter:
     def compact(self) -> "Adapter":
         """Remove what was switched off; where the structure cannot say it, become LoRAs of each
         site's own rank. Shapes change: afterwards build a new optimiser."""
-        entry = self.entry
-        structure, plan, small = compact(entry.structure, entry.plan, self.deltas)
-        trained = any(p.requires_grad for p in self.parameters())
-        places = hosts.hosts_of(self.model, self.name)
-        for name in entry.deltas.keys() - small.keys():
-            hosts.remove_delta(places[name], self.name)
-        for name, delta in small.items():
-            delta.__dict__["owner"] = self.name
-            delta.train(entry.deltas[name].training)
-            for number in delta.trained_parameters():
-                number.requires_grad_(trained)
-            hosts.insert_delta(places[name], self.name, delta)
-        hosts.replace(self.model, entry, structure, plan, small)
+        hosts.compact(self.model, self.name)
         return self
 
     # --- files ------------------------------------------------------------------------------------
-    def save(self, folder: str | Path, lineage: files.Lineage | None = None) -> None:
+    def save(self, folder: str | Path, lineage: Lineage | None = None) -> None:
         """Write adapter.safetensors and adapter.json, whole or not at all: an adapter that is there
         is replaced, as by torch.save; other files stay, a README.md of your own too. `lineage` says
         who made the adapter; without it, that of the file it came from. Raises FileError where the
         folder cannot be written, StateError for NaN."""
-        files.save(self.model, self.name, folder, lineage or self.lineage)
+        files.save(self.model, self.name, folder, lineage)
 
     def export(
         self,
@@ -267,7 +261,6 @@ class Adapter:
             rank,
             max_error,
             allow_full,
-            lineage=self.lineage,
             per_module_rank=per_module_rank,
             portable=portable,
             format=format,
@@ -284,22 +277,19 @@ class Adapter:
         compilation. Raises InputError where the two differ in form, BaseMismatch for another base
         unless `force`, StateError while this adapter is merged; nothing has changed then.
         """
-        saved, mine = files.read_for(self.model, folder, strict), self.entry
-        theirs = saved.entry
+        saved = files.read_for(self.model, folder, strict)
         if self.name in hosts.adapter_set_of(self.model).merged:
             raise StateError(f"{self.name!r} is merged; unmerge it before swapping its numbers")
-        files.settle(self.model, theirs)
-        if saved.base is not None:
-            files.check_base(saved.base, self.model, force)
-        kinds = theirs.structure.kind, mine.structure.kind
-        if kinds[0] != kinds[1] or (theirs.plan, theirs.trained) != (mine.plan, mine.trained):
+        theirs, mine = files.settle(self.model, saved.state), self.attached
+        if theirs.base is not None:
+            hosts.check_base(theirs.base, self.model, force)
+        made = theirs.structure.kind, theirs.plan, theirs.trained
+        if made != (mine.structure.kind, mine.plan, mine.trained):
             raise InputError(
                 f"{folder} holds {theirs.structure} on {len(theirs.plan.sites)} sites, whose form "
                 f"is not that of {self.name!r}; load it under a name of its own instead"
             )
-        hosts.materialise(self.model, mine)
-        hosts.load_tensors(mine, hosts.tensors_of(theirs))
-        mine.structure, mine.scale, self.lineage = theirs.structure, theirs.scale, saved.lineage
+        hosts.swap(self.model, self.name, theirs)
         return self
 
     # --- using -----------------------------------------------------------------------------------
@@ -331,34 +321,24 @@ class Adapter:
         """Take the adapter out; after the last one the model is what it was."""
         hosts.remove(self.model, self.name)
         adapter_set = self.model.__dict__.get("_finespun_adapters")
-        names = () if adapter_set is None else adapter_set.entries
-        others = {name: Adapter(self.model, name) for name in names}
-        held = {n: o.parameters() if o.entry.live else [] for n, o in others.items()}
+        stay = {} if adapter_set is None else adapter_set.attached
+        names = () if adapter_set is None else adapter_set.states
+        held = {n: stay[n].parameters() if n in stay else [] for n in names}
         hosts.give_back(self.model, self.name, held)
 
     def updates(self, rank: int | None = None, energy: float | None = None) -> dict[str, LowRank]:
         """Each site's ΔW as a LowRank, strength included; exact where the structure has factors."""
         return {n: d.as_low_rank(rank, energy) * self.scale for n, d in self.deltas.items()}
 
-    @torch.no_grad()
     def norms(self) -> dict[str, float]:
         """‖ΔW‖_F of every site that changes a weight."""
-        found = {}
-        for name, delta in self.deltas.items():
-            pair = delta.factors()
-            norm = (
-                LowRank(pair[0], pair[1] * delta.scale).norm()
-                if pair
-                else delta.dense(delta.base_weight()).norm()
-            )
-            found[name] = float(norm)
-        return found
+        return self.attached.norms()
 
     def __repr__(self) -> str:
-        sites, norms = self.entry.plan.sites, list(self.norms().values())
+        sites, norms = self._held.plan.sites, list(self.norms().values())
         kinds = sorted({f"{s.out_features}x{s.in_features}" for s in sites})
         leaves = sorted({s.name.rsplit(".", 1)[-1] for s in sites})
-        trained = f", trains {', '.join(self.entry.trained)}" if self.entry.trained else ""
+        trained = f", trains {', '.join(self._held.trained)}" if self._held.trained else ""
         modules = self.num_module_parameters
         where = f" ({', '.join(leaves)}; {', '.join(kinds)})" if sites else ""
         return (

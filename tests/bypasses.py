@@ -58,8 +58,8 @@ def around(adapter, **spans):
     for name, (first, last) in spans.items():
         name = name.replace("_", ".")
         ends = [f"layer.{first}", f"layer.{last}"]
-        adapter.entry.plan = adapter.entry.plan.choose(name, span=ends)
-    link(adapter.name, adapter.entry.plan, adapter.deltas)
+        adapter.attached.plan = adapter.attached.plan.choose(name, span=ends)
+    link(adapter.name, adapter.attached.plan, adapter.deltas)
 
 
 def by_hand(plain, adapter, x):
@@ -69,7 +69,7 @@ def by_hand(plain, adapter, x):
         seen.append(outs)
         outs = layer(outs)
         for name, delta in adapter.deltas.items():
-            first, last = span(adapter.entry, name)
+            first, last = span(adapter.attached, name)
             if last == f"layer.{i}" and name.count(".") == 1:
                 A, B = delta.factors()
                 outs = outs + delta.scale * seen[int(first[-1])] @ A.T @ B.T

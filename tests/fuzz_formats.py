@@ -23,7 +23,8 @@ from tiny_run import write_recipe
 from torch import Tensor
 
 import finespun as fs
-from finespun import files, hosts
+from finespun import files
+from finespun.adapters.keys import spelt
 from finespun.contract import SiteShape
 from finespun.lifecycle.conversion.facts import compare, spectra
 from finespun.lifecycle.stored import StoredWeights
@@ -96,14 +97,14 @@ def use_adapter(folder: Path, draw: random.Random) -> None:
 
 def as_stored(folder: Path, adapter: fs.Adapter) -> None:
     """Every tensor of the file, and no other, is in the adapter, at the precision of either."""
-    raw, held = load_file(folder / "adapter.safetensors"), hosts.tensors_of(adapter.entry)
+    raw, held = load_file(folder / "adapter.safetensors"), spelt(adapter.attached.tensors())
     assert raw.keys() == held.keys()
     for key, value in raw.items():
         assert torch.equal(value.to(held[key].dtype), held[key]), key
     told = json.loads((folder / "adapter.json").read_text())
     assert adapter.scale == told["strength"]
     assert adapter.structure.kind == told["structure"]["kind"]
-    assert [s.name for s in adapter.entry.plan.sites] == [s[0] for s in told["plan"]["sites"]]
+    assert [s.name for s in adapter.attached.plan.sites] == [s[0] for s in told["plan"]["sites"]]
 
 
 def as_peft_says(folder: Path, adapter: fs.Adapter) -> None:

@@ -273,7 +273,7 @@ def by_definition(plain: Net, adapter: fs.Adapter, x: Tensor, strength: float = 
         own = {k.removeprefix(prefix): v for k, v in changed.items() if k.startswith(prefix)}
         added = F.linear(x, around[f"blocks.{i}"]) if f"blocks.{i}" in around else 0.0
         x = functional_call(block, own, (x,)) + added
-    head = adapter.entry.copies.get("head", plain.head)
+    head = adapter.attached.copies.get("head", plain.head)
     return head(x.mean(1))
 
 

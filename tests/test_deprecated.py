@@ -47,9 +47,9 @@ def test_an_old_override_is_read():
 def test_old_keywords_of_adapt_are_taken():
     with pytest.warns(DeprecationWarning, match=r"adapt\(train=...\) is called train_modules=..."):
         adapter = fs.adapt(net(), fs.LoRA(rank=2), ["up"], train=["head"])
-    assert adapter.entry.trained == ("head",)
+    assert adapter.attached.trained == ("head",)
     saved = fs.adapt(net(), fs.LoRA(rank=2), ["up"], modules_to_save=["head"])
-    assert saved.entry.trained == ("head",)
+    assert saved.state.trained == ("head",)
     with pytest.raises(TypeError, match="train and train_modules; keep train_modules"):
         fs.adapt(net(), fs.LoRA(rank=2), ["up"], train=["head"], train_modules=["head"])
 

@@ -27,7 +27,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import finespun as fs
-from finespun import hosts
 from finespun.driver import adamw, param_groups
 from finespun.kernels.lowrank import low_rank_linear
 from finespun.methods.structures.pieces.frozen import DRAWS, Frozen
@@ -77,7 +76,7 @@ def test_a_start_is_the_same_on_every_device(case):
     tensors = []
     for device in (CPU, DEVICE):
         _, adapter = adapted(case, net().to(device), ("head",))
-        tensors.append(hosts.tensors_of(adapter.entry))
+        tensors.append(adapter.attached.tensors())
     assert tensors[0].keys() == tensors[1].keys()
     for name, here in tensors[0].items():
         there = tensors[1][name].cpu()

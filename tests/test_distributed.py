@@ -11,7 +11,6 @@ import torch.multiprocessing as mp
 from suite import CASES, FEW, batch, draw, net, relative, stirred
 from torch.nn.parallel import DistributedDataParallel
 
-from finespun import hosts
 from finespun.errors import StateError
 
 STEPS, ROWS = 4, 4
@@ -70,7 +69,7 @@ def gathered(case, model, adapter):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     wrong = []
-    for act in (lambda: adapter.save("nowhere"), lambda: hosts.tensors_of(adapter.entry)):
+    for act in (lambda: adapter.save("nowhere"), lambda: adapter.attached.tensors()):
         try:
             act()
             wrong.append("a shard was taken for the whole")

@@ -104,7 +104,7 @@ def test_a_deep_copy_is_independent(case):
     assert torch.equal(other(x), net()(x))
     assert torch.equal(model(x), y)
     assert same(bytes_of(model), before)
-    assert adapter.entry.live
+    assert adapter.name in fs.hosts.adapter_set_of(adapter.model).attached
 
 
 @every()
@@ -248,7 +248,7 @@ def test_pipelines_and_isinstance_do_not_notice():
     model = bert()
     before = {n: type(m) for n, m in model.named_modules()}
     adapter = attach(CASES[0], model, None)
-    assert adapter.entry.trained == ("classifier",)
+    assert adapter.attached.trained == ("classifier",)
     assert type(model) is before[""]
     assert all(isinstance(m, before[n]) for n, m in model.named_modules() if n in before)
     assert model.num_parameters() == bert().num_parameters() + sum(

@@ -175,7 +175,7 @@ def saves(form: Structure) -> str:
     with tempfile.TemporaryDirectory() as folder:
         subject.adapter.save(folder)
         fs.load(subject.plain, folder)
-    both = [fs.hosts.tensors_of(fs.Adapter(m, "one").entry) for m in (subject.plain, subject.model)]
+    both = [fs.Adapter(m, "one").attached.tensors() for m in (subject.plain, subject.model)]
     assert all(torch.equal(both[0][key], tensor) for key, tensor in both[1].items())
     close(subject.plain(subject.x), subject.model(subject.x), "loaded", 1e-6)
     return "✓"

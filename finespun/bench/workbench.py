@@ -132,5 +132,5 @@ class Workbench:
 
 def file_size(adapter: Adapter) -> int:
     """Bytes of the adapter's tensors in a safetensors file, the trained head included."""
-    tensors = hosts.tensors_of(adapter.entry)
-    return len(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+    tensors = adapter.attached.tensors()
+    return len(save({str(key): tensor.cpu().contiguous() for key, tensor in tensors.items()}))

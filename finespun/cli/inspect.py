@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from finespun.files import Saved, Told
+    from finespun.files import FileSummary, Saved
 
 EXAMPLE = "finespun inspect out/trec-lsr-small"
 
@@ -25,9 +25,9 @@ def command(
     """Print an adapter's structure, numbers, base, origin and the spectrum of every layer's update;
     no model is loaded."""
     from finespun.cli.convert import base_folder
-    from finespun.files import tell
+    from finespun.files import summarise
 
-    told = tell(adapter) if model is None else None
+    told = summarise(adapter) if model is None else None
     if told is not None:
         found = facts_without_model(told)
     else:
@@ -54,7 +54,7 @@ def all_facts(adapter: str, model: str | None, as_json: bool) -> dict[str, Any]:
     return found | spectra_of(saved, model, as_json)
 
 
-def facts_without_model(told: "Told") -> dict[str, Any]:
+def facts_without_model(told: "FileSummary") -> dict[str, Any]:
     """Name -> value of what a folder of PEFT's tells that needs its model to be read."""
 
     def shapes(tensors: Mapping[str, "Tensor"]) -> list[str]:
@@ -91,11 +91,11 @@ def origin(folder: Path, saved: "Saved") -> dict[str, Any]:
     place = settled(folder)
     if (place / native.CONFIG).is_file():
         return {"format": "Finespun's own"}
-    if saved.lineage is None or not (place / peft.SIDE).is_file():
+    if saved.state.lineage is None or not (place / peft.SIDE).is_file():
         return {}
     error = read_json(place / peft.SIDE).get("relative_error")
     exact = f"relative error up to {error:.2%}" if isinstance(error, float) and error else "exact"
-    return {"format": f"PEFT's, exported from {saved.lineage.method}, {exact}"}
+    return {"format": f"PEFT's, exported from {saved.state.lineage.method}, {exact}"}
 
 
 def printable(text: str) -> str:
@@ -105,24 +105,20 @@ def printable(text: str) -> str:
 
 def facts(saved: "Saved") -> dict[str, Any]:
     """Name -> value of all that a person may want to know."""
-    from finespun.lifecycle.stored import numbers_of
-
-    entry, plan = saved.entry, saved.entry.plan
-    held = {} if entry.flat is None else entry.flat.tensors()
-    modules = sum(t.numel() for key, t in held.items() if key.startswith("trained/"))
+    state, plan = saved.state, saved.state.plan
     found = {
-        "name": entry.name,
-        "structure": str(entry.structure),
-        "update numbers": numbers_of(saved),
-        "module numbers": modules,
-        "strength": str(entry.scale),
+        "name": state.name,
+        "structure": str(state.structure),
+        "update numbers": state.num_parameters,
+        "module numbers": state.num_module_parameters,
+        "strength": str(state.strength),
         "layers": [f"{s.name} ({s.out_features} x {s.in_features})" for s in plan.sites],
-        "trained modules": list(entry.trained),
-        "base": "not known" if saved.base is None else str(saved.base),
+        "trained modules": list(state.trained),
+        "base": "not known" if state.base is None else str(state.base),
         "sha256": saved.sha256,
     }
-    if saved.lineage is not None:
-        made = saved.lineage
+    if saved.state.lineage is not None:
+        made = saved.state.lineage
         found["made"] = ", ".join(filter(None, [made.method, made.created]))
         found["parents"] = [f"{p.name} (sha256 {p.sha256[:12]})" for p in made.parents]
         found["metrics"] = [f"{name}: {value}" for name, value in made.metrics.items()]

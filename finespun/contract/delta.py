@@ -24,6 +24,7 @@ from torch import Tensor
 from finespun.contract import fitting
 from finespun.contract.bank import Bank
 from finespun.contract.groups import Group
+from finespun.contract.roles import role_of
 from finespun.contract.wrapping import Factors, Wrapped
 from finespun.errors import StateError
 from finespun.linalg import LowRank
@@ -179,5 +180,5 @@ class Bypass(Delta):
 
 def module_group(delta: Delta) -> Group:
     """All numbers of one site as a single group: switched off, it is the update that dies."""
-    own = [n for n, _ in delta.named_parameters() if not n.startswith("start.")]
+    own = [n for n, _ in delta.named_parameters() if role_of(n)[0] != "start"]
     return Group("module", delta.site.shape.name, tuple((n, (slice(None),)) for n in own))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from finespun.contract.bank import Bank, Precise
 from finespun.contract.groups import Group
+from finespun.contract.roles import DEAD, GATE, MASK, START, role_of
 from finespun.contract.site import Site
 from finespun.errors import StateError
 
@@ -46,19 +47,19 @@ class Wrapped(Precise):
     @property
     def adjusted(self) -> bool:
         """Whether a gate, an exact start or death stands between the numbers and the update."""
-        return "start" in self._modules or self.gating is not None or self.dead
+        return START in self._modules or self.gating is not None or self.dead
 
     @property
     def gating(self) -> Tensor | None:
         """g (r,), what the terms of the product are multiplied by; None where nothing does."""
-        trained = self._parameters.get("gate")
-        return self._buffers.get("gate") if trained is None else trained
+        trained = self._parameters.get(GATE)
+        return self._buffers.get(GATE) if trained is None else trained
 
     @property
     def dead(self) -> bool:
         """Whether the whole update is switched off. Layers do not call it then, whatever its
         numbers are; it answers ΔW = 0 and keeps its bias."""
-        return "alive" in self._buffers
+        return DEAD in self._buffers
 
     def low_rank(self) -> Factors | None:
         """A (r, in) and B (out, r) with ΔW = scale · B A, or None: there are no such factors."""
@@ -117,13 +118,13 @@ class Wrapped(Precise):
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
         """The trained numbers of this site (the exact start's frozen copy is not among them)."""
-        return (p for name, p in self.named_parameters() if not name.startswith("start."))
+        return (p for name, p in self.named_parameters() if role_of(name)[0] != "start")
 
     def keep_start(self) -> None:
         """Freeze today's numbers as the point that equals the base: from now on the update is
         ΔW(θ) − ΔW(θ0), exactly zero now and without cancellation for factors,
         A' = [A; A − A0], B' = [B − B0, B0]. Raises StateError when a start is kept already."""
-        if "start" in self._modules:
+        if START in self._modules:
             raise StateError(f"{self.site.shape.name} already keeps an exact start")
         memo: dict[int, Any] = {id(self.site): self.site}
         if self.bank is not None:
@@ -131,7 +132,7 @@ class Wrapped(Precise):
         start = copy.deepcopy(self, memo).requires_grad_(False)
         for name in [n for n in start.state_dict() if _stands_between(n)]:
             delattr(start, name)
-        self.add_module("start", start)
+        self.add_module(START, start)
 
     def set_gate(self, gate: Tensor, trained: bool = False) -> None:
         """Multiply term i of ΔW = scale · Σ_i B_i A_i, whose start is taken away already, by
@@ -140,12 +141,12 @@ class Wrapped(Precise):
         if "low_rank" not in self.written:
             raise StateError(f"{type(self).__name__} has no factors: there are no ranks to gate")
         if self.gating is not None:
-            delattr(self, "gate")
+            delattr(self, GATE)
         own = gate.detach().clone()
         if trained:
-            self.register_parameter("gate", nn.Parameter(own))
+            self.register_parameter(GATE, nn.Parameter(own))
         else:
-            self.register_buffer("gate", own)
+            self.register_buffer(GATE, own)
 
     def switch_off(self, group: Group) -> None:
         """Set the group's numbers to zero. The whole update (a "module" group) is dead from now on:
@@ -157,15 +158,15 @@ class Wrapped(Precise):
                 for parameter in self.trained_parameters():
                     parameter.zero_()
             device = self.site.device
-            self.register_buffer("alive", torch.zeros((), dtype=torch.bool, device=device))
+            self.register_buffer(DEAD, torch.zeros((), dtype=torch.bool, device=device))
             return
         with torch.no_grad():
             for name, index in group.slices:
                 parameter = self.get_parameter(name)
-                mask = self._buffers.get(f"alive_{name}")
+                mask = self._buffers.get(f"{MASK}{name}")
                 if mask is None:
                     mask = torch.ones_like(parameter, dtype=torch.bool)
-                    self.register_buffer(f"alive_{name}", mask)
+                    self.register_buffer(f"{MASK}{name}", mask)
                 mask[index] = False
                 parameter[index] = 0
                 if self.origin is not None:
@@ -173,17 +174,13 @@ class Wrapped(Precise):
 
     def switch_on(self) -> None:
         """Take back that the update or parts of it are dead; numbers stay as they are."""
-        for name in [n for n in self._buffers if n.partition("_")[0] == "alive"]:
+        for name in [n for n in self._buffers if role_of(n)[0] in ("mask", "dead")]:
             delattr(self, name)
 
     def masks(self) -> dict[str, Tensor]:
         """Parameter name -> boolean tensor, True where a number is alive."""
-        prefix = "alive_"
-        return {
-            n.removeprefix(prefix): b
-            for n, b in self._buffers.items()
-            if n.startswith(prefix) and b is not None
-        }
+        named = [(role_of(n), b) for n, b in self._buffers.items() if b is not None]
+        return {name: mask for (role, name), mask in named if role == "mask"}
 
     @property
     def silent(self) -> bool:
@@ -195,16 +192,15 @@ class Wrapped(Precise):
         extra = [k for k in state_dict if k.startswith(prefix) and _stands_between(k, prefix)]
         for key in extra:
             name, value = key.removeprefix(prefix), state_dict[key]
-            if prefix.endswith("start."):
+            if prefix.endswith(f"{START}."):
                 del state_dict[key]  # a start of 0.1 may hold what no longer acts on it
             elif name not in self._parameters and name not in self._buffers:
                 self.register_buffer(name, torch.empty_like(value, device=self.site.device))
-        if f"{prefix}alive" not in extra:
-            self._buffers.pop("alive", None)
+        if f"{prefix}{DEAD}" not in extra:
+            self._buffers.pop(DEAD, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _stands_between(key: str, prefix: str = "") -> bool:
     """Whether a tensor is a gate, a mask or the mark of a dead update."""
-    name = key.removeprefix(prefix)
-    return name in ("gate", "alive") or name.startswith("alive_")
+    return role_of(key.removeprefix(prefix))[0] in ("gate", "mask", "dead")

@@ -54,7 +54,7 @@ class _Inside:
 
     def __init__(self, host: Host, name: str) -> None:
         self.host, self.name, self.delta = host, name, host.delta(name)
-        self.strength = host.adapter_set[name].scale
+        self.strength = host.adapter_set[name].strength
         index, _ = self._moves()
         self.at = Entries(index, (host.shape.out_features, host.shape.in_features))
         self.seen = id(index), index._version

@@ -13,7 +13,7 @@ from finespun.contract.need import MEASURED, Need
 from finespun.driver.activations import watch_activations, watch_covariances
 from finespun.driver.gradients import GradientSums, Loss, watch_gradients
 from finespun.errors import InputError
-from finespun.hosts import adapter_set_of, disabled
+from finespun.hosts import disabled, materialise
 from finespun.hosts import sites as sites_of
 
 
@@ -134,7 +134,7 @@ def start_from_gradients(model: nn.Module, name: str, batches: Iterable[Any], lo
     """Show every site of adapter `name` its gradient before training, where the structure starts
     from it: masks are chosen, starts drawn. Arguments and errors are those of
     `estimate_gradients`; StateError where the structure does not look at gradients."""
-    deltas = adapter_set_of(model)[name].deltas
+    deltas = materialise(model, name).deltas
     gradients = estimate_gradients(model, deltas, batches, loss)
     for site, delta in deltas.items():
         delta.start_from(gradients.pop(site).to(delta.site.device))

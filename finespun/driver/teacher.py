@@ -65,14 +65,14 @@ def _without_deltas(view: View) -> Iterator[None]:
             f"{', '.join(adapter_set.merged)} is merged into the weights: a teacher with the "
             "trained modules cannot be shown; unmerge first, or ask for heads='fresh'"
         )
-    before = {name: entry.scale for name, entry in adapter_set.entries.items()}
-    for entry in adapter_set.entries.values():
-        entry.scale = 0.0
+    before = {name: live.strength for name, live in adapter_set.attached.items()}
+    for live in adapter_set.attached.values():
+        live.strength = 0.0
     try:
         yield
     finally:
         for name, scale in before.items():
-            adapter_set.entries[name].scale = scale
+            adapter_set.attached[name].strength = scale
 
 
 @contextmanager

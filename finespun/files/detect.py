@@ -10,9 +10,9 @@ from finespun.errors import FileError, InputError, StrictError
 from finespun.files import native
 from finespun.files.diffusion import read as diffusion
 from finespun.files.diffusion.names import Unplaced, layers_of, place_on
-from finespun.files.native import Saved
 from finespun.files.peft import read as peft
 from finespun.files.peft.methods import Layers, read_method
+from finespun.files.saved import Saved
 from finespun.storage.atomic import located, settled
 
 NAMES = native.CONFIG, peft.CONFIG, diffusion.WEIGHTS

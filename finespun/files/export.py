@@ -17,15 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from finespun.adapters.lineage import Lineage, lineage_of
 from finespun.contract import Delta
 from finespun.errors import InputError, nearest
-from finespun.files.diffusion.write import write_entry
-from finespun.files.native import checked_tensors
-from finespun.files.peft.full_form import BESIDE, Form, check_tied, full_form
+from finespun.files.diffusion.write import write_adapter
+from finespun.files.native import checked
+from finespun.files.peft.full_form import BESIDE, FullForm, check_tied, full_form
 from finespun.files.peft.write import lora_config, tokens_config, write_lora
-from finespun.files.provenance.fingerprint import fingerprint
-from finespun.files.provenance.lineage import Lineage, lineage_of
-from finespun.hosts import Entry, adapter_set_of, materialise, modules, plain_class
+from finespun.hosts import Attached, fingerprint, materialise, modules, plain_class
 from finespun.hosts.layers.slices import SliceHost
 from finespun.linalg import LowRank
 from finespun.methods.structures.dora import DoRADelta
@@ -98,32 +97,33 @@ def export(
         raise InputError(f"rank={rank} must be at least 1; try {SERVED_RANK}")
     if max_error is not None and not 0 <= max_error < 1:
         raise InputError(f"max_error={max_error} must lie in [0, 1); try 0.01")
-    entry = adapter_set_of(model)[name]
-    materialise(model, entry)
-    checked_tensors(entry)
-    check_tied(entry, portable)
-    _check_format(entry, format, part, portable, allow_full)
+    adapter = materialise(model, name)
+    checked(adapter.lent())
+    check_tied(adapter, portable)
+    _check_format(adapter, format, part, portable, allow_full)
     names = list(modules(model))
-    form = Form() if portable else full_form(model, entry, lambda n: _module_name(n, (), names))
-    updates = _updates(entry, portable, ("linear",) if format == "peft" else ("linear", "conv"))
+    form = (
+        FullForm() if portable else full_form(model, adapter, lambda n: _module_name(n, (), names))
+    )
+    updates = _updates(adapter, portable, ("linear",) if format == "peft" else ("linear", "conv"))
     if not updates and not form.tensors:
         raise InputError(f"{name!r} changes no weight: there is nothing a LoRA could hold")
     falling = {n: _errors(u) for n, u in updates.items()}
-    chosen = _rank(entry, falling, rank, max_error, portable)
+    chosen = _rank(adapter, falling, rank, max_error, portable)
     ranks = _ranks(falling, chosen, per_module_rank, portable, max_error)
     errors = {n: e[min(ranks[n], len(e) - 1)] for n, e in falling.items()}
     _check_errors(errors, falling, max_error, form)
-    whole_modules = tuple(n for n in entry.trained if n not in form.dropped)
+    whole_modules = tuple(n for n in adapter.trained if n not in form.dropped)
     trained = whole_modules if allow_full else ()
-    whole = {f"{n}.{k}": v for n in trained for k, v in entry.copies[n].state_dict().items()}
-    lineage = lineage or lineage_of(entry.structure)
+    whole = {f"{n}.{k}": v for n in trained for k, v in adapter.copies[n].state_dict().items()}
+    lineage = lineage or adapter.lineage or lineage_of(adapter.structure)
     worst = max(errors.values(), default=0.0)
     dropped = () if allow_full else whole_modules
     if format != "peft":
-        path = write_entry(model, entry, updates, ranks, folder, format, part, lineage, worst)
+        path = write_adapter(model, adapter, updates, ranks, folder, format, part, lineage, worst)
         return Exported(path, chosen, errors, trained, dropped, ())
     config = _config(model, ranks, trained, form)
-    base = fingerprint(model, entry.trained)
+    base = fingerprint(model, adapter.trained)
     write_lora(folder, name, updates, config, whole, base, lineage, worst, form)
     own = len(set(ranks.values())) > 1
     notes = _notes(chosen, trained, dropped, own) if portable else (ONLY_PEFT,)
@@ -131,7 +131,7 @@ def export(
 
 
 def _check_format(
-    entry: Entry, format: str, part: str | None, portable: bool, allow_full: bool
+    adapter: Attached, format: str, part: str | None, portable: bool, allow_full: bool
 ) -> None:
     if format not in FORMATS:
         raise InputError(f"format={format!r} is not known; {nearest(format, FORMATS)}")
@@ -141,17 +141,17 @@ def _check_format(
         return
     if not portable:
         raise InputError(f"portable=False is for PEFT's format, not for {format}'s")
-    if entry.trained and allow_full:
+    if adapter.trained and allow_full:
         raise InputError(
-            f"{format}'s format holds no {entry.trained[0]!r}; allow_full=False leaves it out"
+            f"{format}'s format holds no {adapter.trained[0]!r}; allow_full=False leaves it out"
         )
 
 
-def _updates(entry: Entry, portable: bool, kinds: Sequence[str]) -> dict[str, LowRank]:
+def _updates(adapter: Attached, portable: bool, kinds: Sequence[str]) -> dict[str, LowRank]:
     """ΔW of every layer, strength included; parts of one layer are put together. Of a DoRA that
     stays one, B A."""
     found: dict[str, LowRank] = {}
-    for name, delta in entry.deltas.items():
+    for name, delta in adapter.deltas.items():
         site = delta.site
         if not delta.mergeable or (portable and site.shape.kind not in kinds):
             way = "; portable=False writes it, for PEFT alone" if delta.mergeable else ""
@@ -167,7 +167,7 @@ def _updates(entry: Entry, portable: bool, kinds: Sequence[str]) -> dict[str, Lo
         if isinstance(delta, DoRADelta) and not portable:
             update = LowRank(delta.A.detach(), delta.B.detach() * delta.scale)
         else:
-            update = delta.as_low_rank() * entry.scale
+            update = delta.as_low_rank() * adapter.strength
         if isinstance(site, SliceHost):
             below = site.whole.shape.out_features - site.end
             update = LowRank(update.A, F.pad(update.B, (0, 0, site.start, below)))
@@ -180,7 +180,7 @@ def _check_errors(
     errors: Mapping[str, float],
     falling: Mapping[str, list[float]],
     max_error: float | None,
-    form: Form,
+    form: FullForm,
 ) -> None:
     if not errors:
         return
@@ -215,7 +215,7 @@ def _errors(update: LowRank) -> list[float]:
 
 
 def _rank(
-    entry: Entry,
+    adapter: Attached,
     falling: Mapping[str, list[float]],
     rank: int | None,
     max_error: float | None,
@@ -225,7 +225,7 @@ def _rank(
         return rank
     whole = max([1, *(len(e) - 1 for e in falling.values())])
     kept = () if portable else (DoRADelta,)
-    if all(isinstance(d, kept) or d.factors() is not None for d in entry.deltas.values()):
+    if all(isinstance(d, kept) or d.factors() is not None for d in adapter.deltas.values()):
         return whole
     if max_error is not None:
         return max(_enough(e, max_error) for e in falling.values())
@@ -252,7 +252,7 @@ def _enough(errors: list[float], max_error: float) -> int:
 
 
 def _config(
-    model: nn.Module, ranks: Mapping[str, int], trained: tuple[str, ...], form: Form
+    model: nn.Module, ranks: Mapping[str, int], trained: tuple[str, ...], form: FullForm
 ) -> dict[str, Any]:
     known, sites = modules(model), list(ranks)
     source = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")

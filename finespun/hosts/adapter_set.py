@@ -1,4 +1,4 @@
-"""The board: one model's registered adapters, which of them are active, and for which rows.
+"""The adapter set: one model's registered adapters, which of them are active, and for which rows.
 
 Layers read it on every forward pass; switching between activated adapters changes this object only.
 """
@@ -14,10 +14,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from finespun.adapters.packed import PackedTensors
-from finespun.contract import Bank, Delta, Plan, Structure
+from finespun.adapters.state import AdapterState
 from finespun.errors import InputError, StateError, nearest
-from finespun.hosts.factor_cache import FactorCache
+from finespun.hosts.attached import Attached
 from finespun.hosts.stack import Blocks
 
 Weights = tuple[tuple[str, float], ...]
@@ -36,31 +35,6 @@ class Patch:
 
 
 Kept = tuple[Tensor, Tensor | None] | Patch
-
-
-@dataclass
-class Entry:
-    """One registered adapter: its plan always, its modules only once activated or trained.
-
-    `trained` lists modules of which the adapter holds its own copy (a fresh head, say).
-    """
-
-    name: str
-    structure: Structure
-    plan: Plan
-    trained: tuple[str, ...] = ()
-    scale: float = 1.0
-    deltas: dict[str, Delta] = field(default_factory=dict)
-    copies: dict[str, nn.Module] = field(default_factory=dict)
-    bank: Bank | None = None
-    flat: PackedTensors | None = None
-    factor_cache: FactorCache | None = None
-    watched: bool = False
-
-    @property
-    def live(self) -> bool:
-        """Whether the modules exist."""
-        return bool(self.deltas or self.copies)
 
 
 @dataclass(frozen=True)
@@ -120,12 +94,15 @@ class Rows:
 class AdapterSet:
     """Shared by all adapted layers of one model.
 
+    `states` has every registered adapter: the state that it was registered as, or None for one that
+    was made here and has not slept yet. `attached` has those whose modules stand in the model.
     `rows` and `disabled` change what every layer does, so one thread at a time may use them, and
     none while another runs the model: `enter` and `guard` refuse with StateError.
     """
 
     def __init__(self) -> None:
-        self.entries: dict[str, Entry] = {}
+        self.states: dict[str, AdapterState | None] = {}
+        self.attached: dict[str, Attached] = {}
         self.active: Weights = ()
         self.rows: Rows | None = None
         self.blocks = Blocks()
@@ -193,10 +170,19 @@ class AdapterSet:
         routed = () if self.rows is None else self.rows.names
         return name in self.merged or name in routed or any(name == n for n, _ in self.active)
 
-    def __getitem__(self, name: str) -> Entry:
-        if name not in self.entries:
-            raise InputError(f"no adapter is called {name!r}; {nearest(name, self.entries)}")
-        return self.entries[name]
+    def check_known(self, name: str) -> None:
+        """Raise InputError where no adapter has this name."""
+        if name not in self.states:
+            raise InputError(f"no adapter is called {name!r}; {nearest(name, self.states)}")
+
+    def __getitem__(self, name: str) -> Attached | AdapterState:
+        """A live adapter's modules, or the state of one that sleeps. Raises InputError where none
+        has this name."""
+        self.check_known(name)
+        found = self.attached.get(name) or self.states[name]
+        if found is None:
+            raise StateError(f"{name!r} has no modules yet: another call is attaching it")
+        return found
 
     def weights(self, wanted: str | Sequence[str] | Mapping[str, float] | None) -> Weights:
         """What the user asked for as (name, weight) pairs, names checked."""
@@ -220,7 +206,7 @@ class AdapterSet:
     def in_force(self) -> Weights:
         """The active adapters that are not merged into the weights, strengths included."""
         return tuple(
-            (name, weight * self.entries[name].scale)
+            (name, weight * self.attached[name].strength)
             for name, weight in self.active
             if name not in self.merged
         )

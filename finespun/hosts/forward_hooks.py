@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finespun.hosts.adapter_set import AdapterSet, Entry, adapter_set_of
+from finespun.hosts.adapter_set import AdapterSet, adapter_set_of
+from finespun.hosts.attached import Attached
 from finespun.hosts.factor_cache import FactorCache
 from finespun.hosts.insertion import all_hosts
 from finespun.hosts.layers.copies import CopyHost
@@ -23,8 +24,8 @@ def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     adapter_set = adapter_set_of(model)
     if not torch.compiler.is_compiling():
         adapter_set.enter()
-        for entry in _unwatched(model, adapter_set):
-            for _, host in _places(model, entry):
+        for adapter in _unwatched(model, adapter_set):
+            for _, host in _places(model, adapter):
                 host.ran = False
     if adapter_set.rows is not None and (x := batch(args, kwargs)) is not None:
         adapter_set.rows.check(len(x), adapter_set.several)
@@ -56,21 +57,21 @@ def batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
 def _factor_caches(adapter_set: AdapterSet) -> list[FactorCache]:
     routed = () if adapter_set.rows is None else adapter_set.rows.names
     names = {n for n, _ in adapter_set.in_force()} | {n for n in routed if n is not None}
-    return [f for n in names if (f := adapter_set.entries[n].factor_cache) is not None]
+    return [f for n in names if (f := adapter_set.attached[n].factor_cache) is not None]
 
 
-def _unwatched(model: nn.Module, adapter_set: AdapterSet) -> list[Entry]:
+def _unwatched(model: nn.Module, adapter_set: AdapterSet) -> list[Attached]:
     """Active adapters whose first training pass is under way."""
     if not (model.training and torch.is_grad_enabled()):
         return []
-    return [e for n, _ in adapter_set.in_force() if not (e := adapter_set.entries[n]).watched]
+    return [e for n, _ in adapter_set.in_force() if not (e := adapter_set.attached[n]).watched]
 
 
-def _places(model: nn.Module, entry: Entry) -> Iterator[tuple[str, Any]]:
+def _places(model: nn.Module, adapter: Attached) -> Iterator[tuple[str, Any]]:
     """Name and host of every place where the adapter acts."""
-    yield from ((h.name, h) for h in all_hosts(model) if entry.name in h.deltas())
-    known = modules(model) if entry.trained else {}
-    for name in entry.trained:
+    yield from ((h.name, h) for h in all_hosts(model) if adapter.name in h.deltas())
+    known = modules(model) if adapter.trained else {}
+    for name in adapter.trained:
         host = known[name].__dict__.get("_finespun")
         if isinstance(host, CopyHost):
             yield name, host
@@ -79,16 +80,16 @@ def _places(model: nn.Module, entry: Entry) -> Iterator[tuple[str, Any]]:
 def _watch(model: nn.Module, adapter_set: AdapterSet) -> None:
     """Warn, once for each adapter, of layers that the first training pass left out. Layers whose
     names differ by numbers alone count as one kind: single experts and blocks may rest."""
-    for entry in _unwatched(model, adapter_set):
-        entry.watched = True
+    for adapter in _unwatched(model, adapter_set):
+        adapter.watched = True
         ran: dict[str, list[tuple[str, bool]]] = {}
-        for name, host in _places(model, entry):
+        for name, host in _places(model, adapter):
             ran.setdefault(re.sub(r"\d+", "#", name), []).append((name, host.ran))
         idle = [kind[0][0] for kind in ran.values() if not any(done for _, done in kind)]
         if idle:
             shown = ", ".join(map(repr, idle[:5])) + (" and more" if len(idle) > 5 else "")
             warnings.warn(
-                f"adapter {entry.name!r} acts at {shown}, which this model did not call in its "
+                f"adapter {adapter.name!r} acts at {shown}, which this model did not call in its "
                 "first training pass: there it has no effect. Code that multiplies by a layer's "
                 "weight itself, as TRL and fused losses do at the output head, goes past adapters",
                 stacklevel=3,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from finespun.errors import StateError
-from finespun.hosts.adapter_set import Entry, adapter_set_of
+from finespun.hosts.adapter_set import adapter_set_of
+from finespun.hosts.attached import Attached
 from finespun.hosts.coupling import Family, family, width
 from finespun.hosts.layers.host import Host
 from finespun.hosts.layers.kinds import sites
@@ -33,13 +34,14 @@ def gathered(model: nn.Module, name: str = "default") -> Iterator[None]:
     Source: arXiv 2412.06289.
     """
     adapter_set = adapter_set_of(model)
-    entry = adapter_set[name]
-    if adapter_set.merged or adapter_set.gathered or len(adapter_set.entries) > 1 or not entry.live:
+    adapter = adapter_set[name]
+    busy = adapter_set.merged or adapter_set.gathered or len(adapter_set.states) > 1
+    if busy or not isinstance(adapter, Attached):
         raise StateError(
             f"only {name!r}, active and not merged, may be on the model while its units are "
-            f"gathered; there are {', '.join(adapter_set.entries)}"
+            f"gathered; there are {', '.join(adapter_set.states)}"
         )
-    moves = list(_moves(model, entry))
+    moves = list(_moves(model, adapter))
     with ExitStack() as undo:
         adapter_set.gathered = name
         undo.callback(setattr, adapter_set, "gathered", None)
@@ -78,14 +80,14 @@ def reorder(tensor: Tensor, dim: int, order: Tensor) -> None:
     tensor.copy_(tensor.index_select(dim, places))
 
 
-def _moves(model: nn.Module, entry: Entry) -> Iterator[_Move]:
+def _moves(model: nn.Module, adapter: Attached) -> Iterator[_Move]:
     known = modules(model)
     blocks: dict[str, list[LinesDelta]] = {}
     found: dict[str, Family] = {}
-    for site, delta in entry.deltas.items():
-        own, choice = family(known, site), entry.plan.choices[site]
+    for site, delta in adapter.deltas.items():
+        own, choice = family(known, site), adapter.plan.choices[site]
         if not isinstance(delta, LinesDelta):
-            raise StateError(f"{entry.structure.kind} chooses no units: there are none to gather")
+            raise StateError(f"{adapter.structure.kind} chooses no units: there are none to gather")
         coupling = delta.site.coupling
         if own is None or coupling is None:
             continue
@@ -96,9 +98,9 @@ def _moves(model: nn.Module, entry: Entry) -> Iterator[_Move]:
     for block, deltas in blocks.items():
         own = found[block]
         names = (*own.writers, own.reader)
-        choice = entry.plan.choices[deltas[0].site.shape.name]
-        _check(model, known, own, choice["of"], entry)
-        hosts = sites(model, names, entry.structure)
+        choice = adapter.plan.choices[deltas[0].site.shape.name]
+        _check(model, known, own, choice["of"], adapter)
+        hosts = sites(model, names, adapter.structure)
         first = torch.zeros(choice["of"], dtype=torch.bool)
         first[choice["units"]] = True
         order = torch.argsort(first, descending=True, stable=True)
@@ -106,7 +108,7 @@ def _moves(model: nn.Module, entry: Entry) -> Iterator[_Move]:
 
 
 def _check(
-    model: nn.Module, known: Mapping[str, nn.Module], own: Family, units: int, entry: Entry
+    model: nn.Module, known: Mapping[str, nn.Module], own: Family, units: int, adapter: Attached
 ) -> None:
     """Raise StateError unless moving these layers' units leaves the model what it is."""
     names = [n.partition(":")[0] for n in (*own.writers, own.reader)]
@@ -117,7 +119,7 @@ def _check(
             raise StateError(f"{name!r} is quantised: its numbers cannot be moved")
         if any(uses[id(p)] > 1 for p in layer._parameters.values() if p is not None):
             raise StateError(f"{name!r} shares numbers with another module: they cannot be moved")
-        if any(f"{name}.".startswith(f"{t}.") for t in entry.trained):
+        if any(f"{name}.".startswith(f"{t}.") for t in adapter.trained):
             raise StateError(f"{name!r} is trained whole as a copy: it cannot be moved")
     core = plain_class(known.get(own.core, model))
     members = tuple(n.removeprefix(own.core).lstrip(".") + "." for n in names)

@@ -39,9 +39,9 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
         raise InputError(f"undo={undo!r} is not known; try 'memory', 'entries' or 'none'")
     check(adapter_set, "merge")
     for name in weights:
-        materialise(model, adapter_set[name])
+        materialise(model, name)
     hosts = {n: h for n, h in hosts_of(model).items() if any(w in h.held() for w in weights)}
-    strengths = {name: w * adapter_set[name].scale for name, w in weights.items()}
+    strengths = {name: w * adapter_set[name].strength for name, w in weights.items()}
     _check(model, hosts, weights)
     if undo == "entries":
         _check_sparse(hosts, weights)

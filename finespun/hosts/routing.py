@@ -1,5 +1,6 @@
 """Which adapters act: the same for the whole batch, or another for each row; which may sleep."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from finespun.adapters.packed import PackedTensors
+from finespun.adapters.state import AdapterState
 from finespun.errors import InputError
 from finespun.hosts.adapter_set import AdapterSet, Rows, adapter_set_of, alone
-from finespun.hosts.attach import materialise, take_out, tensors_of
+from finespun.hosts.attach import materialise, take_out
 from finespun.hosts.forward_hooks import batch
 from finespun.hosts.stack import inside
 from finespun.hosts.states import check
@@ -24,19 +25,41 @@ def activate(model: nn.Module, wanted: str | Sequence[str] | Mapping[str, float]
     check(adapter_set, "activate")
     weights = adapter_set.weights(wanted)
     for name, _ in weights:
-        materialise(model, adapter_set[name])
+        materialise(model, name)
     adapter_set.active = weights
 
 
 @alone
 def evict(model: nn.Module, name: str) -> None:
-    """Keep only the flat tensor of an inactive adapter; its modules are made anew when needed."""
+    """Keep only the state of an inactive adapter, the one that was registered while nothing was
+    trained; its modules are made anew when needed."""
     adapter_set = adapter_set_of(model)
-    entry = adapter_set[name]
+    adapter_set.check_known(name)
     check(adapter_set, "evict", name)
-    if entry.live:
-        entry.flat = PackedTensors.pack(tensors_of(entry))
-        take_out(model, entry)
+    live = adapter_set.attached.get(name)
+    if live is not None:
+        adapter_set.states[name] = live.asleep(adapter_set.states[name]).shared()
+        take_out(model, live)
+
+
+def set_strength(model: nn.Module, name: str, strength: float) -> None:
+    """Multiply the whole update of an adapter, live or asleep."""
+    adapter_set = adapter_set_of(model)
+    found = adapter_set[name]
+    if isinstance(found, AdapterState):
+        adapter_set.states[name] = dataclasses.replace(found, strength=strength)
+    else:
+        found.strength = strength
+
+
+def swap(model: nn.Module, name: str, state: AdapterState) -> None:
+    """Copy a state into the modules of an adapter of the same form, which keeps its name. Raises
+    InputError where a tensor is missing, unknown or of another shape; nothing has changed then."""
+    adapter_set, live = adapter_set_of(model), materialise(model, name)
+    live.load(state.tensors)
+    live.structure, live.strength = state.structure, state.strength
+    live.lineage, live.base = state.lineage, state.base
+    adapter_set.states[name] = state.named(name).shared()
 
 
 @contextmanager
@@ -62,7 +85,7 @@ def rows(
     if repeat < 1 or (lengths is not None and repeat != 1):
         raise InputError(f"repeat={repeat} must be at least 1, and 1 where lengths are given")
     for name in {n for n in names if n is not None}:
-        materialise(model, adapter_set[name])
+        materialise(model, name)
     with adapter_set.guard(), _generating(model, adapter_set):
         before = adapter_set.rows
 

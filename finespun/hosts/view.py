@@ -8,7 +8,8 @@ from torch import nn
 from finespun.contract import Bank, Delta, Plan, Structure
 from finespun.contract.mixing import CHOICE, Mixing, mount
 from finespun.errors import InputError, StateError, nearest
-from finespun.hosts.adapter_set import Entry, adapter_set_of
+from finespun.hosts.adapter_set import adapter_set_of
+from finespun.hosts.attached import Attached
 from finespun.hosts.layers.block import link
 
 
@@ -19,10 +20,10 @@ class View:
         self.model, self.name = model, name
 
     @property
-    def entry(self) -> Entry:
+    def entry(self) -> Attached:
         """What the model holds of it. Raises StateError where it is not active."""
         entry = adapter_set_of(self.model)[self.name]
-        if not entry.live:
+        if not isinstance(entry, Attached):
             raise StateError(f"{self.name!r} is not active: activate it before training")
         return entry
 
@@ -49,12 +50,7 @@ class View:
 
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained: updates, bank, copies of modules; starts are frozen copies."""
-        entry = self.entry
-        own = [p for delta in entry.deltas.values() for p in delta.trained_parameters()]
-        if entry.bank is not None:
-            own += [p for n, p in entry.bank.named_parameters() if not n.startswith("start.")]
-        own += [p for module in entry.copies.values() for p in module.parameters()]
-        return list({id(p): p for p in own}.values())
+        return list({id(p): p for p in self.entry.parameters()}.values())
 
     def mix(self, site: str, mixing: Mixing) -> None:
         """Let other adapters at a site be mixed by this one; the mixer is trained and saved with

@@ -13,7 +13,6 @@ from finespun.adapter import Adapter, load
 from finespun.errors import FileError, InputError
 from finespun.files import Saved
 from finespun.files.overwrite import HEAD, INDEX, SHARDS
-from finespun.hosts import tensors_of
 from finespun.hosts.targets import OWN
 from finespun.lifecycle.stored import StoredWeights, source_name
 from finespun.models.classifier import MeanPooledClassifier, load_classifier
@@ -92,7 +91,7 @@ def merge(
     _drop_older(located(out), new)
     names = {k: v for k, v in state.items() if k != "lm_head.weight"} if _tied(body) else state
     numbers = sum(tensor.numel() for tensor in names.values())
-    kind, sites = type(body).__name__, len(held.entry.plan.sites)
+    kind, sites = type(body).__name__, len(held.attached.plan.sites)
     return Merged(Path(out), kind, sites, numbers, tuple(notes))
 
 
@@ -110,7 +109,7 @@ def whole_state(adapter: Adapter) -> dict[str, Tensor]:
         for key, value in adapter.model.state_dict().items()
         if not any(part in OWN for part in key.split("."))
     }
-    for name, module in adapter.entry.copies.items():
+    for name, module in adapter.attached.copies.items():
         state |= {f"{name}.{key}": value.detach() for key, value in module.state_dict().items()}
     return state
 
@@ -152,7 +151,7 @@ def base_of(source: str, saved: Saved, folder: Path) -> nn.Module:
     """The base model in folder `source`, of the class that the adapter was made for: that of its
     fingerprint, else of PEFT's task, else of the base's own config."""
     labels = _labels(saved)
-    architecture = "" if saved.base is None else saved.base.architecture
+    architecture = "" if saved.state.base is None else saved.state.base.architecture
     if architecture == MeanPooledClassifier.__name__:
         return load_classifier(source, labels or 2).model
     if not architecture:
@@ -177,8 +176,8 @@ def base_of(source: str, saved: Saved, folder: Path) -> nn.Module:
 def _labels(saved: Saved) -> int | None:
     """Outputs of the head that the adapter brings, if any."""
     rows = [
-        tensor.shape[0]
-        for key, tensor in tensors_of(saved.entry).items()
-        if key.startswith("trained/") and key.endswith("weight") and tensor.dim() == 2
+        slot.shape[0]
+        for key, slot in saved.state.form.table.items()
+        if key.owner == "module" and key.name.endswith("weight") and len(slot.shape) == 2
     ]
     return min(rows, default=None)

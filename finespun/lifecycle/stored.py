@@ -1,7 +1,7 @@
-"""Updates of an adapter that lies in files, one layer at a time and without a model."""
+"""The weights of a base model that lies in files, read one layer at a time: no model is built."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,21 +10,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from finespun.contract import Bank, Delta, SiteShape, Structure
-from finespun.contract.mixing import mount
+from finespun.adapters.deltas import Deltas
+from finespun.adapters.state import AdapterState
+from finespun.contract import SiteShape, Structure
 from finespun.errors import FileError, InputError, nearest
-from finespun.files import Saved
 from finespun.files.diffusion.names import Layer
-from finespun.files.native import DAMAGED, check_scale
 from finespun.files.peft.keys import is_table
-from finespun.hosts import tensors_of
-from finespun.linalg import LowRank
-from finespun.storage.memory_limit import bounded
 from finespun.storage.safe_io import read_json
 
 # transformers' families whose Conv1D layers store (in, out)
 TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
-LARGEST = 1e18  # the norm whose square float32 can still hold
 
 
 class StoredWeights:
@@ -163,77 +158,9 @@ class StoredSite:
         return self.base
 
 
-class StoredDeltas(Mapping[str, Delta]):
-    """Site name -> delta with its saved numbers, built anew whenever it is asked for.
-
-    Raises FileError naming what the tensors lack or have too much, InputError where an update needs
-    the base and none is named.
-    """
-
-    def __init__(self, saved: Saved, base: StoredWeights | None = None) -> None:
-        self.entry, self.base = saved.entry, base
-        self.tensors = tensors_of(saved.entry)
-        self.sites = {site.name: site for site in self.entry.plan.sites}
-        self.starts = {key.partition("/start.")[0] for key in self.tensors if "/start." in key}
-        owners = ["bank/", *(f"trained/{name}/" for name in self.entry.trained)]
-        owners += [f"delta/{name}/" for name in self.sites]
-        for key in self.tensors:
-            if not key.startswith(tuple(owners)):
-                raise FileError(f"{key!r} belongs to nothing that the plan names")
-        with blamed("the bank"):
-            self.bank = self.entry.structure.bank(self.entry.plan)
-        if self.bank is not None:
-            if "bank" in self.starts:
-                self.bank.keep_start()
-            _fill(self.bank, self.tensors, "bank/")
-
-    def __getitem__(self, name: str) -> Delta:
-        site = StoredSite(self.sites[name], self.base)
-        with blamed(repr(name)):
-            plan = self.entry.plan
-            delta = mount(self.entry.structure.build(site, plan, self.bank), plan.choices[name])
-            check_scale(name, delta.scale)
-        if self.starts & {"bank", f"delta/{name}"}:
-            delta.keep_start()
-        _fill(delta, self.tensors, f"delta/{name}/")
-        return delta.requires_grad_(False)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.sites)
-
-    def __len__(self) -> int:
-        return len(self.sites)
-
-
-@torch.no_grad()
-def update_of(
-    delta: Delta, strength: float = 1.0, rank: int | None = None, energy: float | None = None
-) -> LowRank:
-    """ΔW of one site, strength included. Raises InputError where there is more to it than ΔW: a
-    moved bias, or a bypass around a block."""
-    name = delta.site.shape.name
-    if not delta.mergeable:
-        raise InputError(f"{name!r} is adapted around a block, not in a weight: nothing to convert")
-    moved = delta.bias_change() if "map_bias" in delta.written else None
-    if moved is not None and bool(moved.any()):
-        raise InputError(f"the adapter moves the bias of {name!r}, which the result cannot say")
-    with blamed(repr(name)):
-        found = delta.as_low_rank(rank, energy) * strength
-    exact = LowRank(found.A.double(), found.B.double())
-    sizes = (exact.A.norm(), exact.B.norm(), exact.norm())
-    if not all(float(size) < LARGEST for size in sizes):
-        raise FileError(f"{name!r}: the update is so large that sums of its squares overflow")
-    return found
-
-
-def numbers_of(saved: Saved) -> int:
-    """Numbers stored for the updates: frozen starts, gates and masks are not counted."""
-    extra = ("start.", "gate", "alive_")
-    return sum(
-        tensor.numel()
-        for key, tensor in tensors_of(saved.entry).items()
-        if not key.startswith("trained/") and not key.rpartition("/")[2].startswith(extra)
-    )
+def deltas_of(state: AdapterState, base: StoredWeights | None = None) -> Deltas:
+    """The deltas of an adapter one by one, over the weights of a folder where they are needed."""
+    return Deltas(state, lambda shape: StoredSite(shape, base))
 
 
 def source_name(folder: Path) -> tuple[str, str | None]:
@@ -252,32 +179,3 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError, RuntimeError) as error:
         raise FileError(f"{path} cannot be read: {error}") from error
-
-
-@contextmanager
-def blamed(what: str) -> Iterator[None]:
-    """Name the site in what goes wrong; what a damaged plan leads to becomes a FileError."""
-    try:
-        with bounded(what):
-            yield
-    except FileError:
-        raise
-    except InputError as error:
-        if what in str(error):
-            raise
-        raise InputError(f"{what}: {error}") from error
-    except (*DAMAGED, MemoryError) as error:
-        reason = " ".join(f"{type(error).__name__} {error}".split())
-        raise FileError(f"{what}: its plan or its numbers are damaged ({reason})") from error
-
-
-def _fill(module: Bank | Delta, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    try:
-        module.load_state_dict(own)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        lacking = sorted(module.state_dict().keys() - own.keys())
-        if lacking:
-            reason = f"{prefix + lacking[0]!r} is missing; {reason}"
-        raise FileError(f"{prefix.rstrip('/')!r}: {reason}") from error

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from finespun.adapters.deltas import Deltas, update_of
 from finespun.errors import FileError, InputError
 from finespun.files import Saved, read_adapter
-from finespun.lifecycle.stored import StoredDeltas, update_of
 from finespun.report.figure import Curve, Point, curves, smoothed
 from finespun.report.page import code, document, paragraph, section, table
 from finespun.training.output import ADAPTER, LOG, RECIPE, RESULT
@@ -139,12 +139,12 @@ def _series(steps: list[Record], name: str) -> list[Point]:
 def layers(saved: Saved) -> list[Layer]:
     """Every site's update, from the saved numbers alone. Raises InputError where an update depends
     on the base weight or is no change of a weight."""
-    deltas = StoredDeltas(saved)
+    deltas = Deltas(saved.state)
     found = []
     for name, delta in deltas.items():
         shape = delta.site.shape
         with torch.no_grad():
-            update = update_of(delta, saved.entry.scale)
+            update = update_of(delta, saved.state.strength)
             values = update.singular_values()[:TOP_VALUES].tolist()
             norm = float(update.norm())
         size = f"{shape.out_features} x {shape.in_features}"
@@ -153,9 +153,9 @@ def layers(saved: Saved) -> list[Layer]:
 
 
 def _layers(saved: Saved | None) -> list[str]:
-    if saved is None or not saved.entry.plan.sites:
+    if saved is None or not saved.state.plan.sites:
         return []
-    told = paragraph(f"{saved.entry.structure}, strength {saved.entry.scale:g}.")
+    told = paragraph(f"{saved.state.structure}, strength {saved.state.strength:g}.")
     try:
         found = layers(saved)
     except InputError as error:
@@ -180,11 +180,11 @@ def _layers(saved: Saved | None) -> list[str]:
 def _origin(saved: Saved | None, result: Record | None) -> list[str]:
     if saved is None:
         return []
-    facts: list[tuple[str, str]] = [("adapter", saved.entry.name)]
-    if saved.base is not None:
-        facts.append(("base", str(saved.base)))
+    facts: list[tuple[str, str]] = [("adapter", saved.state.name)]
+    if saved.state.base is not None:
+        facts.append(("base", str(saved.state.base)))
     facts.append(("sha256 of the tensors", saved.sha256))
-    made = saved.lineage
+    made = saved.state.lineage
     if made is not None:
         facts.append(("made", made.created))
         facts += [(f"made from {parent.name}", parent.sha256) for parent in made.parents]

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from finespun import hosts
+from finespun.adapters.keys import spelt
 from finespun.contract import SiteShape
 from finespun.recipes.recipe import Recipe
 from finespun.tasks.task import Encoded
@@ -98,14 +98,14 @@ def _estimate(job: Job, loop: Loop, clock: Clock) -> Estimate:
     order = sorted(loop.batches.order(0), key=lambda rows: job.train.padded(rows))
     tokens = round(sum(job.train.padded(rows) for rows in order) * epochs / loop.steps)
     typical = Passes(job, _few(job, order[(len(order) - 1) // 2]))
-    plan, held = adapter.entry.plan, hosts.tensors_of(adapter.entry)
+    plan, held = adapter.attached.plan, spelt(adapter.attached.tensors())
     activations, flops = _activations(job), typical.flops()
     seconds = job.look.seconds + epochs * steps_time(
         job, loop, order, clock, whole=activations <= WHOLE
     )
     return Estimate(
         targets=plan.sites,
-        modules=adapter.entry.trained,
+        modules=adapter.attached.trained,
         num_update_parameters=job.recipe.structure.total_parameters(plan),
         num_module_parameters=adapter.num_module_parameters,
         adapter_bytes=len(save(held, {"format": "finespun"})),

@@ -69,7 +69,7 @@ def origin(folder: str | Path) -> tuple[Recipe, Task[Any, Any]]:
         record = Result.read(folder).task
         return settled(read_recipe(folder), record, folder)
     try:
-        line = read_adapter(folder).lineage
+        line = read_adapter(folder).state.lineage
     except FileError as error:
         raise FileError(f"{error}; nor is there a run: {RECIPE} is missing") from error
     if line is None or line.recipe is None:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from finespun import hosts
 from finespun.adapter import Adapter
+from finespun.adapters.keys import parsed, spelt
 from finespun.contract import AxisValue, Measured, ParamGroup, TrainingHooks
 from finespun.driver import Driver, prepare, set_lr
 from finespun.errors import StateError, TrainingError
@@ -64,7 +64,7 @@ class Loop:
         self.adapter, self.batches, self.training, self.lr = adapter, batches, training, lr
         self.reporter, self.save = reporter or Reporter(), save
         prepared = prepare(adapter.model, adapter.name, hooks, self.steps, training.seed, measured)
-        heads = [p for module in adapter.entry.copies.values() for p in module.parameters()]
+        heads = [p for module in adapter.attached.copies.values() for p in module.parameters()]
         if head_lr is not None and 0 < len(heads) < len(adapter.parameters()):
             prepared.wishes.append(ParamGroup(heads, head_lr / lr))
         self.optimizer = prepared.optimizer(lr, training.weight_decay)
@@ -188,7 +188,7 @@ class Loop:
             "batch": position.batch,
             "seconds": self.seconds,
             "losses": torch.tensor(self.losses, dtype=torch.float64),
-            "adapter": hosts.tensors_of(self.adapter.entry),
+            "adapter": spelt(self.adapter.attached.tensors()),
             "optimizer": self.optimizer.state_dict(),
             "driver": self.driver.state_dict(),
             "random": random_state(),
@@ -197,7 +197,8 @@ class Loop:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stand where `state_dict` was taken. Raises InputError or StateError where it does not
         fit this adapter or this data."""
-        hosts.load_tensors(self.adapter.entry, state["adapter"])
+        live = self.adapter.attached
+        live.load(parsed(state["adapter"], live.trained))
         self.optimizer.load_state_dict(state["optimizer"])
         self.driver.load_state_dict(state["driver"])
         self.batches.restore(Position(state["epoch"], state["batch"]))

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import yaml
 
-from finespun import hosts
 from finespun.adapter import Adapter
 from finespun.errors import FileError, InputError
 from finespun.files import refuse_to_lose
@@ -163,7 +162,7 @@ def begin(folder: Path, recipe: Recipe) -> None:
 
 def disk_needed(adapter: Adapter) -> int:
     """Bytes of the adapter and of two checkpoints (numbers and two moments each), and 1 MiB."""
-    tensors = hosts.tensors_of(adapter.entry).values()
+    tensors = adapter.attached.tensors().values()
     return 7 * sum(t.numel() * t.element_size() for t in tensors) + (1 << 20)
 
 

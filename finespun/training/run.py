@@ -65,7 +65,7 @@ class Job:
     @property
     def plan_key(self) -> str:
         """A hash of what the structure chose for every layer."""
-        return _hash({name: dict(one) for name, one in self.adapter.entry.plan.choices.items()})
+        return _hash({name: dict(one) for name, one in self.adapter.attached.plan.choices.items()})
 
     def loop(self, reporter: Reporter | None = None, **options: Any) -> Loop:
         """The training loop of this recipe, at its start."""
@@ -197,7 +197,7 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Job:
     if not recipe.structure.starts_at_zero and adapter.deltas:
         moved = max(adapter.norms().values())
         notes.append(f"this structure does not start at the base: ‖ΔW‖ up to {moved:.3g}")
-    untrained = [n for n in model.fresh if n not in adapter.entry.trained]
+    untrained = [n for n in model.fresh if n not in adapter.attached.trained]
     if untrained:
         notes.append(f"{', '.join(untrained)} starts untrained and stays so: add it to train")
     for note in notes:
@@ -294,7 +294,7 @@ def _result(job: Job, loop: Loop, before: dict[str, float], after: dict[str, flo
         output=job.recipe.output,
         before=before,
         after=after,
-        sites=len(job.adapter.entry.plan.sites),
+        sites=len(job.adapter.attached.plan.sites),
         num_update_parameters=job.adapter.num_update_parameters,
         num_module_parameters=job.adapter.num_module_parameters,
         adapter_bytes=sum((folder / name).stat().st_size for name in ADAPTER),

@@ -13,7 +13,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from finespun import hosts
 from finespun.bench import Bench, BenchSpec
 from finespun.bench import workbench as workbench_module
 from finespun.bench.run import Contender
@@ -117,7 +116,7 @@ def test_a_reused_model_gives_what_a_process_of_its_own_gives(
 
     def note(adapter: Any) -> int:
         trained.clear()
-        trained.update({k: v.clone() for k, v in hosts.tensors_of(adapter.entry).items()})
+        trained.update({k: v.clone() for k, v in adapter.attached.tensors().items()})
         return real(adapter)
 
     monkeypatch.setattr(workbench_module, "file_size", note)

@@ -145,7 +145,7 @@ def test_dead_numbers_do_not_count_in_the_gradient_norm():
         for group in delta.groups("rank"):
             delta.switch_off(group)
     step(model, optimizer)
-    heads = [p.grad.flatten() for p in adapter.entry.copies["head"].parameters()]
+    heads = [p.grad.flatten() for p in adapter.attached.copies["head"].parameters()]
     assert driver.grad_norm == pytest.approx(float(torch.cat(heads).norm()), rel=1e-6)
 
 
@@ -278,7 +278,7 @@ def test_trainer_and_a_bare_loop_give_equal_numbers(structure, tmp_path):
         )
         model = transformers.BertForSequenceClassification(config)
         adapter = fs.adapt(model, structure, ["query", "value"])
-        assert adapter.entry.trained == ("classifier",)
+        assert adapter.attached.trained == ("classifier",)
         optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.01)
         recorder = Recorder()
         driver = Driver(model, adapter.name, optimizer, 0.05, [recorder, Penalty()])

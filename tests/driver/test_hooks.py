@@ -292,12 +292,12 @@ def test_a_resumed_run_is_bit_equal(kind):
         hooks = HOOKS[kind]()
         model, adapter, optimizer, driver = ready(hooks)
         if state is not None:
-            fs.hosts.load_tensors(adapter.entry, state[0])
+            adapter.attached.load(state[0])
             optimizer.load_state_dict(state[1])
             driver.load_state_dict(state[2])
         while driver.step < count:
             step(model, optimizer, driver.step, micros=2)
-        kept = fs.hosts.tensors_of(adapter.entry), optimizer.state_dict(), driver.state_dict()
+        kept = adapter.attached.tensors(), optimizer.state_dict(), driver.state_dict()
         return copy.deepcopy(kept), hooks
 
     whole, one = run(6)

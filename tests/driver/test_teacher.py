@@ -46,13 +46,13 @@ def test_the_teacher_is_the_base_with_the_heads_that_are_asked_for(heads):
         for i, p in enumerate(adapter.parameters()):
             p.add_(draw(*p.shape, seed=i) / 9)
     taught = Taught(heads)
-    start = copy.deepcopy(adapter.entry.copies["inner.head"])
+    start = copy.deepcopy(adapter.attached.copies["inner.head"])
     prepared = prepare(model.train(), "default", [taught, Noise()])
     optimizer = prepared.optimizer(0.05)
     with Driver(model, "default", optimizer, 0.0, prepared):
         for seed in (1, 2):
             modes = [m.training for m in model.modules()]
-            own = copy.deepcopy(adapter.entry.copies["inner.head"])
+            own = copy.deepcopy(adapter.attached.copies["inner.head"])
             torch.manual_seed(7)
             step(model, optimizer, seed)
             told = torch.rand(3)

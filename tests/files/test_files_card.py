@@ -5,7 +5,7 @@ import yaml
 from torch import nn
 
 import finespun as fs
-from finespun.files.provenance.lineage import Parent, lineage_of
+from finespun.adapters.lineage import Parent, lineage_of
 from finespun.files.provenance.model_card import CARD, model_card
 
 TENSORS = {"a": torch.zeros(3, 4), "b": torch.zeros(5, dtype=torch.bfloat16)}

@@ -107,7 +107,7 @@ def test_kohyas_names_for_sdxl_mean_diffusers_layers(tmp_path):
     own = {n: {"lora_down.weight": draw(1, 2), "lora_up.weight": draw(2, 1)} for n in SDXL}
     save_file(kohya(own), tmp_path / "x.safetensors")
     saved = place_on(read_adapter(tmp_path / "x.safetensors"), layers_of(Wide()))
-    assert sorted(s.name for s in saved.entry.plan.sites) == sorted(SDXL.values())
+    assert sorted(s.name for s in saved.state.plan.sites) == sorted(SDXL.values())
 
 
 def test_first_names_are_those_that_diffusers_converts(tmp_path):

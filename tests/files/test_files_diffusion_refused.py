@@ -19,13 +19,12 @@ from suite import relative
 from torch import Tensor, nn
 
 import finespun as fs
-from finespun.adapters.packed import PackedTensors
+from finespun.adapters.state import AdapterState
 from finespun.contract import Plan, SiteShape
 from finespun.errors import FileError, InputError, PlanError, StrictError, TargetError
 from finespun.files import read_adapter
 from finespun.files.diffusion.names import Layer, Unplaced, place_on
 from finespun.files.diffusion.write import Update
-from finespun.hosts import Entry
 from finespun.linalg import LowRank
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*carries no fingerprint:UserWarning")
@@ -136,9 +135,9 @@ def file_of(updates: list[Update], style: str, tmp: Path) -> Unplaced:
     )
     where = {u.name(style): (u.part, u.path if style == "diffusers" else u.path.replace(".", "_"))
              for u in updates}  # fmt: skip
-    entry = Entry("x", fs.LoRA(rank=1), Plan(sites, {s.name: {} for s in sites}), (),
-                  flat=PackedTensors.pack({}))  # fmt: skip
-    return Unplaced(entry, None, None, "", style=style, where=where)
+    plan = Plan(sites, {s.name: {} for s in sites})
+    state = AdapterState.pack("x", fs.LoRA(rank=1), plan, {})
+    return Unplaced(state, "", style=style, where=where)
 
 
 @settings(max_examples=60, deadline=None)
@@ -159,7 +158,7 @@ def test_names_come_back_or_are_said_to_be_ambiguous(tmp_path_factory, names, da
                 place_on(saved, layers)
             assert all(repr(n) in str(told.value) for n in alike)
         else:
-            assert [s.name for s in place_on(saved, layers).entry.plan.sites] == [name]
+            assert [s.name for s in place_on(saved, layers).state.plan.sites] == [name]
 
 
 def test_two_layers_of_one_spelling_are_not_written(tmp_path):

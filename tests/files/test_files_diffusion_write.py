@@ -128,8 +128,8 @@ def test_whose_file_it_is_and_where_it_comes_from(tmp_path):
     model = unet()
     adapted(model, fs.LoRA(rank=2), SOME).export(tmp_path / "x.safetensors", format="kohya")
     saved = read_adapter(tmp_path / "x.safetensors")
-    assert saved.base.architecture == "UNet2DConditionModel"
-    assert saved.lineage.method == "lora"
+    assert saved.state.base.architecture == "UNet2DConditionModel"
+    assert saved.state.lineage.method == "lora"
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata()["ss_network_dim"] == "2"
     other = unet()

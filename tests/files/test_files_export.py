@@ -203,7 +203,7 @@ def test_a_head_can_be_left_out_and_that_is_said(tmp_path):
     assert config(tmp_path / "x")["modules_to_save"] is None
     assert all(".lora_" in key for key in weights(tmp_path / "x"))
     theirs = in_peft(bert(), tmp_path / "x")
-    adapter.entry.copies["classifier"].load_state_dict(bert().classifier.state_dict())
+    adapter.attached.copies["classifier"].load_state_dict(bert().classifier.state_dict())
     assert relative(logits(theirs), logits(model.eval())) < 1e-6
 
 

@@ -47,7 +47,7 @@ def test_every_structure_comes_back_exactly(case, tmp_path):
     again = fs.load(other, tmp_path / "a")
     assert torch.equal(other(x), wanted)
     assert again.structure == adapter.structure
-    assert again.entry.plan == adapter.entry.plan
+    assert again.attached.plan == adapter.attached.plan
     assert again.scale == 0.7
     assert again.num_update_parameters == adapter.num_update_parameters
     assert not any(p.requires_grad for p in again.parameters())
@@ -107,7 +107,7 @@ def test_other_precisions_of_the_numbers_come_back_too(tmp_path):
         d.A.data, d.B.data = d.A.data.bfloat16(), torch.randn_like(d.B).bfloat16()
     adapter.save(tmp_path / "a")
     assert json.loads((tmp_path / "a" / "adapter.json").read_text())["dtypes"] == {"bfloat16": 4}
-    found = read_adapter(tmp_path / "a").entry.flat.tensors()
+    found = read_adapter(tmp_path / "a").state.tensors
     assert {t.dtype for t in found.values()} == {torch.bfloat16}
     again = fs.load(net(), tmp_path / "a")
     for name, delta in adapter.deltas.items():
@@ -120,13 +120,14 @@ def test_a_registered_adapter_holds_its_bytes_and_no_modules(saved):
         register_saved(model, read_adapter(saved[0]).named(f"no{i}"))
     board = hosts.adapter_set_of(model)
     numbers = 2 * 2 * (24 + 40) + 5 * 25
-    for entry in board.entries.values():
-        assert not entry.live
-        assert 4 * numbers <= entry.flat.data.nbytes <= 4 * numbers + 16 * len(entry.flat.table)
+    for state in board.states.values():
+        held = state.tensors.data.nbytes
+        assert 4 * numbers <= held <= 4 * numbers + 16 * len(state.form.table)
+    assert not board.attached
     assert torch.equal(model(batch()), net()(batch()))
     fs.activate(model, "no7")
     assert torch.equal(model(batch()), saved[1])
-    assert sum(e.live for e in board.entries.values()) == 1
+    assert list(board.attached) == ["no7"]
 
 
 def test_saving_does_not_depend_on_being_active_merged_or_live(tmp_path):

@@ -14,8 +14,8 @@ from torch import nn
 
 import finespun as fs
 from finespun.errors import BaseMismatch, FileError, InputError, StrictError, TargetError
+from finespun.files.lora import PASSED, REFUSED, USED
 from finespun.files.peft import read
-from finespun.files.peft.read import PASSED, REFUSED, USED
 
 
 # --- written by PEFT, read by us ---------------------------------------------------------------
@@ -59,7 +59,7 @@ def test_we_compute_what_peft_does(tmp_path, name, task):
     assert relative(logits(model), logits(theirs)) < 1e-6
     assert relative(logits(bert()), logits(theirs)) > 1e-3
     assert adapter.name == "x"
-    assert adapter.entry.trained == (("classifier",) if task else ())
+    assert adapter.attached.trained == (("classifier",) if task else ())
     for site, delta in adapter.deltas.items():
         layer = theirs.base_model.model.get_submodule(site)
         assert delta.scale == pytest.approx(layer.scaling["default"])

@@ -101,7 +101,7 @@ def test_gpt2_whose_layers_are_conv1d(tmp_path):
 def test_gpt2_with_every_bias(tmp_path):
     adapter = both_ways(tmp_path, gpt2, target_modules=["c_attn"], fan_in_fan_out=True, bias="all")
     assert config(tmp_path / "ours")["bias"] == "all"
-    assert {n.rpartition(".")[2] for n in adapter.entry.trained} == {"ln_1", "ln_2", "ln_f"}
+    assert {n.rpartition(".")[2] for n in adapter.attached.trained} == {"ln_1", "ln_2", "ln_f"}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -141,7 +141,7 @@ def test_resized_tables_that_peft_saves_on_its_own_are_the_adapters_own(tmp_path
     theirs.save_pretrained(tmp_path / "x", save_embedding_layers=True)
     model = llama(tied=False)
     adapter = loaded(model, tmp_path / "x")
-    assert set(adapter.entry.trained) == {"model.embed_tokens", "lm_head"}
+    assert set(adapter.attached.trained) == {"model.embed_tokens", "lm_head"}
     assert relative(logits(model), logits(theirs)) < 1e-6
     assert relative(logits(llama(tied=False)), logits(theirs)) > 1e-3
 

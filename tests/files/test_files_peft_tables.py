@@ -13,7 +13,7 @@ from torch import nn
 import finespun as fs
 from finespun.cli.app import run
 from finespun.errors import BaseMismatch, FileError
-from finespun.files import tell
+from finespun.files import summarise
 from finespun.files.peft.table import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -73,7 +73,7 @@ def agrees(folder: Path, theirs: nn.Module, fresh: nn.Module) -> fs.Adapter:
     adapter = fs.load(fresh, folder)
     assert relative(logits(fresh), logits(theirs)) < 1e-5
     assert relative(before, logits(theirs)) > 1e-3
-    assert not adapter.entry.trained
+    assert not adapter.attached.trained
     return adapter
 
 
@@ -126,13 +126,13 @@ def test_resized_tables_are_the_adapters_own(tmp_path):
     theirs = by_peft(tmp_path, "LOHA", base, ["q_proj"], save_embedding_layers=True)
     model = llama(tied=False)
     adapter = fs.load(model, tmp_path)
-    assert set(adapter.entry.trained) == {"model.embed_tokens", "lm_head"}
+    assert set(adapter.attached.trained) == {"model.embed_tokens", "lm_head"}
     assert relative(logits(model), logits(theirs)) < 1e-5
 
 
 def test_what_is_told_without_the_model_counts_no_number_of_the_base(tmp_path):
     by_peft(tmp_path, "LOKR", phi(), HEAD)
-    told, held = tell(tmp_path), weights(tmp_path)
+    told, held = summarise(tmp_path), weights(tmp_path)
     assert told is not None
     assert set(told.layers) == {"lm_head", "model.layers.0.self_attn.q_proj"}
     assert told.numbers == sum(t.numel() for k, t in held.items() if "base_layer" not in k)
@@ -147,9 +147,9 @@ def test_with_the_base_named(kind, targets, tied, tmp_path, capsys):
     assert run(["inspect", str(tmp_path / "theirs"), *base, "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     adapter = agrees(tmp_path / "theirs", theirs, llama(tied))
-    assert [one["name"] for one in found["spectra"]] == list(adapter.entry.deltas)
+    assert [one["name"] for one in found["spectra"]] == list(adapter.attached.deltas)
     for one in found["spectra"]:
-        delta = adapter.entry.deltas[one["name"]]
+        delta = adapter.attached.deltas[one["name"]]
         update = delta.delta(delta.base_weight())
         assert one["norm"] == pytest.approx(float(update.norm()), rel=1e-4)
 

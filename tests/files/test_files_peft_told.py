@@ -13,7 +13,7 @@ from torch import nn
 import finespun as fs
 from finespun.cli.app import run
 from finespun.errors import FileError, TargetError
-from finespun.files import tell
+from finespun.files import summarise
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -54,7 +54,7 @@ def test_inspect_tells_what_a_folder_holds_without_its_model(method, tmp_path, c
     by_peft(tmp_path, CONFIGS[method](), bert())
     edit(tmp_path, base_model_name_or_path="some/base")
     found, held = inspected([str(tmp_path)], capsys), weights(tmp_path)
-    told = tell(tmp_path)
+    told = summarise(tmp_path)
     assert told is not None
     assert found["format"].startswith(f"PEFT's {method}")
     assert ("read as" in found["format"]) == (method not in ("ADALORA", "PROMPT_TUNING"))
@@ -87,8 +87,8 @@ def test_a_lora_is_not_told_but_read(tmp_path, capsys):
     import peft
 
     by_peft(tmp_path, peft.LoraConfig(r=2, target_modules=["query"]), bert())
-    assert tell(tmp_path) is None
-    assert tell(tmp_path / "nowhere") is None
+    assert summarise(tmp_path) is None
+    assert summarise(tmp_path / "nowhere") is None
     assert len(inspected([str(tmp_path)], capsys)["spectra"]) == 2
 
 
@@ -143,7 +143,7 @@ def test_layers_are_listed_by_their_numbers(kind, tmp_path, capsys):
     found = inspected([str(tmp_path / "a"), "--model", str(tmp_path / "base")], capsys)
     assert [line.split()[0] for line in found["layers"]] == wanted
     assert [one["name"] for one in found["spectra"]] == wanted
-    if (told := tell(tmp_path / "a")) is not None:
+    if (told := summarise(tmp_path / "a")) is not None:
         assert list(told.layers) == wanted
 
 

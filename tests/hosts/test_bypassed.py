@@ -171,7 +171,7 @@ def test_a_model_that_accelerate_dispatches_is_adapted(structure, moment):
     assert torch.equal(model(x), plain(x))
     stir(adapter.parameters())
     other = fs.adapt(plain, structure, ["0", "2"])
-    hosts.load_tensors(other.entry, hosts.tensors_of(adapter.entry))
+    other.attached.load(adapter.attached.tensors())
     assert relative(model(x), plain(x)) < 1e-6
     assert effect(model, adapter, x) > 1e-2
     model(x).square().sum().backward()
@@ -196,7 +196,7 @@ def test_an_offloaded_model_is_adapted_and_cannot_be_merged(structure):
     assert torch.equal(model(x), plain(x))
     stir(adapter.parameters())
     other = fs.adapt(plain, structure, ["0", "2"])
-    hosts.load_tensors(other.entry, hosts.tensors_of(adapter.entry))
+    other.attached.load(adapter.attached.tensors())
     assert relative(model(x), plain(x)) < 1e-6
     with pytest.raises(StateError, match="'0' is offloaded"):
         adapter.merge()

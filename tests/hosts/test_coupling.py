@@ -315,7 +315,7 @@ def test_saved_merged_and_back(name, tmp_path):
     adapter.save(tmp_path)
     loaded = fs.load(plain, tmp_path)
     assert torch.equal(output(name, plain), y)
-    assert loaded.num_update_parameters == adapter.structure.total_parameters(loaded.entry.plan)
+    assert loaded.num_update_parameters == adapter.structure.total_parameters(loaded.attached.plan)
     adapter.merge()
     assert relative(output(name, model), y) <= 1e-5
     adapter.unmerge()

@@ -31,11 +31,11 @@ def calls(monkeypatch):
 
 def alone(adapter, run):
     """What `run` gives when every layer forms its own factors."""
-    factor_cache, adapter.entry.factor_cache = adapter.entry.factor_cache, None
+    factor_cache, adapter.attached.factor_cache = adapter.attached.factor_cache, None
     try:
         return run()
     finally:
-        adapter.entry.factor_cache = factor_cache
+        adapter.attached.factor_cache = factor_cache
 
 
 def gradients(adapter, loss):
@@ -185,7 +185,7 @@ def test_an_error_in_a_forward_pass_leaves_nothing_behind():
     model, adapter = stirred(LSR_CASE, net().train())
     with pytest.raises(RuntimeError):
         model(torch.zeros(2, 3, 5))
-    assert not adapter.entry.factor_cache.inside
+    assert not adapter.attached.factor_cache.inside
     x = batch()
     assert relative(model(x), alone(adapter, lambda: model(x))) <= 1e-6
 

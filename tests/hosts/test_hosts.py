@@ -26,6 +26,7 @@ from torch import nn
 
 import finespun as fs
 from finespun import hosts
+from finespun.adapters.keys import Key
 from finespun.adapters.packed import PackedTensors
 from finespun.errors import InputError, StateError, TargetError
 from finespun.hosts.paths import watched
@@ -34,10 +35,10 @@ from finespun.hosts.paths import watched
 def trained(adapter):
     """Name -> number of everything that training moves."""
     found = {f"{n}/{k}": p for n, d in adapter.deltas.items() for k, p in d.named_parameters()}
-    bank = adapter.entry.bank
+    bank = adapter.attached.bank
     found |= {f"bank/{k}": p for k, p in bank.named_parameters()} if bank else {}
     found |= {
-        f"{n}/{k}": p for n, m in adapter.entry.copies.items() for k, p in m.named_parameters()
+        f"{n}/{k}": p for n, m in adapter.attached.copies.items() for k, p in m.named_parameters()
     }
     return {k: p for k, p in found.items() if p.requires_grad}
 
@@ -71,7 +72,7 @@ def test_every_path_gives_the_definition(case):
     assert relative(model(x), wanted) <= case.tolerance
     for handle in handles:
         handle.remove()
-    adapter.entry.factor_cache = None
+    adapter.attached.factor_cache = None
     assert relative(model(x), wanted) <= case.tolerance
 
 
@@ -251,19 +252,19 @@ def test_two_adapters_come_and_go(case):
 def test_tensors_go_out_and_come_back(case):
     model, adapter = stirred(case, net(), ("head",))
     x = batch()
-    y, saved = model(x), {k: v.clone() for k, v in hosts.tensors_of(adapter.entry).items()}
+    y, saved = model(x), {k: v.clone() for k, v in adapter.attached.tensors().items()}
     packed = PackedTensors.pack(saved)
-    assert same(packed.tensors(), saved)
+    assert same(packed, saved)
     assert all(slot.offset % 16 == 0 for slot in packed.table.values())
     stir(adapter.parameters(), seed=40)
     assert relative(model(x), y) > 1e-4
-    hosts.load_tensors(adapter.entry, packed.tensors())
+    adapter.attached.load(packed)
     assert torch.equal(model(x), y)
     fs.activate(model, None)
     fs.evict(model, "default")
-    assert not adapter.entry.live
+    assert not hosts.adapter_set_of(model).attached
     assert not any("deltas" in k or "copies" in k or "bank" in k for k in model.state_dict())
-    assert same(hosts.tensors_of(adapter.entry), saved)
+    assert same(adapter.attached.tensors(), saved)
     adapter.activate()
     assert torch.equal(model(x), y)
 
@@ -272,14 +273,14 @@ def test_tensors_go_out_and_come_back(case):
 def test_a_wrong_tensor_is_named_and_nothing_is_written(case):
     model, adapter = stirred(case, net())
     before = bytes_of(model)
-    saved = {k: v.clone() for k, v in hosts.tensors_of(adapter.entry).items()}
+    saved = {k: v.clone() for k, v in adapter.attached.tensors().items()}
     key = next(iter(saved))
     with pytest.raises(InputError, match=f"{key}.*missing"):
-        hosts.load_tensors(adapter.entry, {k: v for k, v in saved.items() if k != key})
+        adapter.attached.load({k: v for k, v in saved.items() if k != key})
     with pytest.raises(InputError, match=r"odd.*belongs to nothing"):
-        hosts.load_tensors(adapter.entry, {**saved, "odd": saved[key]})
+        adapter.attached.load({**saved, Key("site", "odd", "A"): saved[key]})
     with pytest.raises(InputError, match=f"{key}.*expected"):
-        hosts.load_tensors(adapter.entry, {**saved, key: torch.zeros(99)})
+        adapter.attached.load({**saved, key: torch.zeros(99)})
     assert same(bytes_of(model), before)
 
 

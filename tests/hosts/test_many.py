@@ -85,9 +85,9 @@ def test_a_thousand_adapters_cost_their_files(folder, count):
     on_disk = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     for i in range(count):
         register(model, folder, f"a{i}")
-    entries = hosts.adapter_set_of(model).entries
-    assert len(entries) == count
-    held = deep_size(entries, {id(model)})
+    states = hosts.adapter_set_of(model).states
+    assert len(states) == count
+    held = deep_size(states, {id(model)})
     assert held <= 1.1 * count * on_disk
     assert not hosts.hosts_of(model)
     fs.activate(model, f"a{count - 1}")

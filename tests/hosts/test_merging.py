@@ -42,7 +42,7 @@ def test_a_merged_model_computes_the_same(case):
     model, adapter = stirred(case, twin(plain), ("head",))
     wanted = model(x)
     kept = adapter.merge()
-    assert kept >= sum(4 * s.in_features * s.out_features for s in adapter.entry.plan.sites)
+    assert kept >= sum(4 * s.in_features * s.out_features for s in adapter.attached.plan.sites)
     assert relative(model(x), wanted) <= 2e-6
     assert not same(base_of(model, plain), bytes_of(plain))
     with pytest.raises(StateError, match="merged already"):

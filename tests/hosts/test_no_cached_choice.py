@@ -243,8 +243,8 @@ def test_swap_gain_and_activation_compile_nothing_anew(case):
 
     def other(seed):
         stir(adapter.parameters(), seed)
-        found = {k: v.clone() for k, v in hosts.tensors_of(adapter.entry).items()}
-        return lambda: hosts.load_tensors(adapter.entry, found)
+        found = {k: v.clone() for k, v in adapter.attached.tensors().items()}
+        return lambda: adapter.attached.load(found)
 
     first, second = other(3), other(4)
     before = graphs()

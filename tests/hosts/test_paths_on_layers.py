@@ -183,7 +183,7 @@ def expected(place, delta, x, conditions):
     now |= paths.PLAIN if place in ("linear", "tied") else 0
     now |= paths.START if delta.origin is not None else 0
     if fixed & paths.FEATURES and not now & paths.GAIN:
-        entry = delta.site.adapter_set.entries["default"]
+        entry = delta.site.adapter_set.attached["default"]
         rows = math.prod(x.shape[:-1]) // (2 if routed in conditions else 1)
         formed = entry.factor_cache is not None
         now |= paths.CHEAPER if delta.direct(rows, formed) else 0

@@ -108,7 +108,7 @@ def test_two_own_heads_at_once_are_refused():
 
 def test_heads_of_different_sizes_cannot_share_a_batch():
     model = pair(LORA, net(), ("head",))
-    fs.Adapter(model, "one").entry.copies["head"].__init__(WIDTH, 7)
+    fs.Adapter(model, "one").attached.copies["head"].__init__(WIDTH, 7)
     fs.activate(model, "one")
     assert model(batch()).shape == (6, 7)
     with pytest.raises(StateError, match=r"'head'.*\(7,\).*\(5,\)"), fs.rows(model, ["one", None]):
@@ -212,7 +212,7 @@ def test_what_serves_rows_can_neither_be_evicted_nor_detached():
         assert torch.equal(model(x), y)
     fs.evict(model, "one")
     fs.Adapter(model, "one").detach()
-    assert list(adapter_set_of(model).entries) == ["another"]
+    assert list(adapter_set_of(model).states) == ["another"]
 
 
 @given(st.lists(st.sampled_from([None, "a", "b"]), min_size=1, max_size=7), st.integers(1, 5))

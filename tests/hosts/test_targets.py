@@ -126,7 +126,7 @@ def test_slices_of_a_fused_projection_are_targets_of_their_own():
     y0 = call(model).detach()
     adapter = fs.adapt(model, LSR, ["qkv:q", "qkv:v"], ["head"])
     assert list(adapter.deltas)[:2] == ["blocks.0.attn.qkv:q", "blocks.0.attn.qkv:v"]
-    assert adapter.entry.trained == ("head",)
+    assert adapter.attached.trained == ("head",)
     with torch.no_grad():
         for p in adapter.parameters():
             p.add_(0.2 * torch.randn_like(p))

@@ -56,7 +56,7 @@ def test_update_acts_at_the_use_that_was_named(name):
 @pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
 def test_update_at_both_uses_is_one_update(name, structure):
     model, plain, adapter, ids = stirred([name], structure, tie="both")
-    assert adapter.num_update_parameters == structure.total_parameters(adapter.entry.plan)
+    assert adapter.num_update_parameters == structure.total_parameters(adapter.attached.plan)
     change = adapter.updates()[name].dense().detach()
     plain.lm_head.weight.data += change.T if name != "lm_head" else change
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)

@@ -13,9 +13,10 @@ from torch import nn
 
 import finespun as fs
 from finespun import files
+from finespun.adapters.deltas import Deltas
 from finespun.errors import FileError, InputError
 from finespun.lifecycle.conversion.facts import compare
-from finespun.lifecycle.stored import StoredDeltas, StoredWeights, numbers_of
+from finespun.lifecycle.stored import StoredWeights
 from finespun.linalg import LowRank, predicted_error
 
 TARGETS = ("query", "value")
@@ -102,17 +103,17 @@ def test_squeezing_has_the_error_of_the_singular_values(tmp_path, rank):
         assert relative(after[name], delta) == pytest.approx(lost, abs=1e-6)
         assert done.ranks[name] == min(rank, 6)
     saved = files.read_adapter(tmp_path / "b")
-    assert done.after == numbers_of(saved) == min(rank, 6) * 4 * 48
-    assert saved.entry.structure == fs.LoRA(rank=rank)
+    assert done.after == saved.state.num_parameters == min(rank, 6) * 4 * 48
+    assert saved.state.structure == fs.LoRA(rank=rank)
 
 
 def test_the_factors_of_a_squeezed_lora_are_balanced(tmp_path):
     saved_lora(tmp_path / "a")
     fs.convert(tmp_path / "a", tmp_path / "b", fs.LoRA(rank=3, alpha=24))
-    for tensors in [files.read_adapter(tmp_path / "b").entry.flat.tensors()]:
+    for tensors in [files.read_adapter(tmp_path / "b").state.tensors]:
         for key, A in tensors.items():
-            if key.endswith("/A"):
-                B = tensors[key[:-1] + "B"]
+            if key.name == "A":
+                B = tensors[key._replace(name="B")]
                 assert torch.allclose(A @ A.T, B.T @ B, atol=1e-5)
 
 
@@ -235,9 +236,9 @@ def test_a_folder_of_pefts_is_squeezed(tmp_path, format):
         assert relative(logits(in_peft(bert(), tmp_path / "b")), logits(theirs)) < 1e-5
     again = files.read_adapter(tmp_path / "b")
     parent = files.read_adapter(tmp_path / "a")
-    assert again.lineage.parents == (files.Parent("a", parent.sha256),)
-    assert again.base is None
-    assert again.entry.trained == ("classifier",)
+    assert again.state.lineage.parents == (files.Parent("a", parent.sha256),)
+    assert again.state.base is None
+    assert again.state.trained == ("classifier",)
 
 
 def test_our_own_folder_as_pefts_keeps_its_base(tmp_path):
@@ -322,12 +323,11 @@ def test_what_cannot_be_converted_is_told(tmp_path):
 def test_damaged_tensors_are_told(tmp_path):
     by_peft(tmp_path / "a")
     saved = files.read_adapter(tmp_path / "a")
-    tensors = dict(saved.entry.flat.tensors())
-    key = next(k for k in tensors if k.endswith("/A"))
+    tensors = dict(saved.state.tensors)
+    key = next(k for k in tensors if k.name == "A")
     del tensors[key]
-    saved.entry.flat = type(saved.entry.flat).pack(tensors)
     with pytest.raises(FileError, match=r"Missing key.*A"):
-        list(StoredDeltas(saved).values())
+        list(Deltas(saved.state.with_tensors(tensors)).values())
     edit(tmp_path / "a", lora_bias=True)
     with pytest.raises(FileError, match="lora_bias"):
         fs.convert(tmp_path / "a", tmp_path / "b", "lora")

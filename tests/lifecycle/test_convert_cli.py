@@ -63,7 +63,7 @@ def test_a_trained_head_is_merged_too(tmp_path):
     model = bert()
     model.save_pretrained(tmp_path / "base")
     adapter = fresh(model, fs.make("dora", rank=2), ("query", "value"))
-    assert adapter.entry.trained == ("classifier",)
+    assert adapter.attached.trained == ("classifier",)
     wanted = logits(model)
     adapter.save(tmp_path / "a")
     told = merge(tmp_path / "a", tmp_path / "m", str(tmp_path / "base"))
@@ -360,13 +360,13 @@ def test_what_was_made_of_a_run_is_measured_and_asked(done, made, name, capsys, 
 
 
 def test_recipe_classes_and_seeds_go_along_and_parents_are_named(done, made):
-    run_line = read_adapter(done / "out").lineage
+    run_line = read_adapter(done / "out").state.lineage
     assert run_line.task["classes"] == ["bad", "good"]
     for folder in made.values():
-        line = read_adapter(folder).lineage
+        line = read_adapter(folder).state.lineage
         assert (line.recipe, line.task) == (run_line.recipe, run_line.task)
         assert line.seeds["training"] == run_line.seeds["training"]
-    parent = read_adapter(made["again"]).lineage.parents
+    parent = read_adapter(made["again"]).state.lineage.parents
     assert [p.sha256 for p in parent] == [read_adapter(made["exact"]).sha256]
 
 

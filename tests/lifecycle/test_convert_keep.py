@@ -180,10 +180,10 @@ def test_what_a_crash_put_aside_is_kept_too(place):
 def test_in_python_an_adapter_is_replaced_as_other_files_are(place):
     fs.convert("a", "out", "lora")
     fs.convert("b", "out", "lora")
-    assert files.read_adapter("out").entry.structure.rank == 2
+    assert files.read_adapter("out").state.structure.rank == 2
     adapter = fs.load(bert(), "a")
     adapter.save("b")
-    assert files.read_adapter("b").entry.structure.rank == 4
+    assert files.read_adapter("b").state.structure.rank == 4
 
 
 def test_nothing_of_an_older_model_stays_in_the_new_one(place):
@@ -231,12 +231,12 @@ def test_a_head_is_left_out_of_one_file_on_request(place, capsys):
     assert write("export kohya", "head", "k.safetensors") == 2
     assert "--no-allow-full (allow_full=False) leaves it out" in capsys.readouterr().err
     assert write("export kohya", "head", "k.safetensors", "--no-allow-full") == 0
-    whole = files.read_adapter("head").entry
+    whole = files.read_adapter("head").state
     assert whole.trained == ("classifier",)
     fs.convert("head", "plain", "lora", allow_full=False)
-    bare = files.read_adapter("plain").entry
+    bare = files.read_adapter("plain").state
     assert not bare.trained
-    assert not [key for key in bare.flat.tensors() if key.startswith("trained/")]
+    assert not [key for key in bare.tensors if key.owner == "module"]
 
 
 def test_a_base_that_cannot_be_the_one_is_told_in_a_line(place, capsys):

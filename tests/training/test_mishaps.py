@@ -5,7 +5,6 @@ import torch
 from suite import CASES, adapted, batch, bytes_of, net, relative, stirred
 
 import finespun as fs
-from finespun import hosts
 from finespun.contract import module_group
 from finespun.driver import Driver
 from finespun.errors import InputError, StateError
@@ -17,10 +16,10 @@ def case(name):
 
 def test_compacting_what_was_never_switched_off_changes_nothing():
     model, adapter = stirred(case("uni"), net())
-    y, numbers, bank = model(batch()), adapter.num_update_parameters, adapter.entry.bank
+    y, numbers, bank = model(batch()), adapter.num_update_parameters, adapter.attached.bank
     adapter.compact()
     assert torch.equal(model(batch()), y)
-    assert (adapter.num_update_parameters, adapter.entry.bank) == (numbers, bank)
+    assert (adapter.num_update_parameters, adapter.attached.bank) == (numbers, bank)
 
 
 def test_a_gated_update_with_a_bank_becomes_loras_and_the_bank_goes():
@@ -32,7 +31,7 @@ def test_a_gated_update_with_a_bank_becomes_loras_and_the_bank_goes():
     adapter.compact()
     assert adapter.structure.kind == "lora"
     assert {len(d.A) for d in adapter.deltas.values()} == {1}
-    assert adapter.entry.bank is None
+    assert adapter.attached.bank is None
     assert not any("bank" in name for name in model.state_dict())
     assert relative(model(batch()), y) < 1e-6
     assert all(p.requires_grad for p in adapter.parameters())
@@ -63,12 +62,12 @@ def test_an_error_while_merging_in_place_is_said_and_nothing_goes_on_as_before()
 
 def test_tensors_that_do_not_fit_leave_no_start_behind():
     _, whole = stirred(case("lsr-shadow"), net())
-    saved = {k: v.clone() for k, v in hosts.tensors_of(whole.entry).items()}
-    missing = next(k for k in saved if "/start." not in k)
+    saved = {k: v.clone() for k, v in whole.attached.tensors().items()}
+    missing = next(k for k in saved if k.role != "start")
     del saved[missing]
     _, other = adapted(case("lsr"), net())
     with pytest.raises(InputError, match="missing"):
-        hosts.load_tensors(other.entry, saved)
+        other.attached.load(saved)
     assert all(delta.origin is None for delta in other.deltas.values())
 
 

@@ -94,20 +94,20 @@ def test_units_are_chosen_by_the_first_rows(recipe: Recipe, select: str) -> None
         list(hosts.sites(text.model, names, recipe.structure).values()), scores
     )
     job = prepare(recipe)
-    assert job.adapter.entry.plan == wanted
-    drawn = prepare(s2ft(recipe, "random")).adapter.entry.plan
+    assert job.adapter.attached.plan == wanted
+    drawn = prepare(s2ft(recipe, "random")).adapter.attached.plan
     assert drawn.choices != wanted.choices
     assert drawn.sites == wanted.sites
 
 
 def test_chosen_units_are_trained_and_kept(recipe: Recipe) -> None:
     recipe = s2ft(recipe, "gradient")
-    plan = prepare(recipe).adapter.entry.plan
+    plan = prepare(recipe).adapter.attached.plan
     result = run(recipe)
     assert result.num_update_parameters == recipe.structure.total_parameters(plan) > 0
     model = prepare(recipe.changed(["targets=[]"])).text.model
     again = fs.load(model, recipe.output, name="again")
-    assert again.entry.plan == plan
+    assert again.attached.plan == plan
     assert min(again.norms().values()) > 0
 
 

@@ -199,7 +199,7 @@ def test_a_norm_that_is_trained_keeps_statistics() -> None:
     model = Net()
     adapter = fs.adapt(model, fs.LoRA(rank=2), ["first"], train_modules=["norm"])
     with train_mode(adapter):
-        copy = adapter.entry.copies["norm"]
+        copy = adapter.attached.copies["norm"]
         assert copy.training
 
 
@@ -245,7 +245,7 @@ def test_the_head_learns_at_its_own_rate_on_the_same_schedule(
     head_lr: float | None, schedule: Any
 ) -> None:
     loop = make(Rows(4, 4, 4), epochs=2, schedule=schedule, head_lr=head_lr)
-    heads = {id(p) for m in loop.adapter.entry.copies.values() for p in m.parameters()}
+    heads = {id(p) for m in loop.adapter.attached.copies.values() for p in m.parameters()}
     stream = loop.batches.epoch()
     for step in range(3):
         loop.take([next(stream)])

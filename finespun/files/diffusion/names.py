@@ -8,19 +8,19 @@ encoders have their layers under `text_model.`, or not, as transformers' version
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from finespun.adapters.packed import PackedTensors
+from finespun.adapters.keys import Key, by_place, of_site
 from finespun.contract import Plan, SiteShape
 from finespun.errors import InputError, PlanError, TargetError, nearest
-from finespun.files.native import Saved
-from finespun.hosts import modules, sites, tensors_of
+from finespun.files.saved import Saved
+from finespun.hosts import modules, sites
 from finespun.hosts.layers.host import Host
-from finespun.methods.structures import LoRA
+from finespun.methods.structures.lora import LoRA
 
 Style = Literal["kohya", "diffusers"]
 KOHYA = {
@@ -113,7 +113,7 @@ def place_on(saved: Saved, layers: Mapping[str, Layer], part: str | None = None)
     """
     if not isinstance(saved, Unplaced):
         if part is not None:
-            raise InputError(f"{saved.entry.name!r} has no parts such as {part!r}: leave part out")
+            raise InputError(f"{saved.state.name!r} has no parts such as {part!r}: leave part out")
         return saved
     _check_part(saved, part)
     found = {p: _resolve(saved, p, layers) for p in ([part] if part is not None else saved.parts)}
@@ -172,7 +172,7 @@ def _resolve(saved: Unplaced, part: str, layers: Mapping[str, Layer]) -> _Found:
         for s in spellings:
             known[s.replace(".", "_") if saved.style == "kohya" else s].append(own[short])
     found, taken = _Found({}, [], []), dict[str, str]()
-    for site in saved.entry.plan.sites:
+    for site in saved.state.plan.sites:
         where, path = saved.where[site.name]
         if where != part:
             continue
@@ -204,7 +204,7 @@ def _renamed(
     saved: Unplaced, names: Mapping[str, str], layers: Mapping[str, Layer], notes: list[str]
 ) -> Saved:
     """The sites in `names` alone, under their new names and of the model's kind of layer."""
-    old = saved.entry
+    old = saved.state
     shapes = []
     for site in old.plan.sites:
         if site.name in names:
@@ -212,22 +212,12 @@ def _renamed(
             kind = layers[name].shape.kind if name in layers else site.kind
             shapes.append(dataclasses.replace(site, name=name, kind=kind))
     choices = {names[n]: dict(c) for n, c in old.plan.choices.items() if n in names}
-    tensors = {
-        f"delta/{names[raw]}/{leaf}": tensor
-        for raw, leaf, tensor in _by_site(tensors_of(old))
-        if raw in names
-    }
-    entry = dataclasses.replace(
-        old, plan=Plan(tuple(shapes), choices), flat=PackedTensors.pack(tensors)
-    )
-    told = (*saved.notes, *notes)
-    return Saved(entry, saved.base, saved.lineage, saved.sha256, told)
-
-
-def _by_site(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
-    for key, tensor in tensors.items():
-        name, _, leaf = key.removeprefix("delta/").rpartition("/")
-        yield name, leaf, tensor
+    tensors: dict[Key, Tensor] = {}
+    for raw, own in by_place(old.tensors, "site").items():
+        if raw in names:
+            tensors |= of_site(names[raw], own)
+    state = old.with_tensors(tensors, Plan(tuple(shapes), choices))
+    return Saved(state, saved.sha256, (*saved.notes, *notes))
 
 
 # --- spellings ------------------------------------------------------------------------------

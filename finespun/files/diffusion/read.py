@@ -11,20 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from finespun.adapters.packed import PackedTensors
+from finespun.adapters.fingerprint import Fingerprint
+from finespun.adapters.keys import Key, of_site
+from finespun.adapters.lineage import Lineage
+from finespun.adapters.state import AdapterState
 from finespun.contract import Plan, SiteShape, Structure
 from finespun.errors import FileError, nearest
 from finespun.files.diffusion.names import PARTS, Unplaced, split_kohya
-from finespun.files.native import blame, named_after
-from finespun.files.peft.keys import Pair
-from finespun.files.peft.read import check_config, settle_pair
-from finespun.files.provenance.fingerprint import Fingerprint
-from finespun.files.provenance.lineage import Lineage
-from finespun.hosts import Entry
+from finespun.files.lora import Pair, check_config, settle_pair, through
+from finespun.files.saved import named_after
 from finespun.methods.structures import DoRA, LoHa, LoKr, LoRA
+from finespun.storage.blame import blame
 from finespun.storage.memory_limit import bounded
 from finespun.storage.safe_io import parse_json, read_tensors
 
@@ -113,17 +112,16 @@ def read_diffusion(path: str | Path, strict: bool = True) -> Unplaced:
             for name, p in pieces.items()
         ]
         told_name, base, lineage = _beside(held.metadata)
-    entry = Entry(
-        name=told_name or named_after(named),
-        structure=structure,
-        plan=Plan(tuple(shapes), choices),
-        trained=(),
-        flat=PackedTensors.pack(tensors),
+    state = AdapterState.pack(
+        told_name or named_after(named),
+        structure,
+        Plan(tuple(shapes), choices),
+        tensors,
+        lineage=lineage,
+        base=base,
     )
     return Unplaced(
-        entry,
-        base,
-        lineage,
+        state,
         held.sha256,
         tuple(dict.fromkeys(notes)),
         style="kohya" if any(kohya.values()) else "diffusers",
@@ -279,12 +277,6 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.flatten(1)
 
 
-def through(core: Tensor, A: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """(r, in·k) of a core (r, q, k, ...) and A (q, in), and the kernel (in, k, ...)."""
-    whole = torch.einsum("iq...,qj->ij...", core, A)
-    return whole.flatten(1), tuple(whole.shape[1:])
-
-
 def _agree(fits: bool) -> None:
     if not fits:
         raise ValueError("shapes do not agree")
@@ -293,7 +285,7 @@ def _agree(fits: bool) -> None:
 # --- all layers -----------------------------------------------------------------------------
 def _structure(
     pieces: Mapping[str, Piece],
-) -> tuple[Structure, dict[str, Tensor], dict[str, dict[str, Any]]]:
+) -> tuple[Structure, dict[Key, Tensor], dict[str, dict[str, Any]]]:
     """The one structure that holds all layers, its tensors and the plan's choices."""
     kinds = {p.kind: name for name, p in pieces.items()}
     if len(kinds) > 1:
@@ -307,7 +299,9 @@ def _structure(
         structure = _hold_lokr(own, choices, rank)
     else:
         structure = {"lora": LoRA, "dora": DoRA, "loha": LoHa}[kind](rank=rank, alpha=rank)
-    tensors = {f"delta/{n}/{key}": t for n, all_ in own.items() for key, t in all_.items()}
+    tensors: dict[Key, Tensor] = {}
+    for name, held in own.items():
+        tensors |= of_site(name, held)
     return structure, tensors, choices
 
 

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finespun.adapters.fingerprint import Fingerprint
+from finespun.adapters.lineage import Lineage
 from finespun.errors import InputError, nearest
 from finespun.files.diffusion.names import KOHYA, PARTS, Style
 from finespun.files.diffusion.read import METADATA, OURS, WEIGHTS
-from finespun.files.provenance.fingerprint import Fingerprint, fingerprint
-from finespun.files.provenance.lineage import Lineage
-from finespun.hosts import Entry, modules
+from finespun.hosts import Attached, fingerprint, modules
 from finespun.linalg import LowRank
 from finespun.storage.atomic import write_file
 
@@ -105,9 +105,9 @@ def split_name(
     )
 
 
-def write_entry(
+def write_adapter(
     model: nn.Module,
-    entry: Entry,
+    adapter: Attached,
     updates: Mapping[str, LowRank],
     ranks: Mapping[str, int],
     path: str | Path,
@@ -117,14 +117,14 @@ def write_entry(
     error: float,
 ) -> Path:
     """Write the updates of a model's adapter by its layers' names; returns the file's path."""
-    goal, base, known = target(path, style), fingerprint(model, entry.trained), modules(model)
+    goal, base, known = target(path, style), fingerprint(model, adapter.trained), modules(model)
     parts = []
     for name, factors in updates.items():
         size = known[name].get_parameter("weight").shape[1:]
         kernel = tuple(size) if len(size) > 1 else ()
         where = split_name(name, base, part, style)
         parts.append(Update(*where, factors, ranks[name], kernel))
-    write_diffusion(goal, style, parts, entry.name, base, lineage, error)
+    write_diffusion(goal, style, parts, adapter.name, base, lineage, error)
     return goal
 
 

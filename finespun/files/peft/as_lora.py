@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from finespun.contract import SiteShape
 from finespun.errors import FileError
 from finespun.hosts import modules, sites
-from finespun.methods.structures import LoRA
+from finespun.methods.structures.lora import LoRA
 from finespun.storage.patterns import check_pattern
 
 Found = Mapping[str, Tensor]

@@ -15,7 +15,7 @@ from finespun.contract import Delta
 from finespun.contract.structure import TIE
 from finespun.errors import InputError
 from finespun.files.peft.keys import keys_of
-from finespun.hosts import Entry, modules
+from finespun.hosts import Attached, modules
 from finespun.hosts.layers.slices import SliceHost
 from finespun.linalg import LowRank
 from finespun.methods.structures.dora import DoRADelta
@@ -25,7 +25,7 @@ BESIDE = (TokensDelta, BiasDelta)
 
 
 @dataclass
-class Form:
+class FullForm:
     """How each layer's factors are written (`kinds`, and a convolution's weight in `shapes`), the
     tensors beside them by their names in PEFT's model, and what the config says of them."""
 
@@ -46,18 +46,18 @@ class Form:
         return {a: A, b: B}
 
 
-def full_form(model: nn.Module, entry: Entry, name_of: Callable[[str], str]) -> Form:
+def full_form(model: nn.Module, adapter: Attached, name_of: Callable[[str], str]) -> FullForm:
     """The form for PEFT alone; `name_of` gives the name by which PEFT finds one module and no
     other. Raises InputError for what PEFT's format cannot say."""
-    known, form = modules(model), Form()
+    known, form = modules(model), FullForm()
     rows: dict[str, list[int]] = {}
     moved: dict[str, Tensor] = {}
-    for name, delta in entry.deltas.items():
+    for name, delta in adapter.deltas.items():
         if isinstance(delta, TokensDelta):
             own = delta.own_rows()
             rows[name] = delta.tokens
-            form.tensors[f"{name}.token_adapter.trainable_tokens_delta"] = own + entry.scale * (
-                delta.values.detach() - own
+            form.tensors[f"{name}.token_adapter.trainable_tokens_delta"] = (
+                own + adapter.strength * (delta.values.detach() - own)
             )
             continue
         form.kinds[name] = delta.site.shape.kind
@@ -65,24 +65,24 @@ def full_form(model: nn.Module, entry: Entry, name_of: Callable[[str], str]) -> 
         if form.kinds[name] == "conv" and weight is not None:
             form.shapes[name] = weight.shape
         if isinstance(delta, DoRADelta):
-            form.tensors[f"{name}.lora_magnitude_vector"] = _lengths(name, delta, entry, form)
+            form.tensors[f"{name}.lora_magnitude_vector"] = _lengths(name, delta, adapter, form)
             form.config["use_dora"] = True
         change = delta.bias_change()
         if change is not None and (isinstance(delta, BiasDelta) or bool(change.any())):
-            moved[name] = _bias(name, delta, entry.scale * change.detach())
+            moved[name] = _bias(name, delta, adapter.strength * change.detach())
     if moved:
-        _biases(model, entry, moved, form)
+        _biases(model, adapter, moved, form)
     if rows:
-        _tokens(entry, rows, form, name_of)
-    form.config["lora_dropout"] = entry.structure.dropout
+        _tokens(adapter, rows, form, name_of)
+    form.config["lora_dropout"] = adapter.structure.dropout
     return form
 
 
-def _lengths(name: str, delta: DoRADelta, entry: Entry, form: Form) -> Tensor:
-    if entry.scale != 1.0 or delta.adjusted:
+def _lengths(name: str, delta: DoRADelta, adapter: Attached, form: FullForm) -> Tensor:
+    if adapter.strength != 1.0 or delta.adjusted:
         raise InputError(
-            f"{name!r} is a DoRA of strength {entry.scale}: PEFT's file holds it at strength 1, "
-            "without gates or an exact start; set adapter.scale = 1.0, or leave portable=True"
+            f"{name!r} is a DoRA of strength {adapter.strength}: PEFT's file holds it at strength "
+            "1, without gates or an exact start; set adapter.scale = 1.0, or leave portable=True"
         )
     dims = len(form.shapes.get(name, ())) - 2
     return delta.m.detach().view(1, -1, *[1] * dims) if name in form.shapes else delta.m.detach()
@@ -95,21 +95,21 @@ def _bias(name: str, delta: Delta, change: Tensor) -> Tensor:
     return b0.detach().float() + change
 
 
-def check_tied(entry: Entry, portable: bool) -> None:
+def check_tied(adapter: Attached, portable: bool) -> None:
     """Raise InputError where one update acts at two uses of a weight, which a file says only of
     trained rows of a table."""
-    for other, name in entry.plan.shared.get(TIE, {}).items():
-        if portable or not isinstance(entry.deltas[name], TokensDelta):
+    for other, name in adapter.plan.shared.get(TIE, {}).items():
+        if portable or not isinstance(adapter.deltas[name], TokensDelta):
             raise InputError(
                 f"{name!r} acts at {other!r} too, which shares its weight; PEFT's file says one"
             )
 
 
-def _biases(model: nn.Module, entry: Entry, moved: dict[str, Tensor], form: Form) -> None:
+def _biases(model: nn.Module, adapter: Attached, moved: dict[str, Tensor], form: FullForm) -> None:
     """bias="lora_only" where nothing but biases beside a LoRA moved, else every bias of the model,
     among them those of norms, which are then no modules of their own."""
-    pairs = [n for n, d in entry.deltas.items() if not isinstance(d, BESIDE)]
-    here = {n: entry.deltas[n].site.bias() for n in pairs}
+    pairs = [n for n, d in adapter.deltas.items() if not isinstance(d, BESIDE)]
+    here = {n: adapter.deltas[n].site.bias() for n in pairs}
     if moved.keys() <= {n for n, b in here.items() if b is not None}:
         form.config["bias"] = "lora_only"
         for name, own in here.items():
@@ -118,8 +118,10 @@ def _biases(model: nn.Module, entry: Entry, moved: dict[str, Tensor], form: Form
         return
     form.config["bias"] = "all"
     known = {"": model, **modules(model)}
-    form.dropped = tuple(n for n in entry.trained if _only_bias_moved(known[n], entry.copies[n]))
-    kept = [n for n in entry.trained if n not in form.dropped]
+    form.dropped = tuple(
+        n for n in adapter.trained if _only_bias_moved(known[n], adapter.copies[n])
+    )
+    kept = [n for n in adapter.trained if n not in form.dropped]
     for name, module in known.items():
         own = module._parameters.get("bias")
         if own is None:
@@ -128,12 +130,12 @@ def _biases(model: nn.Module, entry: Entry, moved: dict[str, Tensor], form: Form
         if whole:
             rest = f"{name}.bias".removeprefix(f"{whole[0]}.")
             form.tensors[f"{whole[0]}.original_module.{rest}"] = own.detach()
-            copied = entry.copies[whole[0]].state_dict()[rest]
+            copied = adapter.copies[whole[0]].state_dict()[rest]
             form.tensors[f"{whole[0]}.modules_to_save.{rest}"] = copied
             continue
         value = moved.get(name, own.detach())
         if name in form.dropped:
-            value = entry.copies[name].state_dict()["bias"]
+            value = adapter.copies[name].state_dict()["bias"]
         inner = "base_layer." if name in pairs else ""
         form.tensors[f"{name}.{inner}bias".removeprefix(".")] = value
 
@@ -152,9 +154,9 @@ def _only_bias_moved(module: nn.Module, copy: nn.Module) -> bool:
 
 
 def _tokens(
-    entry: Entry, rows: dict[str, list[int]], form: Form, name_of: Callable[[str], str]
+    adapter: Attached, rows: dict[str, list[int]], form: FullForm, name_of: Callable[[str], str]
 ) -> None:
-    if len(rows) < len(entry.deltas):
+    if len(rows) < len(adapter.deltas):
         form.config["trainable_token_indices"] = {name_of(n): rows[n] for n in rows}
         return
     first = next(iter(rows.values()))

@@ -13,6 +13,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from finespun.errors import FileError
+from finespun.files.lora import Pair
 
 T = TypeVar("T")
 PREFIX = "base_model.model."
@@ -31,16 +32,6 @@ _LENGTHS = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.weight)?")
 _TOKENS = re.compile(r"(?P<path>.+?)(\.token_adapter)?\.trainable_tokens_delta")
 _BASE = re.compile(r"(?P<path>.+)\.base_layer\.(?P<leaf>weight|bias)")
 _REFUSED = {".lora_A.bias": "a bias on lora_A", ".lora_B.bias": "a bias on lora_B"}
-
-
-@dataclass
-class Pair:
-    """One layer's LoRA: A (r, in), B (out, r), and DoRA's magnitudes m (out,) where it has them."""
-
-    kind: str
-    A: Tensor | None = None
-    B: Tensor | None = None
-    m: Tensor | None = None
 
 
 @dataclass

@@ -14,17 +14,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from finespun.adapters.packed import PackedTensors
+from finespun.adapters.keys import Key, of_bank, of_module, of_site
+from finespun.adapters.state import AdapterState
 from finespun.contract import Bank, Plan, Ranked, Site, Structure
 from finespun.errors import FileError, StrictError, nearest
-from finespun.files.native import Saved, blame, named_after
+from finespun.files.lora import PASSED
 from finespun.files.peft.keys import PREFIX, in_order, repeated, saved_module
-from finespun.files.peft.read import CONFIG, PASSED, TENSORS
+from finespun.files.peft.read import CONFIG, TENSORS
 from finespun.files.peft.table import BANKS, KINDS, METHODS, STARTS, Config, Found, Reading
-from finespun.hosts import Entry, sites
+from finespun.files.saved import Saved, named_after
+from finespun.hosts import sites
 from finespun.methods.axes import STRUCTURE
 from finespun.methods.structures.lora import LoRA
 from finespun.storage.atomic import settled
+from finespun.storage.blame import blame
 from finespun.storage.memory_limit import bounded
 from finespun.storage.safe_io import read_json, read_tensors
 
@@ -82,11 +85,10 @@ def read_method(
         else:
             made, plan, tensors = _as_lora(method, hosts, found, shared, config)
             notes.append(f"{kind} is read as the LoRA of rank {made.rank} that it is")
-    tensors |= {f"trained/{m}/{k}": t for m, state in whole.items() for k, t in state.items()}
-    entry = Entry(
-        named_after(folder), made, plan, trained=tuple(whole), flat=PackedTensors.pack(tensors)
-    )
-    return Saved(entry, None, None, held.sha256, tuple(notes), base)
+    for module, own in whole.items():
+        tensors |= of_module(module, own)
+    state = AdapterState.pack(named_after(folder), made, plan, tensors, trained=tuple(whole))
+    return Saved(state, held.sha256, tuple(notes), base)
 
 
 def _of_table(name: str) -> bool:
@@ -187,8 +189,8 @@ def _own(
     found: Mapping[str, Found],
     shared: Found,
     config: Config,
-) -> tuple[Plan, dict[str, Tensor]]:
-    tensors, choices = dict[str, Tensor](), {}
+) -> tuple[Plan, dict[Key, Tensor]]:
+    tensors, choices = dict[Key, Tensor](), {}
     for path, held in found.items():
         shape = hosts[path].shape
         with _complete(method, repr(path)):
@@ -196,12 +198,12 @@ def _own(
             mine = dataclasses.replace(made, **method.site(own, shape, config))
             more = method.choice(own, shape, config)
             choices[path] = {**_choice(mine, hosts[path], bool(more)), **more}
-        tensors |= {f"delta/{path}/{n}": t for n, t in own.items()}
+        tensors |= of_site(path, own)
     plan = Plan(tuple(h.shape for h in hosts.values()), choices)
     return plan, tensors | _bank(made.bank(plan), shared)
 
 
-def _bank(bank: Bank | None, shared: Found) -> dict[str, Tensor]:
+def _bank(bank: Bank | None, shared: Found) -> dict[Key, Tensor]:
     """The tensors that all sites share, if they are those of our bank."""
     known = {} if bank is None else bank.state_dict()
     for name, tensor in shared.items():
@@ -209,7 +211,7 @@ def _bank(bank: Bank | None, shared: Found) -> dict[str, Tensor]:
             raise FileError(f"'{SHARED}{name}' is unknown; {nearest(name, BANKS)}")
         if tensor.shape != (size := known[BANKS[name]].shape):
             raise FileError(f"'{SHARED}{name}' is {tuple(tensor.shape)}, expected {tuple(size)}")
-    return {f"bank/{BANKS[name]}": tensor for name, tensor in shared.items()}
+    return of_bank({BANKS[name]: tensor for name, tensor in shared.items()})
 
 
 def _choice(made: Structure, host: Site, told: bool) -> dict[str, Any]:
@@ -248,13 +250,13 @@ def _as_lora(
     found: Mapping[str, Found],
     shared: Found,
     config: Config,
-) -> tuple[LoRA, Plan, dict[str, Tensor]]:
-    tensors, choices = dict[str, Tensor](), {}
+) -> tuple[LoRA, Plan, dict[Key, Tensor]]:
+    tensors, choices = dict[Key, Tensor](), {}
     if not shared or method.factors is None:
         raise FileError(method.needs)
     for path, state in found.items():
         A, B = method.factors(state, shared, hosts[path].shape, config)
-        tensors |= {f"delta/{path}/A": A.contiguous(), f"delta/{path}/B": B.contiguous()}
+        tensors |= of_site(path, {"A": A.contiguous(), "B": B.contiguous()})
         choices[path] = {"rank": len(A), "scale": 1.0}
     most = max(int(c["rank"]) for c in choices.values())
     dropout = next((float(v) for k, v in config.items() if k.endswith("_dropout")), 0.0)

@@ -7,17 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
-from finespun.files.native import blame
+from finespun.files.lora import PASSED
 from finespun.files.peft.keys import PREFIX, in_order, repeated, saved_module
 from finespun.files.peft.methods import OFF, SHARED, split
-from finespun.files.peft.read import CONFIG, PASSED, TENSORS
+from finespun.files.peft.read import CONFIG, TENSORS
 from finespun.files.peft.table import METHODS
 from finespun.storage.atomic import settled
+from finespun.storage.blame import blame
 from finespun.storage.safe_io import read_json, read_tensors
 
 
 @dataclass(frozen=True)
-class Told:
+class FileSummary:
     """The method and the structure that reads it (None: not read), PEFT's options that say
     something, tensors by layer (none of the base's own), those that all layers share, modules saved
     whole by their sizes, the base's name, and the size and digest of the file of tensors."""
@@ -39,7 +40,7 @@ class Told:
         return sum(t.numel() for t in every)
 
 
-def tell(folder: str | Path) -> Told | None:
+def summarise(folder: str | Path) -> FileSummary | None:
     """What lies in a folder of a method that needs its model to be read, or is not read at all;
     None for any other folder. Raises FileError for a file that is damaged."""
     place = settled(folder)
@@ -64,7 +65,7 @@ def tell(folder: str | Path) -> Told | None:
                 layers.setdefault(path, {})[own] = tensor
     known = METHODS.get(method) if isinstance(method, str) else None
     passed = (PASSED | {"peft_type", "modules_to_save"}) - {"target_modules"}
-    return Told(
+    return FileSummary(
         str(method)[:60],
         known.kind if known is not None else None,
         {k: v for k, v in config.items() if v not in OFF and k not in passed},

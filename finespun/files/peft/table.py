@@ -13,10 +13,9 @@ from torch import Tensor
 
 from finespun.contract import SiteShape
 from finespun.errors import FileError
-from finespun.files.diffusion.read import through
-from finespun.files.native import finite_number
+from finespun.files.lora import meant, through
 from finespun.files.peft.as_lora import drawn, means, randlora, unilora, vera
-from finespun.files.peft.read import meant
+from finespun.storage.blame import finite_number
 
 Found = Mapping[str, Tensor]
 Config = Mapping[str, Any]

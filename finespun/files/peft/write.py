@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from finespun.files.peft.full_form import Form
+from finespun.adapters.fingerprint import Fingerprint
+from finespun.adapters.lineage import Lineage
+from finespun.files.peft.full_form import FullForm
 from finespun.files.peft.keys import PREFIX
 from finespun.files.peft.read import CONFIG, SIDE, TENSORS
-from finespun.files.provenance.fingerprint import Fingerprint
-from finespun.files.provenance.lineage import Lineage
 from finespun.files.provenance.model_card import model_card, write_card
 from finespun.linalg import LowRank
 from finespun.storage.atomic import whole_folder
@@ -83,12 +83,12 @@ def write_lora(
     base: Fingerprint | None,
     lineage: Lineage,
     error: float,
-    form: Form | None = None,
+    form: FullForm | None = None,
 ) -> None:
     """Write ΔW of every site at the rank that `config` gives it, zeros filling up, and the tensors
     `trained` by their names in the model; `form` where not all sites are plain linear layers.
     Raises FileError where the folder cannot be written."""
-    form = form or Form()
+    form = form or FullForm()
     own = {key.removeprefix("^"): rank for key, rank in config.get("rank_pattern", {}).items()}
     tensors: dict[str, Tensor] = {}
     for site, update in updates.items():

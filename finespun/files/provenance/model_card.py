@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from finespun.files.provenance.fingerprint import Fingerprint
-from finespun.files.provenance.lineage import Lineage
+from finespun.adapters.fingerprint import Fingerprint
+from finespun.adapters.lineage import Lineage
 from finespun.storage.atomic import settled, write_file
 
 CARD = "README.md"

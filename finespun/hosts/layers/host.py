@@ -143,7 +143,7 @@ class Host(StoredLayer, Slotted):
             x, y = self._flat(x), self._flat(y, output=True)
         if y.shape[0] != x.shape[0]:
             raise StateError(f"{self.name!r} changes the number of rows; rows() cannot follow")
-        strength = {n: e.scale for n, e in self.adapter_set.entries.items()}
+        strength = {n: a.strength for n, a in self.adapter_set.attached.items()}
         for name, numbers in rows.index(x.shape[0], self.name, x.device):
             if name in found and strength[name] != 0.0 and self.calls(found[name]):
                 part = x.index_select(0, numbers)
@@ -223,7 +223,7 @@ class Host(StoredLayer, Slotted):
         raise StateError(f"a gain at {self.name!r} needs an update without hooks; remove them")
 
     def _formed(self, delta: Delta) -> Factors | None:
-        factor_cache = self.adapter_set.entries[self._owner(delta)].factor_cache
+        factor_cache = self.adapter_set.attached[self._owner(delta)].factor_cache
         return None if factor_cache is None else factor_cache.factors(delta)
 
     def _low_rank(self, delta: Delta, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ class Host(StoredLayer, Slotted):
         return moved.detach() + (own - own.detach())
 
     def _dropout(self, delta: Delta) -> float:
-        return self.adapter_set.entries[self._owner(delta)].structure.dropout
+        return self.adapter_set.attached[self._owner(delta)].structure.dropout
 
     def _drops(self, delta: Delta) -> bool:
         return delta.training and self._dropout(delta) > 0.0

@@ -36,7 +36,7 @@ class Slotted:
 
     def _overlaid(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
         overlay = self.slots.overlays.get(adapter)
-        if overlay is None or self.adapter_set.entries[adapter].scale == 0.0:
+        if overlay is None or self.adapter_set.attached[adapter].strength == 0.0:
             return y
         added = overlay(x)
         return y if added is None else y + added.to(y.dtype)
@@ -62,7 +62,7 @@ class Slotted:
                         f"the mixer at {self.name!r} mixes {name!r}, which has no modules there: "
                         f"load it, and activate it once, before {self._owner(active[0][0])!r}"
                     )
-            active = [(found[n], self.adapter_set[n].scale) for n in named]
+            active = [(found[n], self.adapter_set[n].strength) for n in named]
         return {self._owner(d): partial(self.change, d, c, base=base) for d, c in active}
 
     def _routed(

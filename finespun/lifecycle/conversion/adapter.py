@@ -14,20 +14,18 @@ import torch
 from torch import Tensor
 
 from finespun import files
-from finespun.adapters.packed import PackedTensors
+from finespun.adapters.deltas import blamed, update_of
+from finespun.adapters.keys import Key, of_module, of_site
+from finespun.adapters.state import AdapterState
 from finespun.contract import Plan, Structure
 from finespun.contract.structure import TIE
 from finespun.errors import InputError, nearest
 from finespun.files import Lineage, Parent, Saved, lineage_of
-from finespun.hosts import Entry, tensors_of
 from finespun.lifecycle.conversion import diffusion
 from finespun.lifecycle.stored import (
-    StoredDeltas,
     StoredWeights,
-    blamed,
-    numbers_of,
+    deltas_of,
     source_name,
-    update_of,
 )
 from finespun.linalg import LowRank, predicted_error
 from finespun.methods.structures import LSR, LoRA
@@ -110,7 +108,7 @@ def convert(
     files.refuse_to_lose(dst, format, overwrite)
     base = None if model is None else StoredWeights(model)
     saved = files.read_adapter(src, layers=None if base is None else base.sites)
-    if not saved.entry.plan.sites:
+    if not saved.state.plan.sites:
         raise InputError(f"{str(src)!r} changes no weight: there is nothing to convert")
     saved, part = diffusion.named(saved, base, format, part)
     fitted = _Fitted({}, {}, {}, {}, {})
@@ -120,16 +118,18 @@ def convert(
         _as_lora(saved, base, target, energy, fitted)
     _refuse_above(max_error, fitted, target)
     made = target or LoRA(rank=max(fitted.ranks.values()), alpha=max(fitted.ranks.values()))
-    entry = _entry(saved, made, fitted, allow_full)
     line = _lineage(saved, made, fitted, refine)
+    state = _state(saved.state, made, fitted, line, allow_full)
     path = Path(dst)
     if format == "native":
-        files.write(entry, saved.base, line, dst)
+        files.write(state, dst)
     elif format == "peft":
-        _write_peft(saved, entry, line, Path(src), dst)
+        _write_peft(state, fitted, Path(src), dst)
     else:
-        path = diffusion.write(saved, entry, line, src, dst, format, part, base)
-    sizes = numbers_of(saved), sum(t.numel() for t in fitted.tensors.values())
+        path = diffusion.write(
+            saved, state, max(fitted.errors.values()), src, dst, format, part, base
+        )
+    sizes = saved.state.num_parameters, sum(t.numel() for t in fitted.tensors.values())
     return Converted(path, made, fitted.errors, fitted.predicted, fitted.ranks, *sizes)
 
 
@@ -137,7 +137,7 @@ def convert(
 class _Fitted:
     """What the sites came to."""
 
-    tensors: dict[str, Tensor]
+    tensors: dict[Key, Tensor]
     choices: dict[str, Mapping[str, Any]]
     errors: dict[str, float]
     predicted: dict[str, float]
@@ -180,16 +180,16 @@ def _as_lora(
 ) -> None:
     wanted = target.rank if isinstance(target, LoRA) else None
     scale = target.scale if isinstance(target, LoRA) else 1.0
-    for name, delta in StoredDeltas(saved, base).items():
+    for name, delta in deltas_of(saved.state, base).items():
         with blamed(repr(name)):
             known = delta.factors() is not None
         if wanted is None and energy is None and not known:
             raise InputError(
-                f"the update of {name!r} ({saved.entry.structure.kind}) has no factors to take "
+                f"the update of {name!r} ({saved.state.structure.kind}) has no factors to take "
                 "over: give a rank or a share of the energy, such as rank=16 or energy=0.95 (on "
                 "the command line --set rank=16 or --energy 0.95)"
             )
-        exact = update_of(delta, saved.entry.scale)
+        exact = update_of(delta, saved.state.strength)
         limit = exact.rank if wanted is None else min(wanted, exact.rank)
         small = exact if wanted is None and energy is None else exact.squeeze(limit, energy)
         out.predicted[name] = exact.error(small.rank)
@@ -204,8 +204,8 @@ def _as_lora(
 def _as_lsr(
     saved: Saved, base: StoredWeights | None, target: LSR, refine: int, out: _Fitted
 ) -> None:
-    for name, delta in StoredDeltas(saved, base).items():
-        exact = update_of(delta, saved.entry.scale)
+    for name, delta in deltas_of(saved.state, base).items():
+        exact = update_of(delta, saved.state.strength)
         own = Plan((delta.site.shape,), {name: target.choose(delta.site)})
         fitted = target.build(delta.site, own)
         if not isinstance(fitted, LSRDelta):
@@ -225,7 +225,7 @@ def _keep(
     choice: Mapping[str, Any],
     rank: int,
 ) -> None:
-    out.tensors |= {f"delta/{name}/{key}": value for key, value in state.items()}
+    out.tensors |= of_site(name, state)
     out.choices[name], out.ranks[name] = choice, rank
 
 
@@ -253,43 +253,39 @@ def _refuse_above(max_error: float | None, fitted: _Fitted, target: Structure | 
     )
 
 
-def _entry(saved: Saved, made: Structure, fitted: _Fitted, allow_full: bool) -> Entry:
-    old = saved.entry
-    trained = old.trained if allow_full else ()
+def _state(
+    old: AdapterState, made: Structure, fitted: _Fitted, line: Lineage, allow_full: bool
+) -> AdapterState:
+    tensors, trained = dict(fitted.tensors), old.trained if allow_full else ()
+    for module in trained:
+        tensors |= of_module(module, old.module(module))
     tied = {k: v for k, v in old.plan.shared.items() if k == TIE}
-    owners = tuple(f"trained/{name}/" for name in trained)
-    whole = {k: v for k, v in tensors_of(old).items() if k.startswith(owners)}
     made = dataclasses.replace(made, dropout=old.structure.dropout)
     plan = Plan(old.plan.sites, fitted.choices, tied)
-    flat = PackedTensors.pack({**fitted.tensors, **whole})
-    return Entry(old.name, made, plan, trained, flat=flat)
+    return AdapterState.pack(old.name, made, plan, tensors, trained, lineage=line, base=old.base)
 
 
 def _lineage(saved: Saved, made: Structure, fitted: _Fitted, refine: int) -> Lineage:
     told = {"conversion_error": max(fitted.errors.values()), "refine": refine}
-    old, parent = saved.lineage, Parent(saved.entry.name, saved.sha256)
+    old, parent = saved.state.lineage, Parent(saved.state.name, saved.sha256)
     if old is None:
         return lineage_of(made, metrics=told, parents=(parent,))
     return lineage_of(made, old.recipe, told, old.seeds, (parent,), old.task)
 
 
-def _write_peft(saved: Saved, entry: Entry, line: Lineage, src: Path, dst: str | Path) -> None:
-    again = dataclasses.replace(saved, entry=entry)
-    updates = {name: update_of(delta) for name, delta in StoredDeltas(again).items()}
-    bad = [s.name for s in entry.plan.sites if s.kind != "linear" or ":" in s.name]
-    if bad or TIE in entry.plan.shared:
+def _write_peft(state: AdapterState, fitted: _Fitted, src: Path, dst: str | Path) -> None:
+    updates = {name: update_of(delta) for name, delta in deltas_of(state).items()}
+    bad = [s.name for s in state.plan.sites if s.kind != "linear" or ":" in s.name]
+    if bad or TIE in state.plan.shared:
         raise InputError(
             f"{(bad or ['a tied weight'])[0]!r}: PEFT's format is written here for whole linear "
             "layers only; load the adapter on its model and export it from there"
         )
     name, task = source_name(src)
-    trained = {
-        key.removeprefix("trained/").replace("/", "."): value
-        for key, value in tensors_of(entry).items()
-        if key.startswith("trained/")
-    }
-    source = name or (saved.base.source if saved.base else "")
+    trained = {f"{m}.{k}": v for m in state.trained for k, v in state.module(m).items()}
+    source = name or (state.base.source if state.base else "")
     ranks = dict.fromkeys(updates, max(update.rank for update in updates.values()))
-    config = files.lora_config(ranks, sorted(updates), entry.trained, source, task)
-    error = line.metrics["conversion_error"]
-    files.write_lora(dst, entry.name, updates, config, trained, saved.base, line, error)
+    config = files.lora_config(ranks, sorted(updates), state.trained, source, task)
+    line = state.lineage or lineage_of(state.structure)
+    error = max(fitted.errors.values())
+    files.write_lora(dst, state.name, updates, config, trained, state.base, line, error)

@@ -4,14 +4,16 @@ import dataclasses
 from pathlib import Path
 from typing import cast
 
+from finespun.adapters.deltas import update_of
+from finespun.adapters.lineage import lineage_of
+from finespun.adapters.state import AdapterState
 from finespun.contract import SiteShape
 from finespun.contract.structure import TIE
 from finespun.errors import InputError
-from finespun.files import Lineage, Saved
+from finespun.files import Saved
 from finespun.files.diffusion.names import Style, Unplaced, place_on, stripped
 from finespun.files.diffusion.write import Update, split_name, target, write_diffusion
-from finespun.hosts import Entry
-from finespun.lifecycle.stored import StoredDeltas, StoredWeights, update_of
+from finespun.lifecycle.stored import StoredWeights, deltas_of
 from finespun.methods.structures import LoRA
 from finespun.storage.atomic import located
 
@@ -28,9 +30,9 @@ def named(
     """
     if not isinstance(saved, Unplaced):
         return saved, part
-    if base is None and not isinstance(saved.entry.structure, LoRA):
+    if base is None and not isinstance(saved.state.structure, LoRA):
         raise InputError(
-            f"of a {saved.entry.structure.kind} the file does not tell linear layers from "
+            f"of a {saved.state.structure.kind} the file does not tell linear layers from "
             "convolutions: name the base's folder (model=..., on the command line --model)"
         )
     kept = format == saved.style or (format == "kohya" and saved.style == "diffusers")
@@ -46,29 +48,29 @@ def named(
 
 def write(
     saved: Saved,
-    entry: Entry,
-    line: Lineage,
+    state: AdapterState,
+    error: float,
     src: str | Path,
     dst: str | Path,
     format: str,
     part: str | None,
     base: StoredWeights | None,
 ) -> Path:
-    """Write the LoRA `entry`, made of `saved`, as one file; returns its path."""
+    """Write the LoRA `state`, made of `saved` and off by `error` at most, as one file; returns its
+    path."""
     style = cast(Style, format)
     path = target(dst, style)
     if located(path) == located(src):
         raise InputError(f"{str(path)!r} is the adapter itself; name another file")
-    if entry.trained or TIE in entry.plan.shared:
-        what = f"the trained {entry.trained[0]!r}" if entry.trained else "a tied weight"
+    if state.trained or TIE in state.plan.shared:
+        what = f"the trained {state.trained[0]!r}" if state.trained else "a tied weight"
         raise InputError(
             f"{what} has no place in the format of {format}"
-            + ("; --no-allow-full (allow_full=False) leaves it out" if entry.trained else "")
+            + ("; --no-allow-full (allow_full=False) leaves it out" if state.trained else "")
         )
     layers = {} if base is None else base.layers()
-    again = dataclasses.replace(saved, entry=entry)
     updates = []
-    for name, delta in StoredDeltas(again).items():
+    for name, delta in deltas_of(state).items():
         site = delta.site.shape
         if isinstance(saved, Unplaced):
             own, where = saved.where[name]
@@ -76,17 +78,17 @@ def write(
             if saved.style == "kohya":
                 own, where = "", name
             elif style == "kohya" and not own:
-                own, where = split_name(where, saved.base, part, style)
+                own, where = split_name(where, state.base, part, style)
         else:
-            own, where = split_name(name, saved.base, part, style)
+            own, where = split_name(name, state.base, part, style)
             kernel = layers[name].kernel if name in layers else ()
         _check(site, kernel)
         factors = update_of(delta)
         updates.append(Update(own, where, factors, factors.rank, kernel))
     most = max(u.rank for u in updates)
     padded = [dataclasses.replace(u, rank=most) for u in updates]
-    error = line.metrics["conversion_error"]
-    write_diffusion(path, style, padded, entry.name, saved.base, line, error)
+    line = state.lineage or lineage_of(state.structure)
+    write_diffusion(path, style, padded, state.name, state.base, line, error)
     return path
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from finespun import files
+from finespun.adapters.deltas import Deltas, update_of
 from finespun.errors import InputError
 from finespun.files import Saved
-from finespun.lifecycle.stored import StoredDeltas, StoredWeights, update_of
+from finespun.lifecycle.stored import StoredWeights, deltas_of
 from finespun.linalg import LowRank
 
 TOP = 4
@@ -70,8 +71,8 @@ def spectra(saved: Saved, model: str | Path | None = None) -> Iterator[Spectrum]
     """Every site's spectrum. Raises InputError where an update needs the base and no `model` folder
     is named."""
     base = None if model is None else StoredWeights(model)
-    for name, delta in StoredDeltas(saved, base).items():
-        update = update_of(delta, saved.entry.scale)
+    for name, delta in deltas_of(saved.state, base).items():
+        update = update_of(delta, saved.state.strength)
         values = update.singular_values().double()
         size = float(torch.linalg.vector_norm(values))
         health = {k: v for k, v in delta.diagnostics().items() if math.isfinite(v)}
@@ -91,7 +92,7 @@ def compare(
     layers = None if base is None else base.sites
     with files.offering_lenience(strict):
         first, second = (files.read_adapter(folder, strict, layers) for folder in (a, b))
-    mine, theirs = StoredDeltas(first, base), StoredDeltas(second, base)
+    mine, theirs = deltas_of(first.state, base), deltas_of(second.state, base)
     shared = [name for name in mine if name in theirs]
     found, inner, sizes = [], 0.0, [0.0, 0.0]
     for name in shared:
@@ -99,12 +100,15 @@ def compare(
             raise InputError(
                 f"{name!r} differs in shape: {mine.sites[name]} and {theirs.sites[name]}"
             )
-        x, y = update_of(mine[name], first.entry.scale), update_of(theirs[name], second.entry.scale)
+        x, y = (
+            update_of(mine[name], first.state.strength),
+            update_of(theirs[name], second.state.strength),
+        )
         found.append(difference(name, x, y))
         inner += float(_double(x).inner(_double(y)))
         sizes = [sizes[0] + found[-1].norm_a ** 2, sizes[1] + found[-1].norm_b ** 2]
-    sizes[0] += _alone(mine, theirs, first.entry.scale)
-    sizes[1] += _alone(theirs, mine, second.entry.scale)
+    sizes[0] += _alone(mine, theirs, first.state.strength)
+    sizes[1] += _alone(theirs, mine, second.state.strength)
     apart = math.sqrt(max(0.0, sizes[0] + sizes[1] - 2 * inner))
     return Comparison(
         tuple(found),
@@ -134,7 +138,7 @@ def difference(name: str, a: LowRank, b: LowRank) -> Difference:
     )
 
 
-def _alone(here: StoredDeltas, other: StoredDeltas, strength: float) -> float:
+def _alone(here: Deltas, other: Deltas, strength: float) -> float:
     """Σ ‖ΔW‖² over the sites that the other lacks."""
     return sum(float(update_of(here[n], strength).norm()) ** 2 for n in here if n not in other)
 

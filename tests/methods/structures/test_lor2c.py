@@ -47,7 +47,7 @@ def test_the_output_is_the_block_s_and_the_bypass(share):
     h = x
     for layer, delta in zip(plain, adapter.deltas.values()):
         delta.B.data.normal_()
-        A = adapter.entry.bank.A if share else delta.A
+        A = adapter.attached.bank.A if share else delta.A
         h = layer(h) + 3.0 * h @ A.T @ delta.B.T
     torch.testing.assert_close(model(x), h)
     with pytest.raises(StateError):

@@ -178,4 +178,4 @@ def test_only_neighbours_merge():
     with pytest.raises(InputError, match="keep='richest' is not known; try 'richer'"):
         merge(view(adapter), "layer.0", "layer.1", "richest")
     assert all(torch.equal(p, before[n]) for n, p in adapter.model.named_parameters())
-    assert len(adapter.entry.plan.choices) == len(adapter.deltas)
+    assert len(adapter.attached.plan.choices) == len(adapter.deltas)

@@ -101,8 +101,8 @@ def decoder():
     for delta in adapter.deltas.values():
         nn.init.normal_(delta.B)
     names = list(adapter.deltas)
-    adapter.entry.plan = adapter.entry.plan.choose(names[0], span=[names[0], names[2]])
-    link(adapter.name, adapter.entry.plan, adapter.deltas)
+    adapter.attached.plan = adapter.attached.plan.choose(names[0], span=[names[0], names[2]])
+    link(adapter.name, adapter.attached.plan, adapter.deltas)
     return model, adapter, torch.arange(21).view(3, 7) + 3
 
 
@@ -139,7 +139,7 @@ def test_a_span_that_cannot_know_its_input_is_refused():
         around(adapter, layer_0=(0, 9))
     for wrong in (3, ["layer.0"], "layer.0"):
         with pytest.raises(PlanError, match="a first and a last block"):
-            link("default", adapter.entry.plan.choose("layer.0", span=wrong), adapter.deltas)
+            link("default", adapter.attached.plan.choose("layer.0", span=wrong), adapter.deltas)
 
 
 def test_a_block_that_runs_twice_is_bypassed_twice():
@@ -152,7 +152,7 @@ def test_a_block_that_runs_twice_is_bypassed_twice():
     wanted = plain(x) + x @ update
     wanted = plain(wanted) + wanted @ update
     torch.testing.assert_close(model(model(x)), wanted)
-    assert neighbours(adapter.entry) == []
+    assert neighbours(adapter.attached) == []
 
 
 def test_no_matrix_of_the_width_is_made():

@@ -46,13 +46,13 @@ class Run:
     def state(self):
         return {
             "step": self.driver.step,
-            "adapter": fs.hosts.tensors_of(self.adapter.entry),
+            "adapter": self.adapter.attached.tensors(),
             "optimizer": self.optimizer.state_dict(),
             "driver": self.driver.state_dict(),
         }
 
     def resume(self, state):
-        fs.hosts.load_tensors(self.adapter.entry, state["adapter"])
+        self.adapter.attached.load(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.driver.load_state_dict(state["driver"])
 
@@ -104,7 +104,7 @@ def test_a_run_taken_up_in_the_middle_ends_bit_equal(stop, tmp_path):
     told += second.steps(24 - stop)
     assert told == losses
     assert second.events.events == whole.events.events
-    assert second.adapter.entry.plan == whole.adapter.entry.plan
+    assert second.adapter.attached.plan == whole.adapter.attached.plan
     for a, b in zip(second.adapter.parameters(), whole.adapter.parameters()):
         assert torch.equal(a, b)
 
@@ -122,8 +122,8 @@ def test_files_keep_spans_and_what_was_woken(tmp_path):
         model = Stack(8, 6)
         again = fs.load(model, tmp_path / folder)
         torch.testing.assert_close(model(run.x[0]), wanted)
-        assert again.entry.plan == (
-            run.adapter.entry.plan if folder == "small" else again.entry.plan
+        assert again.attached.plan == (
+            run.adapter.attached.plan if folder == "small" else again.attached.plan
         )
         fs.activate(model, None)
         fs.hosts.evict(model, again.name)
@@ -156,7 +156,7 @@ def test_what_is_left_is_counted(share):
 
 def test_injected_layers_alone_are_a_lora(tmp_path):
     model, adapter = adapted(depth=2, targets=[*BLOCKS[:2], "query", "value"])
-    entry, x = adapter.entry, torch.randn(3, 5, 8)
+    entry, x = adapter.attached, torch.randn(3, 5, 8)
     for block in BLOCKS[:2]:
         inject(view(adapter), block)
         adapter.deltas[block].switch_off(fs.contract.module_group(adapter.deltas[block]))

@@ -5,13 +5,16 @@ import math
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 from finespun.contract import Structure
 from finespun.errors import FileError, nearest
 
+T = TypeVar("T")
+REMEMBERED = 64
+_HELD: dict[str, Any] = {}
 _PACKAGES = ("finespun", "torch", "safetensors", "numpy", "transformers", "peft")
 
 
@@ -23,7 +26,7 @@ class Parent:
     sha256: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Lineage:
     """Where an adapter comes from, stored with it.
 
@@ -42,6 +45,15 @@ class Lineage:
     parents: tuple[Parent, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
+
+    def shared(self) -> "Lineage":
+        """The same with the parts in common with others held once."""
+        return replace(
+            self,
+            options=_once(self.options),
+            versions=_once(self.versions),
+            recipe=_once(self.recipe),
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values; a number that is not finite becomes its name as text."""
@@ -122,3 +134,12 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_jsonable(v) for v in value]
     return value
+
+
+def _once(value: T) -> T:
+    """The equal value that was seen before, of the last few, or this one."""
+    key = repr(value)
+    if key not in _HELD and len(_HELD) >= REMEMBERED:
+        _HELD.pop(next(iter(_HELD)), None)
+    found: T = _HELD.setdefault(key, value)
+    return found

@@ -1,4 +1,4 @@
-"""The fingerprint of a base model: enough to know it again in another dtype or quantised.
+"""Taking the fingerprint of a base model, and knowing it again in another dtype or quantised.
 
 It holds the class, the names and shapes of all parameters as one hash, and 32 values each of at
 most twelve tensors. Quantisers round matrices and leave vectors (norms, biases) alone; training
@@ -8,9 +8,8 @@ moves both: so vectors must agree to the precision of the dtype, matrices to a f
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -18,56 +17,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from finespun.errors import BaseMismatch, FileError, nearest
-from finespun.hosts import adapter_set_of, disabled, modules, plain_class
+from finespun.adapters.fingerprint import Fingerprint
+from finespun.errors import BaseMismatch
+from finespun.hosts.adapter_set import adapter_set_of
+from finespun.hosts.layers.layer import plain_class
 from finespun.hosts.layers.quantised import dequantise, quantised
+from finespun.hosts.merging import disabled
+from finespun.hosts.targets import modules
 
 MATRICES, VECTORS, VALUES = 8, 4, 32
 QUANTISED = 0.2  # relative error: 4 bits give about 0.1, another model about 1.4
 _STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: positions spread evenly
 
 Shapes = dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """`samples` maps a parameter's name to its dtype and values; `left_out` names modules that are
-    not part of the base because the adapter brings its own."""
-
-    architecture: str
-    source: str
-    numbers: int
-    shapes: str
-    left_out: tuple[str, ...]
-    samples: Mapping[str, tuple[str, tuple[float, ...]]]
-
-    def __str__(self) -> str:
-        digest = hashlib.sha256(json.dumps(asdict(self)["samples"]).encode()).hexdigest()[:8]
-        source = f" {self.source!r}" if self.source else ""
-        return f"{self.architecture}{source} ({self.numbers:,} numbers, samples {digest})"
-
-    def as_json(self) -> dict[str, Any]:
-        samples = {k: {"dtype": d, "values": list(v)} for k, (d, v) in self.samples.items()}
-        return {**asdict(self), "left_out": list(self.left_out), "samples": samples}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any], where: str) -> "Fingerprint":
-        """Raises FileError, beginning with `where`, for keys or values that do not belong."""
-        known = {f.name for f in fields(cls)}
-        for key in known ^ content.keys():
-            what = "is missing" if key in known else f"is unknown; {nearest(key, known)}"
-            raise FileError(f"{where}: base.{key} {what}")
-        try:
-            samples = {
-                str(k): (_dtype_name(v["dtype"]), tuple(map(_finite, v["values"])))
-                for k, v in content["samples"].items()
-            }
-            left_out = tuple(str(n) for n in content["left_out"])
-            numbers = int(content["numbers"])
-        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-            raise FileError(f"{where}: base is damaged: {error!r}") from error
-        texts = [str(content[k]) for k in ("architecture", "source", "shapes")]
-        return cls(texts[0], texts[1], numbers, texts[2], left_out, samples)
 
 
 class Survey(NamedTuple):
@@ -247,16 +209,3 @@ def _source(model: nn.Module) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _finite(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{str(value)[:80]!r} is no finite number")
-    return float(value)
-
-
-def _dtype_name(name: Any) -> str:
-    dtype = getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"{name!r} is no dtype of real numbers")
-    return str(name)
