@@ -24,7 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 import finespun as fs
-from finespun.contract import Structure
 from finespun.errors import FinespunError
 from finespun.methods.structures import STRUCTURES
 
@@ -78,7 +77,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]] = {
 class Subject:
     """One adapted layer, its numbers moved away from their start, and an input."""
 
-    def __init__(self, form: Structure, layer: str) -> None:
+    def __init__(self, form: fs.Structure, layer: str) -> None:
         torch.manual_seed(0)
         build, draw, target = LAYERS[layer]
         self.form, self.targets = form, [target]
@@ -101,8 +100,8 @@ def close(got: Tensor, wanted: Tensor, what: str, tolerance: float = 1e-4) -> No
     assert error <= tolerance, f"{what}: {error:.2e}"
 
 
-def adapts(layer: str) -> Callable[[Structure], str]:
-    def check(form: Structure) -> str:
+def adapts(layer: str) -> Callable[[fs.Structure], str]:
+    def check(form: fs.Structure) -> str:
         subject = Subject(form, layer)
         y = subject.model(subject.x)
         if subject.adapter.num_update_parameters:
@@ -116,16 +115,16 @@ def adapts(layer: str) -> Callable[[Structure], str]:
     return check
 
 
-def place(form: Structure) -> str:
+def place(form: fs.Structure) -> str:
     """The kind of layer that the structure is meant for."""
     return {"lor2c": "block", "tokens": "embedding"}.get(form.kind, "linear")
 
 
-def usual(form: Structure) -> Subject:
+def usual(form: fs.Structure) -> Subject:
     return Subject(form, place(form))
 
 
-def starts(form: Structure) -> str:
+def starts(form: fs.Structure) -> str:
     torch.manual_seed(0)
     build, draw, target = LAYERS[place(form)]
     model, x = one(build()), draw()
@@ -136,7 +135,7 @@ def starts(form: Structure) -> str:
     return "✓" if same else "asked for"
 
 
-def mixed(form: Structure) -> str:
+def mixed(form: fs.Structure) -> str:
     subject = usual(form)
     first = subject.model(subject.x)
     subject.add("two").activate()
@@ -148,7 +147,7 @@ def mixed(form: Structure) -> str:
     return "✓"
 
 
-def weighted(form: Structure) -> str:
+def weighted(form: fs.Structure) -> str:
     subject = usual(form)
     first = subject.model(subject.x) - subject.base
     subject.add("two").activate()
@@ -158,7 +157,7 @@ def weighted(form: Structure) -> str:
     return "✓"
 
 
-def merges(form: Structure) -> str:
+def merges(form: fs.Structure) -> str:
     subject = usual(form)
     y = subject.model(subject.x)
     subject.adapter.merge()
@@ -170,7 +169,7 @@ def merges(form: Structure) -> str:
     return "✓"
 
 
-def saves(form: Structure) -> str:
+def saves(form: fs.Structure) -> str:
     subject = usual(form)
     with tempfile.TemporaryDirectory() as folder:
         subject.adapter.save(folder)
@@ -181,7 +180,7 @@ def saves(form: Structure) -> str:
     return "✓"
 
 
-def exports(form: Structure) -> str:
+def exports(form: fs.Structure) -> str:
     subject = usual(form)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -193,7 +192,7 @@ def exports(form: Structure) -> str:
     return f"rank {done.rank}"
 
 
-def calculus(form: Structure) -> str:
+def calculus(form: fs.Structure) -> str:
     subject = usual(form)
     shapes = {n: d.site.shape for n, d in subject.adapter.deltas.items()}
     M = {n: torch.randn(s.out_features, s.in_features) for n, s in shapes.items()}
@@ -207,7 +206,7 @@ def calculus(form: Structure) -> str:
     return "✓"
 
 
-def compiles(form: Structure) -> str:
+def compiles(form: fs.Structure) -> str:
     torch._dynamo.reset()
     subject = usual(form)
     y = subject.model(subject.x)
@@ -221,7 +220,7 @@ def compiles(form: Structure) -> str:
     return "✓"
 
 
-def private(form: Structure) -> str:
+def private(form: fs.Structure) -> str:
     subject = usual(form)
     if not all(delta.per_sample for delta in subject.adapter.deltas.values()):
         raise FinespunError(
@@ -235,7 +234,7 @@ def private(form: Structure) -> str:
     return "✓"
 
 
-def parallel(form: Structure, rank: int) -> str:
+def parallel(form: fs.Structure, rank: int) -> str:
     """From this process's half of the rows, the gradients of all rows."""
     subject = usual(form)
     (subject.model(subject.x).square().mean()).backward()
@@ -249,7 +248,7 @@ def parallel(form: Structure, rank: int) -> str:
     return "✓"
 
 
-CHECKS: dict[str, Callable[[Structure], str]] = {
+CHECKS: dict[str, Callable[[fs.Structure], str]] = {
     **{name: adapts(name) for name in LAYERS},
     "starts as the base": starts,
     "mixed rows": mixed,

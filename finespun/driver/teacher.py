@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from finespun.contract.training import Heads
 from finespun.errors import InputError, StateError, nearest
 from finespun.hosts import View, adapter_set_of, disabled
+from finespun.hosts.modes import evaluating
 
 
 @contextmanager
@@ -34,18 +35,6 @@ def teaching(view: View, heads: Heads) -> Iterator[None]:
 def snapshot(view: View) -> dict[str, Tensor]:
     """Copies of the trained modules' tensors, by MODULE/NAME."""
     return {key: tensor.detach().clone() for key, tensor in _head_tensors(view).items()}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; the modes of before come back."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
 
 
 @contextmanager

@@ -102,9 +102,9 @@ def export(
     check_tied(adapter, portable)
     _check_format(adapter, format, part, portable, allow_full)
     names = list(modules(model))
-    form = (
-        FullForm() if portable else full_form(model, adapter, lambda n: _module_name(n, (), names))
-    )
+    form = FullForm()
+    if not portable:
+        form = full_form(model, adapter, lambda n: _module_name(n, (), names))
     updates = _updates(adapter, portable, ("linear",) if format == "peft" else ("linear", "conv"))
     if not updates and not form.tensors:
         raise InputError(f"{name!r} changes no weight: there is nothing a LoRA could hold")
@@ -113,20 +113,19 @@ def export(
     ranks = _ranks(falling, chosen, per_module_rank, portable, max_error)
     errors = {n: e[min(ranks[n], len(e) - 1)] for n, e in falling.items()}
     _check_errors(errors, falling, max_error, form)
-    whole_modules = tuple(n for n in adapter.trained if n not in form.dropped)
-    trained = whole_modules if allow_full else ()
+    own = tuple(n for n in adapter.trained if n not in form.dropped)
+    trained, dropped = (own, ()) if allow_full else ((), own)
     whole = {f"{n}.{k}": v for n in trained for k, v in adapter.copies[n].state_dict().items()}
     lineage = lineage or adapter.lineage or lineage_of(adapter.structure)
     worst = max(errors.values(), default=0.0)
-    dropped = () if allow_full else whole_modules
     if format != "peft":
         path = write_adapter(model, adapter, updates, ranks, folder, format, part, lineage, worst)
         return Exported(path, chosen, errors, trained, dropped, ())
     config = _config(model, ranks, trained, form)
     base = fingerprint(model, adapter.trained)
     write_lora(folder, name, updates, config, whole, base, lineage, worst, form)
-    own = len(set(ranks.values())) > 1
-    notes = _notes(chosen, trained, dropped, own) if portable else (ONLY_PEFT,)
+    several = len(set(ranks.values())) > 1
+    notes = _notes(chosen, trained, dropped, several) if portable else (ONLY_PEFT,)
     return Exported(Path(folder), chosen, errors, trained, dropped, notes)
 
 

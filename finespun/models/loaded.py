@@ -1,8 +1,6 @@
 """A base model with what feeds it."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +15,6 @@ class Loaded:
     model: nn.Module
     tokenizer: Any
     fresh: tuple[str, ...]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; the modes of before come back."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
 
 
 def slices_logits(model: nn.Module) -> bool:

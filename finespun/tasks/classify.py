@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from finespun import models
 from finespun.errors import InputError
+from finespun.hosts.modes import evaluating
 from finespun.models import Loaded
-from finespun.models.loaded import evaluating
 from finespun.tasks.metrics import evaluate
 from finespun.tasks.tables import LabelledTexts
 from finespun.tasks.task import Answer, Batch, Limits, register

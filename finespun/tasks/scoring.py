@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from finespun.models.loaded import evaluating
+from finespun.hosts.modes import evaluating
 from finespun.tasks.prompts import PADDING, AnswerTokens, segment_mask
 
 BATCH_TOKENS = 1024

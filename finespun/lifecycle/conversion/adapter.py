@@ -117,18 +117,16 @@ def convert(
     else:
         _as_lora(saved, base, target, energy, fitted)
     _refuse_above(max_error, fitted, target)
-    made = target or LoRA(rank=max(fitted.ranks.values()), alpha=max(fitted.ranks.values()))
+    made = target or LoRA(rank=(most := max(fitted.ranks.values())), alpha=most)
     line = _lineage(saved, made, fitted, refine)
     state = _state(saved.state, made, fitted, line, allow_full)
-    path = Path(dst)
+    path, worst = Path(dst), max(fitted.errors.values())
     if format == "native":
         files.write(state, dst)
     elif format == "peft":
         _write_peft(state, fitted, Path(src), dst)
     else:
-        path = diffusion.write(
-            saved, state, max(fitted.errors.values()), src, dst, format, part, base
-        )
+        path = diffusion.write(saved, state, worst, src, dst, format, part, base)
     sizes = saved.state.num_parameters, sum(t.numel() for t in fitted.tensors.values())
     return Converted(path, made, fitted.errors, fitted.predicted, fitted.ranks, *sizes)
 
