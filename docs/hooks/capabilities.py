@@ -280,7 +280,7 @@ def _process(rank: int, folder: str, kinds: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def form_of(kind: str) -> Structure:
+def form_of(kind: str) -> fs.Structure:
     """A structure small enough for the model."""
     options = SMALL.get(kind, {})
     cls = STRUCTURES[kind]
