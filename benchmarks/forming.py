@@ -20,7 +20,7 @@ def layer_by_layer(delta: Delta) -> tuple[Tensor, Tensor]:
 
 
 def measure() -> list[Line]:
-    """Forward alone, and with the backward pass to the trained numbers."""
+    """Forward alone, and with the backward pass to the trained parameters."""
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(SITES)))
     structure = fs.LSR(rank=RANK, separation_rank=TERMS)
     adapter = fs.adapt(model, structure, r"\d+", ())

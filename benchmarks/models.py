@@ -1,4 +1,4 @@
-"""The same random Llama twice: adapted by us, and wrapped by PEFT with the very same numbers."""
+"""The same random Llama twice: adapted by us, and wrapped by PEFT with the very same parameters."""
 
 from collections.abc import Sequence
 

@@ -49,7 +49,7 @@ def step(call: Call, goal: Tensor, parameters: Sequence[Tensor]) -> Work:
 def layer_of(
     width: int, rank: int, structure: fs.Structure | None = None
 ) -> tuple[One, list[nn.Parameter]]:
-    """The model adapted with stirred numbers, and these."""
+    """The model adapted with stirred parameters, and these."""
     model = One(width)
     adapter = fs.adapt(model, structure or fs.LoRA(rank=rank), ["layer"], ())
     torch.manual_seed(1)

@@ -5,10 +5,11 @@ hundred is read and written, and again on the way back, where it is read to see 
 it: the weight is what it was, bit for bit. Of LoRA (rank 32) a product is added and taken away,
 which leaves traces.
 
-The fuse in bfloat16 rounds the adapter's numbers first. A processor with instructions for bfloat16
-does it in the time of four passes over the weight, and bare reads or writes of the entries, each on
-a cache line of its own, take about one: no switch is ten times as fast there. The fuse in float32,
-rounded once, is what the switch computes; without such instructions the other is as slow.
+The fuse in bfloat16 rounds the adapter's parameters first. A processor with instructions for
+bfloat16 does it in the time of four passes over the weight, and bare reads or writes of the
+entries, each on a cache line of its own, take about one: no switch is ten times as fast there. The
+fuse in float32, rounded once, is what the switch computes; without such instructions the other is
+as slow.
 """
 
 import warnings

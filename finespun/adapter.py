@@ -83,8 +83,8 @@ def load(
     """Load an adapter that Finespun, PEFT, diffusers or kohya's scripts wrote, and activate it.
 
     `name` replaces the name it was saved under; `trainable` lets it be trained further, else its
-    numbers are frozen. `force` loads on another base, `strict=False` passes over unknown keys; both
-    warn of what they passed over. `part` says which part of a pipeline the model is ("unet",
+    parameters are frozen. `force` loads on another base, `strict=False` passes over unknown keys;
+    both warn of what they passed over. `part` says which part of a pipeline the model is ("unet",
     "text_encoder", ...) where a file holds several that fit it. Raises FileError, BaseMismatch,
     TargetError or PlanError naming every file, key or site that is wrong, and leaves the model
     untouched.
@@ -119,7 +119,7 @@ def _inside(name: str, trained: Sequence[str]) -> bool:
 
 
 class Adapter:
-    """A handle on adapter `name` of `model`. Printing it shows targets, numbers and norms."""
+    """A handle on adapter `name` of `model`. Printing it shows targets, parameters and norms."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         hosts.adapter_set_of(model)[name]
@@ -201,12 +201,12 @@ class Adapter:
     eval = train
 
     def parameters(self) -> list[nn.Parameter]:
-        """All numbers that training moves: updates, bank, and copies of modules."""
+        """All parameters that training moves: updates, bank, and copies of modules."""
         return self.attached.parameters()
 
     def push(self, v: Mapping[str, Mapping[str, Tensor]]) -> dict[str, LowRank | Tensor]:
-        """J v at every site, for a change `v[site][name]` of the trained numbers, those of the bank
-        under v["bank"]: the keys that `pull` returns."""
+        """J v at every site, for a change `v[site][name]` of the trained parameters, those of the
+        bank under v["bank"]: the keys that `pull` returns."""
         shared = v.get("bank", {})
         return {n: calculus.push(d, {**v.get(n, {}), **shared}) for n, d in self.deltas.items()}
 
@@ -271,7 +271,8 @@ class Adapter:
         return done
 
     def swap(self, folder: str | Path, force: bool = False, strict: bool = True) -> "Adapter":
-        """Take over the numbers of a saved adapter with the same sites, ranks and trained modules.
+        """Take over the parameters of a saved adapter with the same sites, ranks and trained
+        modules.
 
         They are copied into the tensors that are there: a compiled model runs on without another
         compilation. Raises InputError where the two differ in form, BaseMismatch for another base

@@ -19,7 +19,13 @@ KEYS: Mapping[str, Mapping[str, str]] = {
     "Recipe": {"train": "train_modules"},
     "Training": {"rate": "lr"},
     "BenchSpec": {"rates": "lrs"},
-    "Member": {"rate": "lr", "rates": "lrs", "rate_of": "lr_of", "rate_power": "lr_power"},
+    "Member": {
+        "numbers": "num_parameters",
+        "rate": "lr",
+        "rates": "lrs",
+        "rate_of": "lr_of",
+        "rate_power": "lr_power",
+    },
 }
 
 

@@ -74,7 +74,7 @@ def shifted(model: nn.Module, updates: dict[str, Tensor]) -> nn.Module:
 
 
 class Draw:
-    """Numbers for one layer after another, the same every time."""
+    """Parameters for one layer after another, the same every time."""
 
     def __init__(self) -> None:
         self.g = torch.Generator().manual_seed(7)

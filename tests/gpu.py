@@ -32,7 +32,7 @@ CLAIMS = (
         ("test_device.py::test_frozen_numbers_are_the_same_on_every_device_and_in_every_dtype",),
     ),
     Claim(
-        "every structure starts with the numbers that it starts with on the CPU",
+        "every structure starts with the parameters that it starts with on the CPU",
         ("test_device.py::test_a_start_is_the_same_on_every_device",),
     ),
     Claim(
@@ -59,7 +59,7 @@ CLAIMS = (
         ("kernels/test_entries.py",),
     ),
     Claim(
-        "bfloat16 and float16 bases and autocast are near, trained numbers stay float32",
+        "bfloat16 and float16 bases and autocast are near, trained parameters stay float32",
         (
             "test_device.py::test_low_precision_is_near_and_its_gradients_are_finite",
             "test_ecosystem.py::test_precision_of_the_base_and_of_the_trained_numbers",

@@ -166,7 +166,7 @@ class UniLoRA(Ranked):
 
 
 class UniLoRADelta(Delta):
-    """No numbers of its own: `index` (r·in + r·out,) says which of θ's entries it reads."""
+    """No parameters of its own: `index` (r·in + r·out,) says which of θ's entries it reads."""
 
     per_sample: ClassVar[bool] = False
 

@@ -29,7 +29,7 @@ def built(form: Structure, *sites: TensorSite) -> tuple[list[Delta], Bank | None
 
 
 def moved(form: Structure, *sites: TensorSite) -> list[Delta]:
-    """As `built`, in float64, with every trained number normal."""
+    """As `built`, in float64, with every trained parameter normal."""
     deltas, bank, _ = built(form, *sites)
     g = torch.Generator().manual_seed(11)
     for module in [*deltas, *([] if bank is None else [bank])]:
@@ -50,7 +50,7 @@ def rank(delta: Delta) -> int:
 
 
 def give(frozen: Frozen, tensor: Tensor) -> None:
-    """Let frozen numbers be these instead of what their stream says."""
+    """Let frozen parameters be these instead of what their stream says."""
     frozen.held[tensor.device] = tensor.detach().clone()
 
 
@@ -60,7 +60,7 @@ def fingerprint(tensor: Tensor) -> str:
 
 
 def size_of_file(*deltas: Delta) -> int:
-    """Bytes of a safetensors file with the saved numbers of the deltas and their bank."""
+    """Bytes of a safetensors file with the saved parameters of the deltas and their bank."""
     named = {f"delta/{d.site.shape.name}/{k}": v for d in deltas for k, v in d.state_dict().items()}
     if deltas[0].bank is not None:
         named |= {f"bank/{k}": v for k, v in deltas[0].bank.state_dict().items()}
@@ -68,7 +68,7 @@ def size_of_file(*deltas: Delta) -> int:
 
 
 def largest_tensor(run: Callable[[], object]) -> int:
-    """Numbers in the greatest tensor that any operation makes while `run` is called."""
+    """Parameters in the greatest tensor that any operation makes while `run` is called."""
 
     class Watch(TorchDispatchMode):
         most = 0
@@ -148,7 +148,7 @@ def fit(form: Structure, target: Tensor, rate: float, steps: int, rows: int = 64
 
 
 class Sizes(TorchDispatchMode):
-    """Counts the numbers of every dense tensor that operators allocate, views not counted."""
+    """Counts the parameters of every dense tensor that operators allocate, views not counted."""
 
     def __init__(self) -> None:
         super().__init__()

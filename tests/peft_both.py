@@ -35,7 +35,7 @@ def silence():
 
 
 def by_peft(folder: Path, model: nn.Module, **options) -> nn.Module:
-    """PEFT's model with every trained number moved, saved in `folder`."""
+    """PEFT's model with every trained parameter moved, saved in `folder`."""
     import peft
 
     kind = peft.TrainableTokensConfig if "token_indices" in options else peft.LoraConfig

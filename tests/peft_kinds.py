@@ -7,7 +7,7 @@ IDS = torch.arange(24).view(3, 8) % 11
 
 
 class Kinds(nn.Module):
-    """Embedding, linear, Conv1D, norm, two convolutions and a head; numbers by a formula."""
+    """Embedding, linear, Conv1D, norm, two convolutions and a head; parameters by a formula."""
 
     def __init__(self) -> None:
         from transformers.pytorch_utils import Conv1D

@@ -239,14 +239,14 @@ def adapted(
 
 
 def stirred(case: Case, *args: object, **kwargs: object) -> tuple[Net, fs.Adapter]:
-    """As `adapted`, with every trained number moved away from its start."""
+    """As `adapted`, with every trained parameter moved away from its start."""
     model, adapter = adapted(case, *args, **kwargs)
     stir(adapter.parameters(), seed=3 + len(adapter.name))
     return model, adapter
 
 
 def stir(parameters: list[nn.Parameter], seed: int = 3) -> None:
-    """Move numbers by a fifth, or where they are zero to a fifth, of a typical size."""
+    """Move parameters by a fifth, or where they are zero to a fifth, of a typical size."""
     with torch.no_grad():
         for i, p in enumerate(parameters):
             size = float(p.double().square().mean().sqrt()) or 0.2
@@ -255,7 +255,7 @@ def stir(parameters: list[nn.Parameter], seed: int = 3) -> None:
 
 def by_definition(plain: Net, adapter: fs.Adapter, x: Tensor, strength: float = 1.0) -> Tensor:
     """The adapted net with every W0 + c·ΔW and b0 + c·Δb written out, differentiable in the
-    trained numbers; `plain` is the net before it was adapted."""
+    trained parameters; `plain` is the net before it was adapted."""
     changed, around = {}, {}
     for name, delta in adapter.deltas.items():
         if isinstance(delta, contract.Bypass):

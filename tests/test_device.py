@@ -88,7 +88,7 @@ def test_a_start_is_the_same_on_every_device(case):
 
 @every(lambda case: ours(case) and case.name not in NEED_NUMBERS)
 def test_no_structure_mixes_devices(case):
-    """On the device without numbers, which every machine has: whatever is made beside the layer
+    """On the device without parameters, which every machine has: whatever is made beside the layer
     must be made where the layer is."""
     model, x = net().to("meta"), torch.empty(6, 3, 24, device="meta")
     with OneDevice():

@@ -47,7 +47,7 @@ def data_parallel(case, rank, world):
 
 
 def sharded(case, rank, world):
-    """The loss curve, and which numbers were not sharded after all."""
+    """The loss curve, and which parameters were not sharded after all."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, init_device_mesh
 

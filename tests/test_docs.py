@@ -9,7 +9,7 @@ change that, each said to the reader of the source:
     <!-- slow -->              the page runs with the slow tests
     <!-- in tests: A => B -->  A, which must occur, is replaced by B before it runs
     <!-- exit 2 -->            its last line ends with this code
-    <!-- figures vary -->      numbers in the output differ from machine to machine
+    <!-- figures vary -->      parameters in the output differ from machine to machine
     <!-- not run: reason -->   it is not run; such blocks are counted below
 """
 

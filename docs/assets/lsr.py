@@ -90,10 +90,10 @@ def draw(path: Path) -> None:
 
 
 def counts(ax: Axes) -> None:
-    """Bars of trained numbers."""
+    """Bars of trained parameters."""
     left = {"ha": "left"}
     shape = SiteShape("layer", 768, 768)
-    word(ax, 2, 11.6, "trained numbers of one 768 × 768 layer", 13, **left)
+    word(ax, 2, 11.6, "trained parameters of one 768 × 768 layer", 13, **left)
     bars = (
         ("LoRA, r = 8", fs.LoRA(rank=8).num_parameters(shape), "#c9ced6"),
         ("LoRA, r = 4", fs.LoRA(rank=4).num_parameters(shape), "#c9ced6"),

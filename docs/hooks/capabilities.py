@@ -1,7 +1,7 @@
 """What every structure can do, found out by doing it; run, it writes docs/capabilities.md.
 
-Every check works on a model of one layer, compares numbers, and fails loudly where they are wrong.
-A refusal, which is an error of Finespun's own, becomes the cell's reason.
+Every check works on a model of one layer, compares numbers, and fails loudly where they are
+wrong. A refusal, which is an error of Finespun's own, becomes the cell's reason.
 """
 
 import copy
@@ -75,7 +75,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]] = {
 
 
 class Subject:
-    """One adapted layer, its numbers moved away from their start, and an input."""
+    """One adapted layer, its parameters moved away from their start, and an input."""
 
     def __init__(self, form: fs.Structure, layer: str) -> None:
         torch.manual_seed(0)
@@ -224,7 +224,7 @@ def private(form: fs.Structure) -> str:
     subject = usual(form)
     if not all(delta.per_sample for delta in subject.adapter.deltas.values()):
         raise FinespunError(
-            "shared numbers, or a moved bias, do not pass through one layer's own product"
+            "shared parameters, or a moved bias, do not pass through one layer's own product"
         )
     subject.model.train()
     watched = GradSampleModule(subject.model, loss_reduction="sum", strict=False)

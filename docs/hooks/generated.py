@@ -33,7 +33,7 @@ def methods() -> list[tuple[str, Any]]:
 
 def method_table() -> str:
     """Name, formula, count and source of every structure."""
-    rows = ["| name | update | numbers | source |", "| --- | --- | ---: | --- |"]
+    rows = ["| name | update | parameters | source |", "| --- | --- | ---: | --- |"]
     for kind, cls in methods():
         fact = facts(cls())
         formula = cell(str(fact["formula"]))

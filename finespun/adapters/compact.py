@@ -14,7 +14,7 @@ Compacted = tuple[Structure, Plan, dict[str, Delta]]
 
 
 def compact(structure: Structure, plan: Plan, deltas: Mapping[str, Delta]) -> Compacted:
-    """The same updates without dead numbers and gates: in the structure's own form where every
+    """The same updates without dead parameters and gates: in the structure's own form where every
     site has one, else as LoRAs of each site's own rank, dead ranks removed. Sites whose update is
     dead, or whose own form has no number left, go, unless another bypass begins or ends there.
     Nothing changes where nothing was switched off or gated."""
@@ -52,7 +52,7 @@ def _own_form(delta: Delta) -> tuple[Delta, dict[str, Any]] | None:
 
 
 def _emptied(before: Delta, after: Delta) -> bool:
-    """Whether the update had numbers of its own and has none left."""
+    """Whether the update had parameters of its own and has none left."""
     had, has = (any(p.numel() for p in delta.trained_parameters()) for delta in (before, after))
     return had and not has
 

@@ -132,7 +132,7 @@ def blamed(what: str) -> Iterator[None]:
         raise InputError(f"{what}: {error}") from error
     except (*DAMAGED, MemoryError) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())
-        raise FileError(f"{what}: its plan or its numbers are damaged ({reason})") from error
+        raise FileError(f"{what}: its plan or its parameters are damaged ({reason})") from error
 
 
 def _fill(module: Bank | Delta, own: Mapping[str, Tensor], place: Key) -> None:

@@ -30,7 +30,7 @@ class Fingerprint:
     def __str__(self) -> str:
         digest = hashlib.sha256(json.dumps(asdict(self)["samples"]).encode()).hexdigest()[:8]
         source = f" {self.source!r}" if self.source else ""
-        return f"{self.architecture}{source} ({self.numbers:,} numbers, samples {digest})"
+        return f"{self.architecture}{source} ({self.numbers:,} parameters, samples {digest})"
 
     def shared(self) -> "Fingerprint":
         """The one fingerprint of this content that is in use, or this one from now on."""

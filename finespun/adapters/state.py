@@ -116,7 +116,7 @@ class AdapterState:
 
     @property
     def num_module_parameters(self) -> int:
-        """Numbers in the adapter's copies of modules."""
+        """Parameters in the adapter's copies of modules."""
         return sum(_count(slot) for key, slot in self.form.table.items() if key.owner == "module")
 
     def module(self, name: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Sizes that meet a budget of trained numbers: the closest from below that a structure has."""
+"""Sizes that meet a budget of trained parameters: the closest from below that a structure has."""
 
 import dataclasses
 from bisect import bisect_left, bisect_right
@@ -14,7 +14,7 @@ MOST_RANK = 64
 
 
 def total(structure: Structure, sites: Sequence[Site]) -> int:
-    """Trained numbers of a structure on these sites, the shared ones included, in closed form."""
+    """Trained parameters of a structure on these sites, shared ones included, in closed form."""
     return structure.total_parameters(structure.plan(sites, Unmeasured()))
 
 
@@ -22,10 +22,10 @@ def fit(
     structure: Structure, given: Collection[str], sites: Sequence[Site], budget: int
 ) -> Structure:
     """The structure with `rank` and `separation_rank` chosen, where they are not in `given`, so
-    that its trained numbers come closest to `budget` from below.
+    that its trained parameters come closest to `budget` from below.
 
-    With a separation rank, ranks are powers of two, and a size that would need as many numbers as
-    LoRA of the same rank is left out: it says no more than LoRA. Between equals the rank closest
+    With a separation rank, ranks are powers of two, and a size that would need as many parameters
+    as LoRA of the same rank is left out: it says no more than LoRA. Between equals the rank closest
     to the structure's own wins.
 
     Raises InputError when no size reaches the budget, with the nearest that the structure has.
@@ -39,13 +39,13 @@ def fit(
     found = [choice for ladder in ladders for choice in _below(ladder, count, budget)]
     if not found:
         raise InputError(
-            f"{structure.kind} cannot be written in {budget:,} numbers on these {len(sites)} "
+            f"{structure.kind} cannot be written in {budget:,} parameters on these {len(sites)} "
             f"layers; the least is {count(least):,} ({_sizes(least)})"
         )
     best = max(found, key=lambda choice: (count(choice), -_distance(choice, structure)))
     if count(best) < LEAST_SHARE * budget:
         raise InputError(
-            f"{structure.kind} uses {count(best):,} of {budget:,} numbers at most "
+            f"{structure.kind} uses {count(best):,} of {budget:,} parameters at most "
             f"({_sizes(best)}); give a budget near that"
             + (", or leave the rank out" if "rank" in given else "")
         )
@@ -66,10 +66,10 @@ def _ladders(
     """Lists of growing choices; in each only one size changes. Raises InputError if there are
     none."""
     names = {field.name for field in dataclasses.fields(structure)}
-    free = {"rank", "separation_rank"} & {*structure.sizes} - {*given}
+    free = {"rank", "separation_rank"} & names - {*given}
     if not free or not sites:
         raise InputError(
-            f"{structure.kind} has no free rank to fit to numbers; "
+            f"{structure.kind} has no free rank to fit to parameters; "
             + ("leave it out of the options" if "rank" in names else "give its options instead")
         )
     most = min(min(site.shape.in_features, site.shape.out_features) for site in sites)
@@ -84,14 +84,14 @@ def _ladders(
         ladders = [_terms(choice, most, sites) for choice in chosen]
     if not any(ladders):
         raise InputError(
-            f"{structure.kind} has no size on these {len(sites)} layers with fewer numbers than "
+            f"{structure.kind} has no size on these {len(sites)} layers with fewer parameters than "
             "LoRA of the same rank"
         )
     return [ladder for ladder in ladders if ladder]
 
 
 def _ranked(structure: Structure, ranks: Sequence[int], sites: Sequence[Site]) -> list[Structure]:
-    """The structure with every rank that it and these layers take, by growing numbers."""
+    """The structure with every rank that it and these layers take, by growing parameters."""
     found = []
     for rank in ranks:
         try:
@@ -107,7 +107,7 @@ def _ranked(structure: Structure, ranks: Sequence[int], sites: Sequence[Site]) -
 
 
 def _terms(structure: Structure, most: int, sites: Sequence[Site]) -> list[Structure]:
-    """The structure with every separation rank that is worth its numbers."""
+    """The structure with every separation rank that is worth its parameters."""
     terms = [
         dataclasses.replace(structure, **{"separation_rank": count}) for count in range(1, most + 1)
     ]

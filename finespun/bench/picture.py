@@ -1,4 +1,4 @@
-"""The picture of a bench: the metric against trained numbers, with intervals."""
+"""The picture of a bench: the metric against trained parameters, with intervals."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ STEADY = {"svg.hashsalt": "finespun", "svg.fonttype": "path"}
 def draw(summary: Summary, stem: Path) -> list[Path]:
     """Write `stem`.svg and `stem`.png; the same summary gives the same SVG. Returns the paths.
 
-    Members without trained numbers in the layers are dashed lines; diverged ones are left out.
+    Members without trained parameters in the layers are dashed lines; diverged ones are left out.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ def draw(summary: Summary, stem: Path) -> list[Path]:
         axes = figure.add_subplot()
         _lines(axes, summary)
         _points(axes, summary)
-        axes.set_xlabel("trained numbers in the layers (the head left out)")
+        axes.set_xlabel("trained parameters in the layers (the head left out)")
         axes.set_ylabel(f"{summary.metric}, mean and 95 % interval of {len(summary.seeds)} seeds")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -36,7 +36,7 @@ class Contender:
     recipe: Recipe
     lrs: tuple[float, ...]
     budget: int | None
-    numbers: int = 0
+    num_parameters: int = 0
     lr: float | None = None
     lr_of: str | None = None
     lr_power: float = 0.0
@@ -112,7 +112,7 @@ class Bench:
         for member in self.spec.members:
             targets = self.spec.recipe.targets if member.targets is None else member.targets
             recipe = self.spec.recipe.model_copy(update={"targets": targets, **member.values})
-            for budget in member.numbers or (None,):
+            for budget in member.num_parameters or (None,):
                 sized = recipe.model_copy(update={"structure": self.fitted(member, recipe, budget)})
                 name = self.name(member, sized.structure, budget)
                 sites = self.workbench.sites(sized, sized.structure)
@@ -138,13 +138,13 @@ class Bench:
         return found
 
     def choices(self, contenders: Sequence[Contender]) -> dict[str, Choice]:
-        """Everyone's rate: searched first, then carried over by r·(numbers / own numbers)^p."""
+        """Everyone's rate: searched first, then carried over by r·(parameters / own)^p."""
         found = {one.name: self.search(one) for one in contenders if one.lr_of is None}
-        numbers = {one.name: one.numbers for one in contenders}
+        counts = {one.name: one.num_parameters for one in contenders}
         for one in contenders:
             if one.lr_of is not None:
                 source, p = found[one.lr_of], one.lr_power
-                factor = (numbers[one.lr_of] / one.numbers) ** p if p else 1.0
+                factor = (counts[one.lr_of] / one.num_parameters) ** p if p else 1.0
                 lr = source.lr and rounded(source.lr * factor)
                 found[one.name] = Choice(lr, source.lrs, source.at_edge)
         return found
@@ -160,7 +160,7 @@ class Bench:
     def name(self, member: Member, structure: Structure, budget: int | None) -> str:
         """The member's name, its size added where it has several."""
         if member.name is not None:
-            return member.name if len(member.numbers) < 2 else f"{member.name} {budget:,}"
+            return member.name if len(member.num_parameters) < 2 else f"{member.name} {budget:,}"
         if member.targets == ():
             return "head only"
         name = describe(structure)
@@ -234,7 +234,7 @@ class Bench:
 
 
 def must_carry(contenders: Sequence[Contender]) -> None:
-    """Raise InputError where a `lr_of` names no one, or a `lr_power` has no numbers to go by:
+    """Raise InputError where a `lr_of` names no one, or a `lr_power` has no parameters to go by:
     those of a head alone are none, those beside an allocation are known after the run only."""
     sources = {one.name: one for one in contenders if one.lr_of is None}
     for one in contenders:
@@ -246,11 +246,11 @@ def must_carry(contenders: Sequence[Contender]) -> None:
                 f"search is called; {nearest(one.lr_of, sources)}"
             )
         for other in (one, sources[one.lr_of]) if one.lr_power else ():
-            why = "trains no numbers but the head's" if not other.numbers else ""
+            why = "trains no parameters but the head's" if not other.num_parameters else ""
             if other.recipe.allocation is not None:
-                why = "has an allocation, so that its numbers are known after the run only"
+                why = "has an allocation, so that its parameters are known after the run only"
             if why:
                 raise InputError(
-                    f"lr_power = {one.lr_power:g} of {one.name!r} scales by numbers, but "
+                    f"lr_power = {one.lr_power:g} of {one.name!r} scales by parameters, but "
                     f"{other.name!r} {why}; leave lr_power out, or give {one.name!r} a rate"
                 )

@@ -80,9 +80,9 @@ class Member(Chosen):
     `targets: []` and nothing else is the frozen model with its head trained.
     """
 
-    numbers: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+    num_parameters: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (),
-        description="budgets of trained numbers; options that are not given are fitted to each; "
+        description="budgets of trained parameters; options that are not given are fitted to each; "
         "not beside an allocation",
     )
     name: str | None = Field(None, min_length=1, description="null: made from the options")
@@ -96,8 +96,8 @@ class Member(Chosen):
         0.0,
         ge=-MOST_POWER,
         le=MOST_POWER,
-        description="p: the rate of `lr_of` is multiplied by (its numbers / these numbers)^p; "
-        "numbers are those trained in the layers, which without an allocation are known before",
+        description="p: the rate of `lr_of` is multiplied by (its parameters / these)^p; "
+        "parameters are those trained in the layers, which without an allocation are known before",
     )
     _given: frozenset[str] = PrivateAttr(frozenset())
 
@@ -109,14 +109,15 @@ class Member(Chosen):
         if not isinstance(values, Mapping):
             raise InputError(f"{values!r} needs a structure, for example structure: {{kind: lora}}")
         member = handler(values)
-        if member.targets == () and (taken := [k for k in (*AXES, "numbers") if k in values]):
+        taken = [key for key in (*AXES, "num_parameters") if key in values]
+        if member.targets == () and taken:
             raise InputError(f"targets: [] trains the head alone, without {taken[0]}")
         if member.targets != () and "structure" not in values:
             raise InputError("structure is missing; targets: [] would train the head alone")
-        if member.numbers and member.allocation is not None:
+        if member.num_parameters and member.allocation is not None:
             raise InputError(
-                f"numbers = {list(member.numbers)} beside an allocation: how many it leaves is "
-                "known after the run only; give the structure's options instead"
+                f"num_parameters = {list(member.num_parameters)} beside an allocation: how many it "
+                "leaves is known after the run only; give the structure's options instead"
             )
         given = [k for k in ("lr", "lrs", "lr_of") if getattr(member, k) is not None]
         if len(given) > 1:

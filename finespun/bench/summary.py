@@ -156,7 +156,7 @@ def cells(row: Row) -> dict[str, Any]:
         "member": row.name,
         "targets": targets,
         "budget": row.budget,
-        "trained_numbers": row.num_update_parameters,
+        "num_update_parameters": row.num_update_parameters,
         "num_head_parameters": row.num_module_parameters,
         "adapter_bytes": row.bytes,
         "best_lr": row.lr,

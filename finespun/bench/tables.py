@@ -10,8 +10,8 @@ from rich.table import Table
 from finespun.bench.summary import Row, Summary, cells
 
 COLUMNS = (
-    "numbers: trained in the layers, without the head's {head}; bytes: the adapter's tensors in a "
-    "file, with the head; rate: the best of those tried; seconds: in training steps, mean of runs."
+    "parameters: trained in the layers, without the head's {head}; bytes: the adapter's tensors in "
+    "a file, with the head; lr: the best of those tried; seconds: in training steps, mean of runs."
 )
 NOTE = (
     "± is half the 95 % interval of the mean over {runs} seeds (Student's t). It covers the draw "
@@ -22,7 +22,7 @@ NOTE = (
 def heads(summary: Summary) -> list[str]:
     """Column heads of the printed table."""
     ranked = ["rank"] if summary.ranking else []
-    return [*ranked, "member", "numbers", "bytes", "lr", summary.metric, "seconds", "CPU s"]
+    return [*ranked, "member", "parameters", "bytes", "lr", summary.metric, "seconds", "CPU s"]
 
 
 def lines(summary: Summary) -> list[list[str]]:
@@ -51,7 +51,7 @@ def remarks(summary: Summary) -> list[str]:
     for gap in summary.differences:
         sure = gap.half is not None and abs(gap.mean) > gap.half
         told.append(
-            f"At {gap.budget:,} numbers: {gap.first} − {gap.second} = {gap.mean:+.4f}"
+            f"At {gap.budget:,} parameters: {gap.first} − {gap.second} = {gap.mean:+.4f}"
             + ("" if gap.half is None else f" ± {gap.half:.4f}")
             + (", paired by seed" if sure else ", paired by seed: not told apart")
         )

@@ -40,7 +40,7 @@ CODES = (
 
 app = typer.Typer(
     name="finespun",
-    help="Adapt pretrained models with very few trained numbers.",
+    help="Adapt pretrained models with very few trained parameters.",
     epilog=f"Example: finespun train examples/trec-lsr-small.yaml\n\n{CODES}",
     no_args_is_help=True,
     suggest_commands=False,

@@ -31,7 +31,7 @@ def command(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step, for operations.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Explain a method: formula, what it is good for, trained numbers and operations."""
+    """Explain a method: formula, what it is good for, trained parameters and operations."""
     shapes = [read_shape(text) for text in shape or ["768x768"]]
     found = facts(choose(method, options or []), shapes, layers, tokens)
     if as_json:
@@ -114,7 +114,7 @@ def facts(
 
 
 def sites(group: int, shape: tuple[int, int], layers: int, kind: str) -> "list[Site]":
-    """Layers of one shape, whose weights are on the meta device: shapes without numbers."""
+    """Layers of one shape, whose weights are on the meta device: shapes without parameters."""
     import torch
 
     from finespun.contract import TensorSite
@@ -152,19 +152,19 @@ def link(source: str) -> str:
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    """Lines of numbers and operations."""
+    """Lines of parameters and operations."""
     lines = []
     for row in found["shapes"]:
         share = row["flops"] / row["base_flops"]
         lines.append(
-            f"{row['layers']} layers of {row['out']} x {row['in']}: {row['numbers']:,} numbers, "
+            f"{row['layers']} layers of {row['out']} x {row['in']}: {row['numbers']:,} parameters, "
             f"{row['flops']:,} operations for {found['tokens']:,} tokens "
             f"({share:.1%} of the layers' own)"
         )
     if found["num_shared_parameters"]:
         lines.append(f"shared by all: {found['num_shared_parameters']:,} numbers")
     lines.append(
-        f"in all: {found['numbers']:,} numbers, {found['share_of_lora']:.1%} of "
+        f"in all: {found['numbers']:,} parameters, {found['share_of_lora']:.1%} of "
         f"{found['lora_numbers']:,} (LoRA of rank {LORA_RANK})"
     )
     return lines

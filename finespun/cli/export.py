@@ -24,7 +24,7 @@ def command(
         float | None, typer.Option(min=0.0, help="Refuse a larger relative error of any layer.")
     ] = None,
     per_module_rank: Annotated[
-        bool, typer.Option(help="Every layer at its own rank: fewer numbers, for PEFT alone.")
+        bool, typer.Option(help="Every layer at its own rank: fewer parameters, for PEFT alone.")
     ] = False,
     allow_full: Annotated[
         bool,

@@ -22,8 +22,8 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Print an adapter's structure, numbers, base, origin and the spectrum of every layer's update;
-    no model is loaded."""
+    """Print an adapter's structure, parameters, base, origin and the spectrum of every layer's
+    update; no model is loaded."""
     from finespun.cli.convert import base_folder
     from finespun.files import summarise
 

@@ -17,7 +17,7 @@ def command(
     kind: Annotated[str | None, typer.Argument(help="One method, with all its options.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List the methods of every axis: what they do, source, trained numbers at the defaults."""
+    """List the methods of every axis: what they do, source, trained parameters at the defaults."""
     from finespun.methods.axes import AXES, axis_of
 
     if kind is not None:
@@ -40,7 +40,7 @@ def lines(one: "Method", whole: bool) -> list[str]:
         fact["about" if whole else "formula"],
     ]
     if "numbers" in fact:
-        told.append(f"{fact['numbers']:,} numbers in {LAYERS} layers of {WIDTH} x {WIDTH}")
+        told.append(f"{fact['numbers']:,} parameters in {LAYERS} layers of {WIDTH} x {WIDTH}")
     if fact["needs"]:
         told.append(f"needs {', '.join(fact['needs'])}")
     if whole:

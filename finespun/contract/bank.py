@@ -1,4 +1,4 @@
-"""Trained numbers that several deltas share, and the module that keeps their precision."""
+"""Trained parameters that several deltas share, and the module that keeps their precision."""
 
 import copy
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class Precise(nn.Module):
 
 
 class Bank(Precise):
-    """Trained numbers that several deltas share; owned by the adapter and saved once. They keep
+    """Trained parameters that several deltas share; owned by the adapter and saved once. They keep
     their precision as a delta's do."""
 
     @classmethod
@@ -40,7 +40,7 @@ class Bank(Precise):
         return bank.to(site.device)
 
     def keep_start(self) -> "Bank":
-        """A frozen copy of today's numbers, made once, saved with the bank."""
+        """A frozen copy of today's parameters, made once, saved with the bank."""
         if "start" not in self._modules:
             self.start = copy.deepcopy(self).requires_grad_(False)
         return self._modules["start"]  # type: ignore[return-value]

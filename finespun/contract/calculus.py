@@ -1,8 +1,8 @@
 """The derivative of an update: J v and Jᵀ M for any structure, through its own factors.
 
-With θ a delta's trained numbers (its bank's included) and J = ∂ΔW/∂θ, `push` gives J v, the first
-change of ΔW for a change v of θ, and `pull` gives Jᵀ M, the gradient at θ for a gradient M at ΔW.
-Where there are factors, ΔW = c·B·A:  J v = c (B dA + dB A)  and  Jᵀ M  starts from
+With θ a delta's trained parameters (its bank's included) and J = ∂ΔW/∂θ, `push` gives J v, the
+first change of ΔW for a change v of θ, and `pull` gives Jᵀ M, the gradient at θ for a gradient M at
+ΔW. Where there are factors, ΔW = c·B·A:  J v = c (B dA + dB A)  and  Jᵀ M  starts from
 dA = c Bᵀ M, dB = c M Aᵀ, so that nothing of size out x in is formed.
 """
 
@@ -28,7 +28,7 @@ class Multiplies(Protocol):
 
 
 class _Caller(nn.Module):
-    """Delta and bank under one roof, so that torch.func can replace the numbers of both."""
+    """Delta and bank under one roof, so that torch.func can replace the parameters of both."""
 
     def __init__(self, delta: Wrapped) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class _Caller(nn.Module):
 
 
 def parameters_of(delta: Wrapped) -> dict[str, Tensor]:
-    """θ by name: the delta's own trained numbers, and its bank's as bank.NAME."""
+    """θ by name: the delta's own trained parameters, and its bank's as bank.NAME."""
     own = {n: p for n, p in _Caller(delta).named_parameters() if ".start." not in f".{n}"}
     return {n.removeprefix("delta."): p.detach() for n, p in own.items()}
 
@@ -55,7 +55,7 @@ def push(delta: Wrapped, v: Numbers) -> LowRank | Tensor:
     theta = parameters_of(delta)
     for name in v:
         if name not in theta:
-            raise InputError(f"no trained number is called {name!r}; {nearest(name, theta)}")
+            raise InputError(f"no trained parameter is called {name!r}; {nearest(name, theta)}")
     tangent = {n: v.get(n, torch.zeros_like(t)) for n, t in theta.items()}
     if delta.factors() is not None:
         moved = jvp(lambda t: called(delta, t, "factors"), (theta,), (tangent,))
@@ -84,6 +84,6 @@ def pull(delta: Wrapped, M: "Multiplies | LowRank | Tensor") -> dict[str, Tensor
 
 
 def called(delta: Wrapped, theta: Numbers, method: str, *args: Any) -> Any:
-    """A method of the delta with `theta` in place of its trained numbers and its bank's."""
+    """A method of the delta with `theta` in place of its trained parameters and its bank's."""
     named = {n if n.startswith("bank.") else f"delta.{n}": t for n, t in theta.items()}
     return functional_call(_Caller(delta), named, (method, *args))

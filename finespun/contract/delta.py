@@ -37,7 +37,7 @@ Base = Callable[[Tensor], Tensor]
 class Delta(Wrapped):
     """ΔW of one site: `forward(x) = ΔW x` for x (..., in_features) is the definition.
 
-    `scale` multiplies B A of `low_rank` (alpha / r in LoRA). Trained numbers are float32 unless
+    `scale` multiplies B A of `low_rank` (alpha / r in LoRA). Trained parameters are float32 unless
     built otherwise and keep their precision through `model.to(torch.bfloat16)`. `reads_base` is
     False where `delta(w0)` takes the shape of W0 alone: then ΔW is known without the base.
     """
@@ -74,7 +74,7 @@ class Delta(Wrapped):
 
     def sparse(self) -> tuple[Tensor, Tensor] | None:
         """Where ΔW is not zero, (K,) int64, rising, counted row by row, and the K values there; or
-        None: it is dense. Such an update is merged and taken back by writing K numbers."""
+        None: it is dense. Such an update is merged and taken back by writing K parameters."""
         return None
 
     def through(self, x: Tensor, base: Base) -> Tensor:
@@ -88,7 +88,7 @@ class Delta(Wrapped):
         raise NotImplementedError(f"{type(self).__name__} has no product of its own")
 
     def forward(self, x: Tensor) -> Tensor:
-        """ΔW x for x (..., in), in the precision of the trained numbers."""
+        """ΔW x for x (..., in), in the precision of the trained parameters."""
         if self.dead and "low_rank" not in self.written:
             like = next(iter(self.trained_parameters()), x)
             return like.new_zeros(*x.shape[:-1], self.site.shape.out_features)
@@ -107,7 +107,7 @@ class Delta(Wrapped):
         return "product" in self.written and not self.adjusted
 
     def groups(self, kind: str) -> list[Group]:
-        """The groups of numbers of this kind ("rank", "term", ...) that can be switched off."""
+        """The groups of parameters of this kind ("rank", "term", ...) that can be switched off."""
         return []
 
     def live(self, kind: str) -> list[Group]:
@@ -127,7 +127,7 @@ class Delta(Wrapped):
         raise StateError(f"{type(self).__name__} does not start from gradients")
 
     def diagnostics(self) -> dict[str, float]:
-        """Numbers worth logging about the health of this update."""
+        """Parameters worth logging about the health of this update."""
         return {}
 
     def compact(self) -> "tuple[Delta, dict[str, Any]] | None":
@@ -142,8 +142,8 @@ class Delta(Wrapped):
         """Become the nearest of another update, scale included, and return the relative error
         ‖(ΔW' − ΔW)·C^½‖ / ‖ΔW·C^½‖, C = `covariance` (in, in) of the layer's inputs, I without it.
 
-        Least squares over all trained numbers, those of a bank included; `refine` adds steps where
-        a closed form is taken instead. Nothing is drawn: equal calls give equal numbers.
+        Least squares over all trained parameters, those of a bank included; `refine` adds steps
+        where a closed form is taken instead. Nothing is drawn: equal calls give equal results.
         """
         return fitting.fit(self, update, covariance)
 
@@ -179,6 +179,6 @@ class Bypass(Delta):
 
 
 def module_group(delta: Delta) -> Group:
-    """All numbers of one site as a single group: switched off, it is the update that dies."""
+    """All parameters of one site as a single group: switched off, it is the update that dies."""
     own = [n for n, _ in delta.named_parameters() if role_of(n)[0] != "start"]
     return Group("module", delta.site.shape.name, tuple((n, (slice(None),)) for n in own))

@@ -1,6 +1,6 @@
-"""The nearest of another update that a form can say: damped least squares over its numbers.
+"""The nearest of another update that a form can say: damped least squares over its parameters.
 
-With θ the trained numbers, r(θ) = (ΔW(θ) − U)·C^½ and J = ∂r/∂θ: each step solves
+With θ the trained parameters, r(θ) = (ΔW(θ) − U)·C^½ and J = ∂r/∂θ: each step solves
 (JᵀJ + μ) d = −Jᵀ r by conjugate gradients, is taken where ‖r‖ falls, and changes μ accordingly.
 """
 
@@ -26,8 +26,8 @@ Theta = dict[str, Tensor]
 
 def fit(delta: Wrapped, update: LowRank | Tensor, covariance: Tensor | None = None) -> float:
     """Make the delta, and the bank it reads, the nearest of `update` (out, in) that is found from
-    its present numbers or, where they lead nowhere, from a draw around them; returns the relative
-    error."""
+    its present parameters or, where they lead nowhere, from a draw around them; returns the
+    relative error."""
     dense = update.dense() if isinstance(update, LowRank) else update
     root = None if covariance is None else square_root(covariance.to(WIDE))
     wanted = weighted(dense.detach().to(delta.site.device, WIDE), root)
@@ -92,7 +92,7 @@ def in_double(delta: Wrapped) -> Wrapped:
 def descend(
     residual: Callable[[Theta], Tensor], theta: Theta, masks: Theta, size: float
 ) -> tuple[Theta, float]:
-    """Numbers at which ‖r‖ falls no further, and ‖r‖."""
+    """Parameters at which ‖r‖ falls no further, and ‖r‖."""
     r = residual(theta)
     error, damping = float(r.norm()), 1e-3
     for _ in range(STEPS):
@@ -145,7 +145,7 @@ def solve(
 
 
 def drawn(start: Theta, attempt: int) -> Theta:
-    """The numbers themselves, or (attempt 1) moved by half their size, by a fifth where they are
+    """The parameters themselves, or (attempt 1) moved by half their size, by a fifth where they are
     zero."""
     if not attempt:
         return dict(start)
@@ -159,7 +159,7 @@ def drawn(start: Theta, attempt: int) -> Theta:
 
 
 def masked(v: Theta, masks: Theta) -> Theta:
-    """Numbers that are dead stay as they are."""
+    """Parameters that are dead stay as they are."""
     return {k: t * masks[k] if k in masks else t for k, t in v.items()}
 
 

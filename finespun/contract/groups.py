@@ -1,4 +1,4 @@
-"""Groups of numbers that live or die together: a rank, a Kronecker term, a module, a head."""
+"""Groups of parameters that live or die together: a rank, a Kronecker term, a module, a head."""
 
 from dataclasses import dataclass
 
@@ -22,11 +22,11 @@ class Group:
     stays_in_form: bool = True
 
     def parts(self, delta: nn.Module) -> list[Tensor]:
-        """Views of the group's numbers."""
+        """Views of the group's parameters."""
         return [delta.get_parameter(name)[index] for name, index in self.slices]
 
     def norm(self, delta: nn.Module) -> Tensor:
-        """Euclidean norm over all numbers of the group, a 0-d tensor."""
+        """Euclidean norm over all parameters of the group, a 0-d tensor."""
         return torch.stack([p.detach().square().sum() for p in self.parts(delta)]).sum().sqrt()
 
     def shrink(self, delta: nn.Module, threshold: float) -> float:

@@ -24,7 +24,7 @@ TIE = "tie"  # Plan.shared[TIE]: module -> the target whose weight it shares and
 
 
 class Unmeasured(dict[str, float | Tensor]):
-    """Scores that nobody measured: enough to count numbers by, not to train with."""
+    """Scores that nobody measured: enough to count parameters by, not to train with."""
 
     def get(self, name: str, default: Any = None) -> Tensor:
         return torch.empty(0, device="meta")
@@ -119,7 +119,7 @@ class Structure(Method):
         return {}
 
     def bank(self, plan: Plan) -> Bank | None:
-        """The trained numbers that all sites of the plan share, or None."""
+        """The trained parameters that all sites of the plan share, or None."""
         return None
 
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> Delta:
@@ -137,15 +137,15 @@ class Structure(Method):
 
     # --- counts: the one source of every figure in docs, command line and reports ----------------
     def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
-        """Trained numbers at one site, in closed form."""
+        """Trained parameters at one site, in closed form."""
         raise NotImplementedError(f"{type(self).__name__} must count its numbers")
 
     def num_shared_parameters(self, plan: Plan) -> int:
-        """Trained numbers in the bank."""
+        """Trained parameters in the bank."""
         return 0
 
     def total_parameters(self, plan: Plan) -> int:
-        """Trained numbers of the whole plan."""
+        """Trained parameters of the whole plan."""
         own = (self.num_parameters(s, plan.choices.get(s.name, UNCHOSEN)) for s in plan.sites)
         return sum(own) + self.num_shared_parameters(plan)
 
@@ -236,7 +236,7 @@ def must_divide(
     option: str, value: int, site: SiteShape, *more: int, sides: Sequence[str] = ("out", "in")
 ) -> None:
     """Raise PlanError unless `value` divides both sides of the site (or those named) and the
-    numbers in `more`."""
+    parameters in `more`."""
     sizes = {"out": site.out_features, "in": site.in_features}
     wrong = [f"{side}={sizes[side]}" for side in sides if sizes[side] % value]
     if wrong:

@@ -20,8 +20,8 @@ Factors = tuple[Tensor, Tensor]
 
 
 class Wrapped(Precise):
-    """The trained numbers of one site and what is kept beside them: a frozen start, a gate, masks
-    of what is switched off."""
+    """The trained parameters of one site and what is kept beside them: a frozen start, a gate,
+    masks of what is switched off."""
 
     written: ClassVar[frozenset[str]] = frozenset()
     reads_base: ClassVar[bool] = True
@@ -46,7 +46,7 @@ class Wrapped(Precise):
 
     @property
     def adjusted(self) -> bool:
-        """Whether a gate, an exact start or death stands between the numbers and the update."""
+        """Whether a gate, an exact start or death stands between the parameters and the update."""
         return START in self._modules or self.gating is not None or self.dead
 
     @property
@@ -58,7 +58,7 @@ class Wrapped(Precise):
     @property
     def dead(self) -> bool:
         """Whether the whole update is switched off. Layers do not call it then, whatever its
-        numbers are; it answers ΔW = 0 and keeps its bias."""
+        parameters are; it answers ΔW = 0 and keeps its bias."""
         return DEAD in self._buffers
 
     def low_rank(self) -> Factors | None:
@@ -78,7 +78,7 @@ class Wrapped(Precise):
         return w0 + self.delta(w0)
 
     def base_weight(self) -> Tensor:
-        """W0 in the precision of the trained numbers, detached."""
+        """W0 in the precision of the trained parameters, detached."""
         weight = self.site.weight().detach()
         parameter = next(iter(self.trained_parameters()), weight)
         return weight.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -117,11 +117,11 @@ class Wrapped(Precise):
         return zero.expand(shape.out_features, shape.in_features)
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
-        """The trained numbers of this site (the exact start's frozen copy is not among them)."""
+        """The trained parameters of this site (the exact start's frozen copy is not among them)."""
         return (p for name, p in self.named_parameters() if role_of(name)[0] != "start")
 
     def keep_start(self) -> None:
-        """Freeze today's numbers as the point that equals the base: from now on the update is
+        """Freeze today's parameters as the point that equals the base: from now on the update is
         ΔW(θ) − ΔW(θ0), exactly zero now and without cancellation for factors,
         A' = [A; A − A0], B' = [B − B0, B0]. Raises StateError when a start is kept already."""
         if START in self._modules:
@@ -149,10 +149,10 @@ class Wrapped(Precise):
             self.register_buffer(GATE, own)
 
     def switch_off(self, group: Group) -> None:
-        """Set the group's numbers to zero. The whole update (a "module" group) is dead from now on:
-        the layer stops calling it, whatever its numbers become. A part is one whose numbers at zero
-        have no output: they are zero in an exact start too and masked, and the driver keeps their
-        gradient, optimiser state and decay at zero; shapes and identity stay."""
+        """Set the group's parameters to zero. The whole update (a "module" group) is dead from now
+        on: the layer stops calling it, whatever its parameters become. A part is one whose
+        parameters at zero have no output: they are zero in an exact start too and masked, and the
+        driver keeps their gradient, optimiser state and decay at zero; shapes and identity stay."""
         if group.kind == "module":
             with torch.no_grad():
                 for parameter in self.trained_parameters():
@@ -173,7 +173,7 @@ class Wrapped(Precise):
                     self.origin.get_parameter(name)[index] = 0
 
     def switch_on(self) -> None:
-        """Take back that the update or parts of it are dead; numbers stay as they are."""
+        """Take back that the update or parts of it are dead; parameters stay as they are."""
         for name in [n for n in self._buffers if role_of(n)[0] in ("mask", "dead")]:
             delattr(self, name)
 
@@ -184,7 +184,7 @@ class Wrapped(Precise):
 
     @property
     def silent(self) -> bool:
-        """Whether it is dead, or every number that has a mask is switched off."""
+        """Whether it is dead, or every parameter that has a mask is switched off."""
         masks = self.masks()
         return self.dead or (bool(masks) and not any(bool(m.any()) for m in masks.values()))
 

@@ -22,7 +22,7 @@ def in_place(model: nn.Module, name: str) -> Iterator[None]:
     Each layer makes its own product and no other; its backward pass forms the gradient of the K
     trained entries alone. Before the first forward pass after a step, w0 + c·v is written over
     those entries of the weight, rounded to its dtype; v stays in its own precision. What stood
-    there is kept, K numbers, and put back, bit for bit, by `disabled`, by `unmerge`, and at the
+    there is kept, K parameters, and put back, bit for bit, by `disabled`, by `unmerge`, and at the
     end of the block or by an error in it. The adapter counts as merged meanwhile. Raises
     StateError for other than linear layers, for updates that are not of few entries (SHiRA), and
     where the adapter is not active. Source: arXiv 2406.13175.

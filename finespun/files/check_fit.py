@@ -108,7 +108,7 @@ def _is_norm(module: nn.Module | None) -> bool:
 
 
 def _check_repeated(model: nn.Module, repeated: Mapping[str, Tensor], force: bool) -> Iterable[str]:
-    """Numbers of the base that a file repeats must be the model's."""
+    """Parameters of the base that a file repeats must be the model's."""
     known = modules(model)
     for name, theirs in repeated.items():
         module, _, leaf = name.rpartition(".")
@@ -188,8 +188,8 @@ def _bytes(state: Mapping[Key, Tensor]) -> int:
 
 
 def _check_promised(state: AdapterState, asked: int) -> None:
-    """Raise FileError once the plan asks for far more bytes than the file holds, whose numbers may
-    be up to eight times narrower: before more is built."""
+    """Raise FileError once the plan asks for far more bytes than the file holds, whose parameters
+    may be up to eight times narrower: before more is built."""
     held = _bytes(state.tensors)
     if asked > 8 * held + (1 << 20):
         raise FileError(

@@ -88,7 +88,7 @@ def export(
     `max_error`, or 16. Trained modules (a head) are written in full, because without them the
     adapter computes something else; `allow_full=False` leaves them out for servers that refuse
     them. `per_module_rank` gives every layer its own rank (the least that keeps `max_error`, where
-    that is given): fewer numbers, for PEFT alone. `portable=False` writes what PEFT alone reads:
+    that is given): fewer parameters, for PEFT alone. `portable=False` writes what PEFT alone reads:
     DoRA as it is, embeddings, convolutions, biases, trained rows of tables, each layer's own rank.
     Raises InputError where the error would exceed `max_error` or the format cannot say an update,
     FileError where the folder cannot be written.

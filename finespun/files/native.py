@@ -127,7 +127,7 @@ def checked(state: AdapterState) -> AdapterState:
     for key, tensor in state.tensors.items():
         if not tensor.numel():
             raise StateError(
-                f"{key!r} holds no numbers here; gather sharded parameters before saving"
+                f"{key!r} holds no parameters here; gather sharded parameters before saving"
             )
         try:
             check_finite(tensor, repr(key))

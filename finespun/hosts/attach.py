@@ -130,8 +130,8 @@ def check_trained(model: nn.Module, targets: Sequence[str], trained: Sequence[st
         parent = unread(model, known, name)
         if parent is not None:
             raise TargetError(
-                f"{name!r} lies in a {parent}, whose fast path reads its numbers without calling "
-                "it: a trained copy would do nothing; train the whole layer or its parent"
+                f"{name!r} lies in a {parent}, whose fast path reads its parameters without "
+                "calling it: a trained copy would do nothing; train the whole layer or its parent"
             )
         for target in targets:
             if target == name or target.startswith(name + "."):
@@ -177,7 +177,7 @@ def _insert(
         if tensors is None and host.kind == "embedding" and "low_rank" not in delta.written:
             raise TargetError(
                 f"{structure.kind} has no factors: at {name!r} its dense update would hold "
-                f"{host.shape.out_features * host.shape.in_features:,} numbers; use lora or lsr"
+                f"{host.shape.out_features * host.shape.in_features:,} parameters; use lora or lsr"
             )
         host.adapter_set = adapter_set
         insert_delta(host, made.name, delta)

@@ -31,7 +31,7 @@ class FactorCache:
     on its own) every layer forms its own, as it does under compilation and torch.func transforms,
     in a second thread while a first is inside, and in the recomputation of layers that ran without
     gradients inside a pass that has them: reentrant checkpointing. Without gradients they stay
-    until a trained number changes.
+    until a trained parameter changes.
     """
 
     def __init__(self, structure: Structure, deltas: Sequence[Delta]) -> None:

@@ -85,7 +85,7 @@ def _take(model: nn.Module, left_out: Sequence[str], survey: Survey) -> Fingerpr
 
 def _compare_shapes(saved: Fingerprint, shapes: Shapes) -> str:
     if saved.numbers != _count(shapes):
-        return f"{saved.numbers:,} numbers there, {_count(shapes):,} here"
+        return f"{saved.numbers:,} parameters there, {_count(shapes):,} here"
     return "names or shapes of parameters differ"
 
 
@@ -130,7 +130,7 @@ def _compare_values(saved: Fingerprint, survey: Survey) -> tuple[str | None, lis
 
 
 def _distance(a: Sequence[float], b: Sequence[float]) -> float:
-    """‖a − b‖ / ‖a‖, less what half precision loses of the smallest numbers."""
+    """‖a − b‖ / ‖a‖, less what half precision loses of the smallest parameters."""
     norm = math.hypot(*a)
     difference = math.dist(a, b) - 1e-7 * math.sqrt(len(a))
     if not difference > 0:

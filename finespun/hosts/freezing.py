@@ -8,8 +8,8 @@ RECORD = "_finespun_frozen"
 
 
 def freeze_others(model: nn.Module, name: str, mine: Iterable[nn.Parameter]) -> None:
-    """Freeze every number of the model that is not among `mine`, those of adapter `name`, and keep
-    a record of what could be trained before."""
+    """Freeze every parameter of the model that is not among `mine`, those of adapter `name`, and
+    keep a record of what could be trained before."""
     frozen = model.__dict__.setdefault(RECORD, {}).setdefault(name, [])
     own = {id(p) for p in mine}
     for parameter in model.parameters():
@@ -20,7 +20,7 @@ def freeze_others(model: nn.Module, name: str, mine: Iterable[nn.Parameter]) -> 
 
 def give_back(model: nn.Module, name: str, others: Mapping[str, Iterable[nn.Parameter]]) -> None:
     """Adapter `name` has left: what it froze can be trained again, unless one of the adapters that
-    stay (name -> its numbers) keeps it frozen."""
+    stay (name -> its parameters) keeps it frozen."""
     records = model.__dict__.get(RECORD, {})
     theirs = {id(p) for numbers in others.values() for p in numbers}
     for parameter in records.pop(name, []):

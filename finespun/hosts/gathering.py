@@ -27,7 +27,7 @@ def gathered(model: nn.Module, name: str = "default") -> Iterator[None]:
 
     P W1 and W2 Pᵀ take the place of all W1 that write and W2 that read the hidden features, biases
     included: the model computes the same up to the order of sums. At the end, errors included,
-    every number is back in its place, bit for bit. Adapters are not saved, exported, merged or
+    every parameter is back in its place, bit for bit. Adapters are not saved, exported, merged or
     added meanwhile. Blocks whose layers are not known, or that train query heads apart from their
     keys and values, stay as they are. Raises StateError where the model has other adapters, and for
     a block with quantised or shared weights or other ones that may follow the same features.
@@ -116,9 +116,11 @@ def _check(
     uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for name, layer in zip(names, layers):
         if quantised(layer):
-            raise StateError(f"{name!r} is quantised: its numbers cannot be moved")
+            raise StateError(f"{name!r} is quantised: its parameters cannot be moved")
         if any(uses[id(p)] > 1 for p in layer._parameters.values() if p is not None):
-            raise StateError(f"{name!r} shares numbers with another module: they cannot be moved")
+            raise StateError(
+                f"{name!r} shares parameters with another module: they cannot be moved"
+            )
         if any(f"{name}.".startswith(f"{t}.") for t in adapter.trained):
             raise StateError(f"{name!r} is trained whole as a copy: it cannot be moved")
     core = plain_class(known.get(own.core, model))

@@ -108,7 +108,7 @@ def _none_for(model: nn.Module, known: dict[str, nn.Module], word: str) -> str:
 
 
 def unread(model: nn.Module, known: dict[str, nn.Module], name: str) -> str | None:
-    """The class that a module lies in where that reads the module's numbers without calling it,
+    """The class that a module lies in where that reads the module's parameters without calling it,
     as torch's own attention and encoder layer do on their fast path; else None."""
     parent = known.get(name.rpartition(".")[0], model)
     return next((cls.__name__ for cls in UNREAD if isinstance(parent, cls)), None)

@@ -33,7 +33,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written: the class that loads it again, its numbers, and things worth hearing."""
+    """What was written: the class that loads it again, its parameters, and things worth hearing."""
 
     folder: Path
     architecture: str
@@ -43,7 +43,7 @@ class Merged:
 
     def __str__(self) -> str:
         head = (
-            f"{self.folder}: {self.architecture} with {self.numbers:,} numbers, "
+            f"{self.folder}: {self.architecture} with {self.numbers:,} parameters, "
             f"{self.sites} layers changed"
         )
         return "\n  ".join((head, *self.notes))

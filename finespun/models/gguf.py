@@ -14,7 +14,7 @@ from finespun.models.quiet import quiet, reason
 def write_from_gguf(source: Path, folder: Path) -> None:
     """Make a transformers folder, float32 in safetensors, of a GGUF file with its tokenizer.
 
-    The numbers are the rounded ones of the file. Raises FileError where it cannot be read.
+    The parameters are the rounded ones of the file. Raises FileError where it cannot be read.
     """
     place, file = str(source.parent), source.name
     with quiet():

@@ -1,4 +1,4 @@
-"""The page of a bench: its table, accuracy against trained numbers, the rates that were tried."""
+"""The page of a bench: its table, accuracy by trained parameters, the rates that were tried."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from finespun.report.page import Cell, code, document, paragraph, section, table
 
 COLUMNS = {
     "member": "member",
-    "trained_numbers": "trained numbers",
+    "num_update_parameters": "trained parameters",
     "num_head_parameters": "head",
     "adapter_bytes": "adapter bytes",
     "best_lr": "best rate",
@@ -22,7 +22,7 @@ COLUMNS = {
     "runs": "runs",
     "seconds": "seconds",
 }
-WHOLE = ("trained_numbers", "num_head_parameters", "adapter_bytes", "runs")
+WHOLE = ("num_update_parameters", "num_head_parameters", "adapter_bytes", "runs")
 
 
 def bench_page(folder: Path) -> str:
@@ -81,15 +81,15 @@ def _means(rows: list[dict[str, str]], metric: str) -> str:
         Mean(
             row["member"],
             row["member"].split()[0],
-            float(row["trained_numbers"]),
+            float(row["num_update_parameters"]),
             float(row["mean"]),
             float(row["half_interval_95"]) if row["half_interval_95"] else None,
         )
         for row in rows
         if row["mean"]
     ]
-    title = f"{metric} against trained numbers in the layers, with 95 % intervals"
-    return intervals(title, means, "trained numbers", metric)
+    title = f"{metric} against trained parameters in the layers, with 95 % intervals"
+    return intervals(title, means, "trained parameters", metric)
 
 
 def _rates(path: Path, metric: str) -> list[str]:

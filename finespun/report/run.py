@@ -86,9 +86,9 @@ def _result(log: list[Record], result: Record | None) -> list[str]:
     parts = [table(("metric", "before", "after", "change"), rows, "On the held-out rows")]
     if result is not None:
         facts = [
-            ("trained numbers in layers", result["num_update_parameters"]),
+            ("trained parameters in layers", result["num_update_parameters"]),
             ("layers", result["sites"]),
-            ("trained numbers in modules", result["num_module_parameters"]),
+            ("trained parameters in modules", result["num_module_parameters"]),
             ("adapter, bytes on disk", result["adapter_bytes"]),
             ("rows to train on", result["train_rows"]),
             ("rows held out", result["test_rows"]),

@@ -116,8 +116,8 @@ def read_examples(
 ) -> LabelledTexts:
     """Read labelled texts. `labels` says what the label column holds; None decides by its type.
 
-    Texts, booleans and whole numbers with at most 50 values are classes, other numbers are numbers.
-    `classes` fixes the classes (of a training file, for its test file).
+    Texts, booleans and whole numbers with at most 50 values are classes, other columns are
+    numbers. `classes` fixes the classes (of a training file, for its test file).
 
     Raises FileError for the file, InputError for missing columns, texts or labels, and for a single
     class.

@@ -32,7 +32,7 @@ FEW = 8  # rows that stand for a batch too large to be tried
 WHOLE = 1 << 30  # bytes
 PATIENCE = 2.0  # seconds to try batches for, the first of them apart
 MOST = 8  # batches that are tried besides
-STATES = 3  # of every trained number: its gradient and two moments
+STATES = 3  # of every trained parameter: its gradient and two moments
 
 Clock = Callable[[], float]
 
@@ -41,11 +41,11 @@ Clock = Callable[[], float]
 class Estimate:
     """What a recipe would do. Bytes and counts of the first group are exact, the rest estimates.
 
-    `adapter_bytes`: the file of tensors. `weights`: bytes of the model and the adapter's numbers;
-    `optimiser`: of gradients and moments; `activations`: the most that the passes of a batch of the
-    longest rows hold at a time. `flops` and `tokens` (padding included) are of one step, forwards
-    and backwards; `update_flops` of the updates in its forward passes. `seconds`: of all
-    optimiser steps, and of what is looked at before the first; `measuring`: of measuring on the
+    `adapter_bytes`: the file of tensors. `weights`: bytes of the model and the adapter's
+    parameters; `optimiser`: of gradients and moments; `activations`: the most that the passes of a
+    batch of the longest rows hold at a time. `flops` and `tokens` (padding included) are of one
+    step, forwards and backwards; `update_flops` of the updates in its forward passes. `seconds`: of
+    all optimiser steps, and of what is looked at before the first; `measuring`: of measuring on the
     rows held out, once before and once after. Both come from batches that were tried.
     """
 
@@ -231,7 +231,7 @@ class Passes:
         return size
 
     def memory(self) -> int:
-        """The most bytes held at a time, the batch among them, gradients of the trained numbers
+        """The most bytes held at a time, the batch among them, gradients of the trained parameters
         left out."""
         held = Held([*weights_of(self.job), *self.batch.values()])
         with held:

@@ -1,6 +1,6 @@
 """The training loop: plain PyTorch, one optimiser, and a state that can be taken up again exactly.
 
-Everything that moves during a run (step, place in the data, numbers, optimiser, driver, random
+Everything that moves during a run (step, place in the data, parameters, optimiser, driver, random
 state, losses) is in `Loop.state_dict`; what a step does is a function of it and of the recipe.
 """
 
@@ -161,7 +161,7 @@ class Loop:
 
     def checkpoint(self) -> None:
         """Hand the state to `save`, once for each step, and report the updates' health. Raises
-        TrainingError instead where a trained number is not finite."""
+        TrainingError instead where a trained parameter is not finite."""
         if self.saved == self.step:
             return
         for parameter in filter(torch.Tensor.numel, self.adapter.parameters()):

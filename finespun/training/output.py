@@ -161,7 +161,7 @@ def begin(folder: Path, recipe: Recipe) -> None:
 
 
 def disk_needed(adapter: Adapter) -> int:
-    """Bytes of the adapter and of two checkpoints (numbers and two moments each), and 1 MiB."""
+    """Bytes of the adapter and of two checkpoints (parameters and two moments each), and 1 MiB."""
     tensors = adapter.attached.tensors().values()
     return 7 * sum(t.numel() * t.element_size() for t in tensors) + (1 << 20)
 

@@ -271,7 +271,7 @@ def _check_same(job: Job, state: dict[str, Any], folder: Path) -> None:
         )
     if state["plan"] != job.plan_key:
         raise InputError(
-            f"{job.recipe.structure.kind} chooses other numbers than when the run in "
+            f"{job.recipe.structure.kind} chooses other parameters than when the run in "
             f"{str(folder)!r} began: try training.threads={state['threads']}, as it had, or {anew}"
         )
 

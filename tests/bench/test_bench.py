@@ -37,7 +37,7 @@ members:
   - targets: []
   - structure: {kind: lora, r: 8}
   - structure: {kind: lsr, rank: 4}
-    numbers: [9000, 4000]
+    num_parameters: [9000, 4000]
     lrs: [1e-3, 3e-3, 1e-2]
 lrs: {low: 1e-3, high: 1e-1, count: 5}
 search: {epochs: [1]}
@@ -54,7 +54,7 @@ def test_a_bench_file_is_read_whole() -> None:
     assert [m.structure for m in spec.members[1:]] == [LoRA(rank=8), LSR(rank=4)]
     assert [m.targets for m in spec.members] == [(), None, None]
     assert spec.members[1].given == {"kind", "rank"}
-    assert spec.members[2].numbers == (9000, 4000)
+    assert spec.members[2].num_parameters == (9000, 4000)
     assert spec.members[2].lrs == (1e-3, 3e-3, 1e-2)
     assert spec.lrs == (0.001, 0.00316, 0.01, 0.0316, 0.1)
     assert (spec.seeds, spec.rungs, spec.extend) == ((0, 1, 2), (1, 2), True)
@@ -74,23 +74,26 @@ def test_a_bench_file_is_read_whole() -> None:
             "member 1: structure: no structure is called 'lra'; nearest: .*'lora'",
         ),
         ("members=[{targets: [], structure: {kind: lora}}]", "trains the head alone, without"),
-        ("members=[{numbers: [9]}]", "member 1: structure is missing; targets"),
+        ("members=[{num_parameters: [9]}]", "member 1: structure is missing; targets"),
         ("members=[{structure: {kind: lora, rnk: 3}}]", "lora has no option 'rnk'; .*'rank'"),
-        ("members=[{structure: {kind: lora}, numbes: [3]}]", "member 1: numbes .*'numbers'"),
+        (
+            "members=[{structure: {kind: lora}, num_parameter: [3]}]",
+            "num_parameter .*'num_parameters'",
+        ),
         (
             "members=[{structure: {kind: lora}, allocation: {kind: merge_inject, merges: 1}}]",
             "member 1: allocation: merge_inject needs LoR2C of rank 2 or more, not lora",
         ),
         (
-            "members=[{structure: {kind: lor2c}, numbers: [9216], "
+            "members=[{structure: {kind: lor2c}, num_parameters: [9216], "
             "allocation: {kind: merge_inject, merges: 1}}]",
-            r"member 1: numbers = \[9216\] beside an allocation: .* structure's options instead",
+            r"num_parameters = \[9216\] beside an allocation: .* structure's options instead",
         ),
         (
             "members=[{structure: {kind: shira, mask: given}}]",
             "member 1: structure: shira needs a call from Python .*; try mask='random'",
         ),
-        ("members=[{structure: {kind: lora}, numbers: [0]}]", "greater than or equal to 1"),
+        ("members=[{structure: {kind: lora}, num_parameters: [0]}]", "greater than or equal to 1"),
         ("members=[4]", "member 1: 4 needs a structure"),
         ("lrs=[1e-3, 3e-3]", "2 rates are too few: .* a neighbour on both sides"),
         ("lrs=[]", "no rates; try"),
@@ -208,7 +211,7 @@ def test_no_lawful_size_lies_closer(budget: int, shape: tuple[int, int]) -> None
 
 
 def test_a_budget_out_of_reach_names_the_nearest_size() -> None:
-    with pytest.raises(InputError, match=r"lora .* in 4,000 numbers .* 4,608 \(rank=1\)"):
+    with pytest.raises(InputError, match=r"lora .* in 4,000 parameters .* 4,608 \(rank=1\)"):
         fit(LoRA(), (), sites(), 4_000)
     with pytest.raises(InputError, match=r"uses 18,240 of 40,000 .*separation_rank=19\).*leave"):
         fit(LSR(), ("rank",), sites(), 40_000)
@@ -216,7 +219,7 @@ def test_a_budget_out_of_reach_names_the_nearest_size() -> None:
         fit(LoRA(), ("rank",), sites(), 9_000)
     with pytest.raises(InputError, match=r"ia3 has no free rank .*; give its options instead"):
         fit(make("ia3"), (), sites(), 9_000)
-    with pytest.raises(InputError, match="fewer numbers than LoRA of the same rank"):
+    with pytest.raises(InputError, match="fewer parameters than LoRA of the same rank"):
         fit(LSR(rank=1), ("rank",), sites(1, 2, 2), 9)
 
 
@@ -460,7 +463,7 @@ def test_every_form_names_the_command_and_the_values(tmp_path: Path) -> None:
     console = Console(record=True, width=80, file=io.StringIO())
     show(found, console)
     printed = console.export_text()
-    assert "LoRA r=8   36,864 156,000 0.003 0.8200 ± 0.0497" in printed
+    assert "LoRA r=8       36,864 156,000 0.003 0.8200 ± 0.0497" in printed
     assert "without the head's 2,310" in printed
     assert "Made by: finespun bench a.yaml" in printed
     assert json.loads(json.dumps(found.as_json()))["refusal"] == found.refusal

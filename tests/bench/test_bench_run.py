@@ -83,8 +83,8 @@ def bench_text(place: Path, output: Path) -> str:
         "  targets: [query, value]\n  training: {epochs: 2, batch_size: 8, threads: 1}\n"
         "members:\n"
         "  - targets: []\n"
-        "  - structure: {kind: lora}\n    numbers: [256]\n"
-        "  - structure: {kind: lsr}\n    numbers: [256]\n"
+        "  - structure: {kind: lora}\n    num_parameters: [256]\n"
+        "  - structure: {kind: lsr}\n    num_parameters: [256]\n"
         "lrs: [1e-3, 1e-2, 1e-1]\nseeds: [0, 1]\nsearch: {epochs: [1]}\n"
         f"output: {output}\n"
     )
@@ -166,7 +166,7 @@ def test_counts_are_the_structures_own(place: Path) -> None:
         expected = structure.total_parameters(structure.plan(bench.sites(one, structure)))
         assert (outcome.num_update_parameters, outcome.num_module_parameters) == (expected, head)
         assert 4 * (expected + head) < outcome.bytes < 4 * (expected + head) + 8_000
-    assert expected == 4 * 16 * 32  # sites, terms, and 2·4 numbers in each of four factors
+    assert expected == 4 * 16 * 32  # sites, terms, and 2·4 parameters in each of four factors
 
 
 def test_a_trial_that_diverges_is_recorded_and_the_next_one_runs(place: Path) -> None:
@@ -290,7 +290,7 @@ def test_a_power_needs_numbers_known_before_training(
 ) -> None:
     """Refused before the search; without a power the rate is the source's own."""
     power = f"members=[{source}, {follower % ', lr_power: 0.5'}]"
-    why = "trains no numbers but the head's" if "[]" in power else "has an allocation"
+    why = "trains no parameters but the head's" if "[]" in power else "has an allocation"
     with pytest.raises(InputError, match=f"lr_power = 0.5 of 'b' .* but {named} {why}"):
         Bench(spec(place, tmp_path / "out", power), "c").run()
     assert not (tmp_path / "out" / "results.jsonl").exists()
@@ -302,7 +302,7 @@ def test_a_power_needs_numbers_known_before_training(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("members=[{structure: {kind: lora}, numbers: [100]}]", "cannot be written in 100"),
+        ("members=[{structure: {kind: lora}, num_parameters: [100]}]", "cannot be written in 100"),
         ("members=[{structure: {kind: lora}}, {structure: {kind: lora}}]", "two members are"),
         ("members=[{structure: {kind: lora, rank: 64}}]", "rank=64 exceeds"),
         ("members=[{structure: {kind: lora}, targets: [vlue]}]", "nearest: 'value'"),
@@ -357,7 +357,7 @@ def test_the_published_comparisons_follow_from_their_trials(
 def test_what_sleeps_counts_in_no_budget(place: Path, tmp_path: Path) -> None:
     """LoR2C with layers inside its blocks as targets: they never wake without an allocation."""
     change = (
-        "members=[{structure: {kind: lor2c}, numbers: [600], "
+        "members=[{structure: {kind: lor2c}, num_parameters: [600], "
         "targets: [encoder.layer.0, encoder.layer.1, query, value], lr: 1e-2}]"
     )
     [row] = Bench(spec(place, tmp_path, change, "seeds=[0]"), "test").measure().rows

@@ -92,7 +92,7 @@ def test_a_budget_below_the_least_names_it(form):
 
 
 def test_a_budget_beyond_the_most_names_it():
-    with pytest.raises(InputError, match=r"shira uses .* of 100,000 numbers at most"):
+    with pytest.raises(InputError, match=r"shira uses .* of 100,000 parameters at most"):
         fit(structures.SHiRA(), (), SITES, 100_000)
 
 

@@ -296,7 +296,7 @@ def test_inspect(done: Path, capsys: Captured) -> None:
     assert run(["inspect", str(done / "out")]) == 0
     shown = capsys.readouterr().out
     assert "LSR(" in shown
-    assert f"update numbers   {result.num_update_parameters}" in shown
+    assert f"update parameters   {result.num_update_parameters}" in shown
 
 
 def test_compare_runs_of_two_methods(done: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -58,8 +58,8 @@ def test_the_text_holds_what_json_holds(capsys: Captured) -> None:
         f"Good for: {found['good_for']}",
         f"Not for: {found['not_for']}",
         "separation_rank=16",
-        "24 layers of 768 x 768: 86,016 numbers, ",
-        "in all: 86,016 numbers, 29.2% of 294,912 (LoRA of rank 8)",
+        "24 layers of 768 x 768: 86,016 parameters, ",
+        "in all: 86,016 parameters, 29.2% of 294,912 (LoRA of rank 8)",
     ):
         assert part in shown
 

@@ -12,7 +12,7 @@ WIDE = torch.float64
 
 
 def ready(case):
-    """The case's delta in float64, away from its start, and a change of every trained number."""
+    """The case's delta in float64, away from its start, and a change of every trained parameter."""
     delta = case.delta(WIDE).double()
     if delta.bank is not None:
         delta.bank.double()

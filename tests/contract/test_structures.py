@@ -28,7 +28,7 @@ def moved(case, dtype=torch.float32):
 
 
 def stirred_alike(delta):
-    """The delta with every trained number of it and its bank moved."""
+    """The delta with every trained parameter of it and its bank moved."""
     numbers = [*delta.trained_parameters(), *(delta.bank.parameters() if delta.bank else ())]
     stir([p for p in numbers if p.requires_grad])
     return delta
@@ -134,7 +134,7 @@ def test_operations_grow_with_the_rows(case):
 # Nothing of theirs is drawn: they start at constants, or from W0.
 UNDRAWN = {"ia3", "oft", "boft", "miss", "mora", "c3a", "lora_xs", "shira-magnitude", "tokens"}
 
-# Numbers at 768², FLOPs for a token at 768² and 4096², and once per step at 768²: the published
+# Parameters at 768², FLOPs for a token at 768² and 4096², and once per step at 768²: the published
 # comparison, but for LSR as (1, 4), where 64·12 would cost 52,224 and the tie goes to 48·16.
 TABLE = [
     (fs.LoRA(rank=8), 12_288, 24_576, 131_072, 0),

@@ -1,4 +1,4 @@
-"""The driver: when it calls hooks, clipping, dead numbers, and the checks of the first step."""
+"""The driver: when it calls hooks, clipping, dead parameters, and the checks of the first step."""
 
 import warnings
 

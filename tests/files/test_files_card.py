@@ -23,7 +23,7 @@ def test_it_tells_sizes_metrics_recipe_and_parents():
     card = model_card("mine", TENSORS, None, lineage)
     _, header, body = card.split("---\n", 2)
     assert yaml.safe_load(header) == {"library_name": "finespun", "tags": ["finespun", "lsr"]}
-    assert "17 numbers, 58 bytes" in body
+    assert "17 parameters, 58 bytes" in body
     assert "| after.accuracy | 0.9123 |" in body
     assert "| rows | 7 |" in body
     assert "````yaml\nmodel: x\n````" in body

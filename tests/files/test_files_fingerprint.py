@@ -76,7 +76,7 @@ def test_weights_quantised_by_torchao_pass_with_a_note():
 
 
 def retrained(model: nn.Module) -> nn.Module:
-    """A copy in which every number moved by a hundredth."""
+    """A copy in which every parameter moved by a hundredth."""
     twin = copy.deepcopy(model)
     for p in twin.parameters():
         p.data.add_(0.01 * torch.randn_like(p) * p.data.abs().mean())
@@ -102,7 +102,7 @@ def test_another_base_is_refused_naming_both_and_the_tensor(other):
 def test_other_shapes_and_names_are_refused():
     wide = net()
     wide.blocks[0].up = nn.Linear(24, 41)
-    with pytest.raises(BaseMismatch, match=r"4,189 numbers there, 4,214 here"):
+    with pytest.raises(BaseMismatch, match=r"4,189 parameters there, 4,214 here"):
         check_base(fingerprint(net()), wide)
     renamed = net()
     renamed.top = renamed.head

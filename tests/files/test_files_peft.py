@@ -20,7 +20,7 @@ from finespun.files.peft import read
 
 # --- written by PEFT, read by us ---------------------------------------------------------------
 def by_peft(folder: Path, model: nn.Module, **options) -> nn.Module:
-    """A PEFT model with stirred numbers, saved in `folder`."""
+    """A PEFT model with stirred parameters, saved in `folder`."""
     import peft
 
     theirs = peft.get_peft_model(model, peft.LoraConfig(**options)).eval()

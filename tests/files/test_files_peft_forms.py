@@ -149,7 +149,7 @@ def test_resized_tables_that_peft_saves_on_its_own_are_the_adapters_own(tmp_path
 # --- trained on ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", CASES)
 def test_what_was_read_can_be_trained_on_as_in_peft(tmp_path, name):
-    """The gradients of all trained numbers are PEFT's, DoRA's included."""
+    """The gradients of all trained parameters are PEFT's, DoRA's included."""
     import peft
 
     by_peft(tmp_path / "x", Kinds().eval(), **CASES[name])

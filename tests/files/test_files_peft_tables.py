@@ -1,4 +1,4 @@
-"""PEFT's other methods on `lm_head` and `embed_tokens`, whose own numbers PEFT saves along."""
+"""PEFT's other methods on `lm_head` and `embed_tokens`, whose own parameters PEFT saves along."""
 
 import json
 from pathlib import Path

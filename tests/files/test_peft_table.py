@@ -88,7 +88,7 @@ def result(names):
 
 
 def adapted(names):
-    """Names of the adapted layers, and how many numbers train."""
+    """Names of the adapted layers, and how many parameters train."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer

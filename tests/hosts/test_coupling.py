@@ -39,8 +39,8 @@ each = pytest.mark.parametrize("name", KNOWN)
 
 
 def model_of(name):
-    """The family's tiny model, every number moved, biases that start at zero too; of four heads, in
-    two groups where these share keys and values."""
+    """The family's tiny model, every parameter moved, biases that start at zero too; of four heads,
+    in two groups where these share keys and values."""
     model = tiny.built(name)
     if KNOWN[name] is GATED:
         config = copy.deepcopy(model.config)

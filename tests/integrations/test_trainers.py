@@ -58,7 +58,7 @@ def numbers(adapter):
 
 
 def trained(folder, clip=None, **more):
-    """Numbers after training a tiny Llama by Trainer; with `clip` a Driver watches and clips."""
+    """Parameters after training a tiny Llama by Trainer; with `clip` a Driver watches and clips."""
     from transformers import Trainer
 
     model = built("llama")

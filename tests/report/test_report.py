@@ -122,7 +122,7 @@ def test_the_page_of_a_run_says_what_its_files_say(done: Path) -> None:
     text, page = opened(done)
     before, after = result.before["accuracy"], result.after["accuracy"]
     assert page.cells("accuracy") == [shown(before), shown(after), shown(after - before)]
-    assert page.cells("trained numbers in layers") == [shown(result.num_update_parameters)]
+    assert page.cells("trained parameters in layers") == [shown(result.num_update_parameters)]
     assert page.cells("steps") == ["16"]
     words = "".join(page.words)
     assert (done / "recipe.yaml").read_text() in words
@@ -183,13 +183,13 @@ def test_the_page_of_a_bench_says_what_its_table_says(compared: Path) -> None:
         rows = list(csv.DictReader(file))
     for row in rows:
         cells = page.cells(row["member"])
-        assert cells[0] == f"{int(row['trained_numbers']):,}"
+        assert cells[0] == f"{int(row['num_update_parameters']):,}"
         assert cells[4] == (shown(float(row["mean"])) if row["mean"] else "–")
     assert "<r=8>" not in text
     assert "finespun bench 'a b.yaml'" in "".join(page.words)
     assert "No ranking: runs diverged (lsr r=8)." in "".join(page.words)
     assert len(page.every("svg")) == 2
-    assert len(page.every("circle")) == 2  # two means with numbers; the head alone is a line
+    assert len(page.every("circle")) == 2  # two means with parameters; the head alone is a line
 
 
 def test_a_real_bench_has_a_page(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_folders_without_a_page(
     other = tmp_path / "bench"
     other.mkdir()
     (other / SHEET).write_text("member,mean\nx,1\n")
-    with pytest.raises(FileError, match="no column 'trained_numbers'"):
+    with pytest.raises(FileError, match="no column 'num_update_parameters'"):
         report(other)
 
 

@@ -1,4 +1,4 @@
-"""Trackers: the numbers of metrics.jsonl arrive in each, and no tracker can cost a run.
+"""Trackers: the parameters of metrics.jsonl arrive in each, and no tracker can cost a run.
 
 TensorBoard and W&B are the real ones, W&B offline; trackio and MLflow are stand-ins that take what
 the real ones take (both were run against the real ones by hand; their ranges exclude our pins).

@@ -135,7 +135,7 @@ def test_another_choice_on_resuming_is_refused(
         return seen
 
     monkeypatch.setattr("finespun.training.run.look", upside_down)
-    with pytest.raises(InputError, match=r"s2ft chooses other numbers.*training\.threads=1"):
+    with pytest.raises(InputError, match=r"s2ft chooses other parameters.*training\.threads=1"):
         run(recipe, resume=True)
 
 
@@ -151,7 +151,7 @@ def test_sizes_are_counted_without_scores(recipe: Recipe) -> None:
 
 # --- what changes while it trains ----------------------------------------------------------------
 def test_events_happen_and_what_they_removed_is_gone(recipe: Recipe) -> None:
-    """Two bypasses of 2·16·4 numbers merge into one; sleeping layers go; a file holds the rest."""
+    """Two bypasses of 2·16·4 parameters merge into one; what sleeps goes; a file holds the rest."""
     merged = run(events(recipe, merges=1, fade=0))
     assert merged.num_update_parameters == 2 * 16 * 4
     recipe = events(recipe.changed([f"output={recipe.output}-2"]), injects=1, fade=2)
@@ -232,7 +232,7 @@ def test_members_of_a_bench_have_allocations_of_their_own(recipe: Recipe, tmp_pa
     assert numbers["chosen"] == 2 * (6 * (16 + 16) + 8 * 16)
     with pytest.raises(InputError, match="recipe must not set allocation; a bench has members"):
         BenchSpec.parse(text, ["recipe.allocation={kind: merge_inject}"])
-    with pytest.raises(InputError, match=r"member 2: numbers = \[128\] beside an allocation"):
-        BenchSpec.parse(text.replace("name: merging", "name: merging, numbers: [128]"))
+    with pytest.raises(InputError, match=r"num_parameters = \[128\] beside an allocation"):
+        BenchSpec.parse(text.replace("name: merging", "name: merging, num_parameters: [128]"))
     with pytest.raises(InputError, match="merges=5, but there are 1"):
         Bench(BenchSpec.parse(text.replace("merges: 1", "merges: 5")), "test").run()

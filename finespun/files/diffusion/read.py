@@ -66,8 +66,8 @@ _OLD = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weigh
 
 
 class Piece(NamedTuple):
-    """One layer's numbers as a structure of ours has them. `inner` counts a kernel's numbers too;
-    `kernel` is (in, k, ...) where the file tells it."""
+    """One layer's parameters as a structure of ours has them. `inner` counts a kernel's parameters
+    too; `kernel` is (in, k, ...) where the file tells it."""
 
     kind: str
     out: int

@@ -58,8 +58,8 @@ def drawn(model: Any, config: Config, shared: Found) -> dict[str, dict[str, Tens
     """Where Uni-LoRA's entries come from: indices and scales of every layer that the config means.
 
     All entries of all A and B, layer by layer in the model's order, A before B, are a shuffled list
-    in which each of the d numbers of θ stands ⌊D/d⌋ or ⌈D/d⌉ times, D being their count; an entry
-    is its number over the root of how often that stands. NumPy's generator shuffles, from
+    in which each of the d parameters of θ stands ⌊D/d⌋ or ⌈D/d⌉ times, D being their count; an
+    entry is its number over the root of how often that stands. NumPy's generator shuffles, from
     `proj_seed`: a NumPy with other streams would find other places.
     Raises FileError without the model itself, where the config does not tell the layers, or is not
     of these tensors.
@@ -71,7 +71,7 @@ def drawn(model: Any, config: Config, shared: Found) -> dict[str, dict[str, Tens
         raise FileError(f"theta_d_length is {config['theta_d_length']}, the file holds {held}")
     for key in ("layers_to_transform", "layers_pattern"):
         if config.get(key) not in (None, [], ""):
-            raise FileError(f"{key} decides here which layers share the numbers; {ASK}")
+            raise FileError(f"{key} decides here which layers share the parameters; {ASK}")
     known = modules(model)
     names = [name for name in known if means(config.get("target_modules"), name)]
     if not names:

@@ -37,7 +37,7 @@ _REFUSED = {".lora_A.bias": "a bias on lora_A", ".lora_B.bias": "a bias on lora_
 @dataclass
 class Parts:
     """What lies in the file, by path: pairs, rows of tables, biases, whole modules (module -> name
-    -> tensor), and numbers of the base that the file repeats, by their names in the model."""
+    -> tensor), and parameters of the base that the file repeats, by their names in the model."""
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     tokens: dict[str, Tensor] = field(default_factory=dict)
@@ -137,7 +137,7 @@ def repeated(name: str) -> str | None:
 
 
 def in_order(held: Mapping[str, T]) -> dict[str, T]:
-    """By name, the numbers in names by their size: layer 2 before layer 10."""
+    """By name, the parameters in names by their size: layer 2 before layer 10."""
 
     def key(name: str) -> list[tuple[int, str]]:
         return [(int(p) if p.isdecimal() else -1, p) for p in name.split(".")]

@@ -2,7 +2,7 @@
 
 Sizes that such a file does not tell are the model's, so its layers are needed: those of the model,
 or what tells of them by name. Methods whose frozen
-numbers PEFT draws in its own way are read as the LoRA that they are: VeRA as B' = diag(b)·B,
+parameters PEFT draws in its own way are read as the LoRA that they are: VeRA as B' = diag(b)·B,
 A' = diag(d)·A, RandLoRA as its bases side by side, Uni-LoRA as its entries of θ in their places.
 """
 
@@ -110,7 +110,7 @@ def sort(
     dict[str, dict[str, Tensor]],
     dict[str, Tensor],
 ]:
-    """Tensors by site, those that all sites share, modules saved whole, and numbers of the base
+    """Tensors by site, those that all sites share, modules saved whole, and parameters of the base
     that the file repeats."""
     found: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, dict[str, Tensor]] = {}

@@ -35,7 +35,7 @@ class FileSummary:
 
     @property
     def numbers(self) -> int:
-        """Numbers of the updates, frozen ones and indices in the file included."""
+        """Parameters of the updates, frozen ones and indices in the file included."""
         every = [*self.shared.values(), *(t for own in self.layers.values() for t in own.values())]
         return sum(t.numel() for t in every)
 

@@ -103,7 +103,7 @@ def _gains(found: Found, site: SiteShape, config: Config) -> Found:
 
 
 def _block(count: int) -> int:
-    """b of b(b − 1)/2 numbers."""
+    """b of b(b − 1)/2 parameters."""
     return round((1 + (1 + 8 * count) ** 0.5) / 2)
 
 

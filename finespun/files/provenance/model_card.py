@@ -46,7 +46,7 @@ def model_card(
     told = ", ".join(f"{key} = {value}" for key, value in lineage.options.items())
     lines = [*header, "---", "", f"# {name}", ""]
     lines += [f"An adapter of method `{lineage.method}`{f' ({told})' if told else ''}:"]
-    lines += [f"{count:,} numbers, {size:,} bytes{f', for `{source}`' if source else ''}."]
+    lines += [f"{count:,} parameters, {size:,} bytes{f', for `{source}`' if source else ''}."]
     if lineage.metrics:
         lines += ["", "## Measured", "", "| metric | value |", "| --- | --- |"]
         lines += [f"| {key} | {_shown(value)} |" for key, value in _flat(lineage.metrics)]

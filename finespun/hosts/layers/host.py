@@ -199,7 +199,7 @@ class Host(StoredLayer, Slotted):
     def change(
         self, delta: Delta, strength: float, x: Tensor, base: Base, way: Way | None = None
     ) -> Tensor:
-        """c [ drop(x) ΔWᵀ + (b − b0) ] for one delta, in the precision of its numbers."""
+        """c [ drop(x) ΔWᵀ + (b − b0) ] for one delta, in the precision of its parameters."""
         path, pair = way or self.way(delta, strength, x)
         if self._drops(delta) and x.is_floating_point():
             x = F.dropout(x, self._dropout(delta), training=True)

@@ -15,9 +15,9 @@ Stored = tuple[Tensor, Tensor | None]
 
 
 class StoredLayer:
-    """One module under its name, and how its numbers are read, written and put back.
+    """One module under its name, and how its parameters are read, written and put back.
 
-    `writable` says that what `read` returns is a view of the stored numbers.
+    `writable` says that what `read` returns is a view of the stored parameters.
     """
 
     writable: ClassVar[bool] = True

@@ -10,7 +10,7 @@ from finespun.hosts.layers.host import Host
 
 class TiedDelta(Delta):
     """The update of another site, seen from the other side: ΔW' = ΔWᵀ where one use is a table and
-    the other a linear layer, ΔW' = ΔW where both are alike. It has no numbers of its own."""
+    the other a linear layer, ΔW' = ΔW where both are alike. It has no parameters of its own."""
 
     def __init__(self, site: Host, source: Host, adapter: str) -> None:
         super().__init__(site)

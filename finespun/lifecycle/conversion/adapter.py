@@ -42,7 +42,7 @@ SHOWN = 5
 class Converted:
     """What a conversion wrote. At each site: `errors`, ‖ΔW' − ΔW‖ / ‖ΔW‖ of what was written;
     `predicted`, the same told by singular values before anything is fitted; `ranks`.
-    `before` and `after` are the numbers of all updates."""
+    `before` and `after` are the parameters of all updates."""
 
     folder: Path
     structure: Structure
@@ -64,7 +64,7 @@ class Converted:
         told = "exact to rounding" if self.error < 1e-6 else f"{self.error:.4f} at {worst!r}"
         return (
             f"{self.folder}: {self.structure.kind} of {span} at {len(self.errors)} layers, "
-            f"{self.before:,} -> {self.after:,} numbers\n"
+            f"{self.before:,} -> {self.after:,} parameters\n"
             f"largest relative error: {told}"
         )
 

@@ -169,7 +169,7 @@ def merge(adapter: AdapterView, first: str, second: str, keep: Keep = "richer") 
     """One bypass instead of two neighbours: from where `first` reads to where `second` adds.
 
     It is the one with the flatter spectrum, or the first, or (svd) the best one of the same rank
-    for the sum of both, which takes the place of the first's numbers. The other is switched off.
+    for the sum of both, which takes the place of the first's parameters. The other is switched off.
     Raises InputError unless the second begins right behind the first.
     """
     must_be_one_of("keep", keep, get_args(Keep))

@@ -30,13 +30,13 @@ LAYOUTS = ("folded", "literal", "input")
 class BlockLoRA(Ranked):
     """ΔW = c·(Σ_i B_i)·A_s with `blocks` n of B, each (out, r/n), and one A_s (r/n, in).
 
-    Good for: few-shot tuning with half the numbers of LoRA or fewer.
+    Good for: few-shot tuning with half the parameters of LoRA or fewer.
     Not for: rank: ΔW has rank r/n in the first two layouts, whatever r says.
 
     `layout`: "folded" trains one of the B_i, which from equal starts stay equal under Adam:
-    ΔW = c·n·B_1·A_s, (r/n)·(in + out) numbers, LoRA of rank r/n whose B learns n times faster;
-    "literal" trains all n, r·out + (r/n)·in numbers; "input" cuts the input instead: A_s (r, in/n)
-    meets the sum of the n pieces of x, B is (out, r), r·out + r·in/n numbers and rank r.
+    ΔW = c·n·B_1·A_s, (r/n)·(in + out) parameters, LoRA of rank r/n whose B learns n times faster;
+    "literal" trains all n, r·out + (r/n)·in parameters; "input" cuts the input instead: A_s
+    (r, in/n) meets the sum of the n pieces of x, B is (out, r), r·out + r·in/n parameters, rank r.
     B starts at zero, A_s is drawn as LoRA's; c = alpha / √r, alpha 1 unless given.
     Source: arXiv 2501.16720 (its code is not public: the layouts follow the abstract).
     """

@@ -30,9 +30,9 @@ class BOFT(Structure):
     Not for: fast steps, as every factor is a product of its own; LoRA servers.
 
     R_ij = (I − S)(I + S)⁻¹, S = (X − Xᵀ)/2, from X (m, n, b, b), zero at the start; s (out,) is one
-    at the start: m·in·b + out numbers, of which only (b−1)/2 in b of X count. P_i sorts each run of
-    2^(i−1)·b inputs by the parity of its half-blocks, so that m factors mix 2^(m−1)·b inputs, which
-    must divide in. b is `block_size`, m is `factors`. The bias stays. Full rank.
+    at the start: m·in·b + out parameters, of which only (b−1)/2 in b of X count. P_i sorts each run
+    of 2^(i−1)·b inputs by the parity of its half-blocks, so that m factors mix 2^(m−1)·b inputs,
+    which must divide in. b is `block_size`, m is `factors`. The bias stays. Full rank.
     Source: arXiv 2311.06243.
     """
 

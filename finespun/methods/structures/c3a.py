@@ -26,10 +26,10 @@ from finespun.errors import InputError
 class C3A(Structure):
     """Block (m, n) of ΔW is circulant: entry (k, t) is w[m, n, (t − k) mod b] / in.
 
-    Good for: an update of full rank from in·out/b numbers.
+    Good for: an update of full rank from in·out/b parameters.
     Not for: LoRA servers; layers whose sides have no common divisor near the block you want.
 
-    w (out/b, in/b, b), zero at the start: out·in/b numbers; every block has rank up to b, the
+    w (out/b, in/b, b), zero at the start: out·in/b parameters; every block has rank up to b, the
     update up to full. b = `block_size` must divide in and out. Multiplied by real FFTs of length b:
     y_m = irfft(Σ_n rfft(x_n)·conj(rfft(w_mn))) / in. (The library draws w at random; since ΔW is
     linear in w, that start with its own update taken away is this one.) Divided by `in`, w wants

@@ -25,9 +25,9 @@ class DeLoRA(Ranked):
     B (out, r), ν_j the norm of column j of W0.
 
     Good for: long training and high rates: the update cannot outgrow its bound.
-    Not for: the smallest adapters: it has as many numbers as LoRA.
+    Not for: the smallest adapters: it has as many parameters as LoRA.
 
-    A, B and λ are trained: r·(in + out) + 1 numbers, rank r. λ starts at alpha, 15 unless given,
+    A, B and λ are trained: r·(in + out) + 1 parameters, rank r. λ starts at alpha, 15 unless given,
     and bounds the update: ‖ΔW diag(ν)⁻¹‖ <= λ. Lengths below 1e-4 count as 1e-4, so that B = 0, the
     `start` "zero", is the base; but the first step then jumps to nearly the whole bound. A "drawn"
     B avoids that and is the paper's, which takes the first update away: ask for an exact start.

@@ -26,7 +26,7 @@ class DoRA(Ranked):
     Good for: length and direction of every row learned apart, at LoRA's count.
     Not for: fast steps, as W0 + c·B·A is formed in each; LoRA servers.
 
-    r·(in + out) + out numbers; the update has full rank. The norm ‖V‖ follows V but is held
+    r·(in + out) + out parameters; the update has full rank. The norm ‖V‖ follows V but is held
     constant in the gradient, as in the paper. m starts at the norms of W0 and B at zero; A is drawn
     as LoRA's. The bias stays. Source: arXiv 2402.09353.
     """

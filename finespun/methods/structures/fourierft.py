@@ -24,9 +24,9 @@ from finespun.linalg import streams
 @dataclass(frozen=True, kw_only=True)
 class FourierFT(Structure):
     """ΔW = α·Re IFFT2(F), F (out, in) zero but for n trained real entries c (n,) at places drawn
-    once, the same for all sites of one shape;  n numbers, rank up to min(2n, full).
+    once, the same for all sites of one shape;  n parameters, rank up to min(2n, full).
 
-    Good for: a count of numbers that does not grow with the layer.
+    Good for: a count of parameters that does not grow with the layer.
     Not for: large layers, as ΔW is formed whole in each step; LoRA servers.
 
     c starts at zero. (The paper draws it; since ΔW is linear in c, that start with its own update

@@ -1,4 +1,4 @@
-"""GraLoRA: a k x k grid of small LoRAs, of rank k·r for LoRA's numbers (arXiv 2505.20355)."""
+"""GraLoRA: a k x k grid of small LoRAs, of rank k·r for LoRA's parameters (arXiv 2505.20355)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +30,8 @@ class GraLoRA(Ranked):
     Not for: small ranks, and sides that k does not divide.
 
     A (k, r, in/k): rows j·r/k.. of A[n] are A_jn; B (k, out/k, r): columns n·r/k.. of B[j] are
-    B_jn. r·(in + out) numbers as in LoRA, rank up to k·r; k must divide in, out and r. Good k has
-    r/k² of 4 to 8. `hybrid_rank` h adds a plain LoRA of rank h: (r + h)·(in + out) numbers.
+    B_jn. r·(in + out) parameters as in LoRA, rank up to k·r; k must divide in, out and r. Good k
+    has r/k² of 4 to 8. `hybrid_rank` h adds a plain LoRA of rank h: (r + h)·(in + out) parameters.
     c = alpha / (r + h). B starts at zero, A[n] is drawn as LoRA's for in/k inputs.
     Source: arXiv 2505.20355.
     """
@@ -64,7 +64,7 @@ class GraLoRA(Ranked):
 
     @property
     def total_rank(self) -> int:
-        """r + h, what LoRA of as many numbers has."""
+        """r + h, what LoRA of as many parameters has."""
         return self.rank + self.hybrid_rank
 
     def choose(self, site: Site) -> dict[str, Any]:

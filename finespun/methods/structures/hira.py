@@ -19,7 +19,7 @@ from finespun.contract.structure import (
 @register
 @dataclass(frozen=True, kw_only=True)
 class HiRA(Ranked):
-    """ΔW = W0 ∘ (c·B·A);  A (r, in), B (out, r);  r·(in + out) numbers, rank up to r·rank(W0).
+    """ΔW = W0 ∘ (c·B·A);  A (r, in), B (out, r);  r·(in + out) parameters, rank up to r·rank(W0).
 
     Good for: an update of high rank at LoRA's count, relative to the base weight.
     Not for: LoRA servers; sparse bases, whose zeros stay zero.

@@ -21,7 +21,7 @@ from finespun.contract.structure import (
 @dataclass(frozen=True, kw_only=True)
 class IA3(Structure):
     """y = g ∘ (W0 x + b0) with g (out,), or for `feedforward` layers y = W0 (g ∘ x) + b0 with
-    g (in,);  out, or in, numbers; g starts at one.
+    g (in,);  out, or in, parameters; g starts at one.
 
     Good for: the cheapest update there is: one number for each feature.
     Not for: tasks far from the base: it rescales features and makes no new ones.

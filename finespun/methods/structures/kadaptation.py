@@ -23,9 +23,9 @@ from finespun.errors import InputError
 @register
 @dataclass(frozen=True, kw_only=True)
 class KAdaptation(Ranked):
-    """ΔW = c·Σ_i P_i ⊗ (U_i V_i), i = 1..n;  r·(in + out) numbers a site, n³ for the model.
+    """ΔW = c·Σ_i P_i ⊗ (U_i V_i), i = 1..n;  r·(in + out) parameters a site, n³ for the model.
 
-    Good for: a rank of up to n²·r at the numbers of a LoRA of rank r.
+    Good for: a rank of up to n²·r at the parameters of a LoRA of rank r.
     Not for: per-sample gradients, as the small matrices are shared.
 
     P_i (n, n) are shared by all sites, U_i (out/n, r) and V_i (r, in/n) a site's own; `terms` is n

@@ -23,13 +23,13 @@ from finespun.kernels.kron import kron_apply, kron_macs
 @register
 @dataclass(frozen=True, kw_only=True)
 class KronA(Structure):
-    """ΔW = c·(P ⊗ Q);  P (p_out, p_in), Q (out/p_out, in/p_in);  as many numbers as they hold.
+    """ΔW = c·(P ⊗ Q);  P (p_out, p_in), Q (out/p_out, in/p_in);  as many parameters as they hold.
 
-    Good for: an update of full rank from very few numbers.
-    Not for: growing with the task: no size trades numbers for accuracy; lsr and lokr have one.
+    Good for: an update of full rank from very few parameters.
+    Not for: growing with the task: no size trades parameters for accuracy; lsr and lokr have one.
 
     `factors` fixes (p_out, p_in), which must divide out and in; else each is the smallest divisor
-    of at least the square root, 1,600 numbers for 768x768. c is `alpha`. The rank is
+    of at least the square root, 1,600 parameters for 768x768. c is `alpha`. The rank is
     rank(P)·rank(Q), up to full. Q starts at zero, P is uniform with variance 1/(3·p_in).
     Source: arXiv 2212.10650.
     """

@@ -19,7 +19,7 @@ from finespun.contract.structure import (
 @register
 @dataclass(frozen=True, kw_only=True)
 class LoHa(Ranked):
-    """ΔW = c·(B1·A1) ∘ (B2·A2);  A1, A2 (r, in), B1, B2 (out, r);  2·r·(in + out) numbers.
+    """ΔW = c·(B1·A1) ∘ (B2·A2);  A1, A2 (r, in), B1, B2 (out, r);  2·r·(in + out) parameters.
 
     Good for: rank up to r² from two pairs of rank r.
     Not for: fast steps: ΔW is formed whole, or multiplied at rank r².

@@ -26,9 +26,9 @@ from finespun.kernels.kron import kron_apply, kron_macs
 @dataclass(frozen=True, kw_only=True)
 class LoKr(Ranked):
     """ΔW = c·(P ⊗ Q);  P (u_out, u_in), Q = Q_b·Q_a (v_out, v_in) of rank r;  out = u_out·v_out,
-    in = u_in·v_in;  u_out·u_in + r·(v_out + v_in) numbers, rank up to r·min(u_out, u_in).
+    in = u_in·v_in;  u_out·u_in + r·(v_out + v_in) parameters, rank up to r·min(u_out, u_in).
 
-    Good for: much rank from few numbers, with a size to trade between them.
+    Good for: much rank from few parameters, with a size to trade between them.
     Not for: LoRA servers: its exact rank is large.
 
     `factor` is u where it divides a side, else a bound on it; -1 splits near the square root,

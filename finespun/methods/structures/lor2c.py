@@ -24,13 +24,14 @@ from finespun.methods.structures.lora import LoRADelta
 @register
 @dataclass(frozen=True, kw_only=True)
 class LoR2C(Ranked):
-    """h ← F(h) + c·B·A h around a block F of width d;  A (r, d), B (d, r);  2·d·r numbers a block.
+    """h ← F(h) + c·B·A h around a block F of width d;  A (r, d), B (d, r);  2·d·r parameters a
+    block.
 
     Good for: one small update around a block instead of several inside it.
     Not for: anything that must be merged into weights or exported as a LoRA.
 
-    With `share` all blocks have one A: d·r numbers and d·r a block. B starts at zero, A is drawn as
-    LoRA's. It is no update of any weight: it cannot be merged, nor exported as a LoRA. After a
+    With `share` all blocks have one A: d·r parameters and d·r a block. B starts at zero, A is drawn
+    as LoRA's. It is no update of any weight: it cannot be merged, nor exported as a LoRA. After a
     block that ends in a norm (BERT's) it adds behind the norm: keep c at 2 or below.
     `allocation.MergeInject` joins neighbouring bypasses into one around both blocks, and turns a
     bypass into LoRAs of half the rank in those layers of its block that are targets too; until
@@ -161,7 +162,7 @@ class SharedLoR2CDelta(Bypass):
 
 
 class End(Bypass):
-    """A block that a span begins or ends at and whose own bypass is gone: no numbers."""
+    """A block that a span begins or ends at and whose own bypass is gone: no parameters."""
 
     def low_rank(self) -> Factors:
         A = torch.zeros(0, self.site.shape.in_features, device=self.site.device)

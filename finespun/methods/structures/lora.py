@@ -26,10 +26,10 @@ from finespun.methods.structures.pieces.extras import OwnBias, extra, extra_para
 @register
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Ranked):
-    """ΔW = c·B·A;  A (r, in), B (out, r);  r·(in + out) numbers.
+    """ΔW = c·B·A;  A (r, in), B (out, r);  r·(in + out) parameters.
 
     Good for: a first try; every library and server takes it.
-    Not for: the smallest adapters: lsr, vera and unilora need fewer numbers.
+    Not for: the smallest adapters: lsr, vera and unilora need fewer parameters.
 
     c = alpha / r, or alpha / √r with `rslora`. B starts at zero; A is drawn uniformly with variance
     1/(3·in) (`start="kaiming"`) or normally with standard deviation 1/r (`start="gaussian"`).

@@ -24,9 +24,9 @@ from finespun.linalg import randomized_svd_of
 @register
 @dataclass(frozen=True, kw_only=True)
 class LoRAXS(Ranked):
-    """ΔW = c·B·R·A;  R (r, r) trained, A (r, in) and B (out, r) frozen: r² numbers.
+    """ΔW = c·B·R·A;  R (r, r) trained, A (r, in) and B (out, r) frozen: r² parameters.
 
-    Good for: the smallest adapters: r² numbers a layer, whatever its size.
+    Good for: the smallest adapters: r² parameters a layer, whatever its size.
     Not for: loading without the base's exact weights: A and B are their SVD.
 
     `start="weight"`: B = U_r, A = S_r V_rᵀ from the SVD of W0, computed when built and never saved.

@@ -32,18 +32,18 @@ PATHS = ("auto", "formed", "factorised")
 class LSR(Ranked):
     """ΔW = c·B·A,  A = Σ_k A1_k ⊗ A2_k (r, in),  B = Σ_k B1_k ⊗ B2_k (out, r),  k = 1..s.
 
-    Good for: a fraction of LoRA's numbers, exported as an exact LoRA all the same.
+    Good for: a fraction of LoRA's parameters, exported as an exact LoRA all the same.
     Not for: faster steps: formed, it costs what a LoRA of its rank costs.
 
     With r = r1·r2, in ≤ p1·p2 and out ≤ q1·q2, the factors are A1 (s, r1, p1), A2 (s, r2, p2),
-    B1 (s, q1, r1), B2 (s, q2, r2): s·(r1 p1 + r2 p2 + r1 q1 + r2 q2) numbers, 3,584 for 768x768
+    B1 (s, q1, r1), B2 (s, q2, r2): s·(r1 p1 + r2 p2 + r1 q1 + r2 q2) parameters, 3,584 for 768x768
     at r = 4, s = 16. Sides are zero-padded only where exact factors would cost over 10 % more.
 
     `separation_rank` is s. `rank_split` fixes (r1, r2), else the cheapest is chosen; three numbers
     give a third factor. `start`: "balanced" (A has LoRA's variance, the last factor of B is zero),
     "matched" (first steps equal LoRA's), "frames" (orthonormal frames) or "official" (the paper's
-    code: all numbers 0.01·N(0, 1), alpha = 8192·r1; does not start at the base). `path` forces how
-    the update is multiplied: by A and B formed first, or factor by factor.
+    code: all parameters 0.01·N(0, 1), alpha = 8192·r1; does not start at the base). `path` forces
+    how the update is multiplied: by A and B formed first, or factor by factor.
     Source: arXiv 2502.13568; factor algebra: Van Loan & Pitsianis 1993.
     """
 

@@ -23,9 +23,9 @@ from finespun.errors import InputError
 @register
 @dataclass(frozen=True, kw_only=True)
 class MELoRA(Ranked):
-    """ΔW = c·blockdiag(B_1 A_1, ..., B_n A_n);  r·(in + out)/n numbers, rank r.
+    """ΔW = c·blockdiag(B_1 A_1, ..., B_n A_n);  r·(in + out)/n parameters, rank r.
 
-    Good for: the rank of LoRA at an n-th of its numbers.
+    Good for: the rank of LoRA at an n-th of its parameters.
     Not for: tasks in which an output must read inputs outside its own slice.
 
     A_i (r/n, in/n), B_i (out/n, r/n); `blocks` is n and must divide r, in and out. B starts at

@@ -20,9 +20,9 @@ from finespun.contract.structure import (
 @register
 @dataclass(frozen=True, kw_only=True)
 class MiSS(Ranked):
-    """ΔW[o, i] = c·D[i mod r, o];  D (r, out), zero at the start;  r·out numbers, rank r.
+    """ΔW[o, i] = c·D[i mod r, o];  D (r, out), zero at the start;  r·out parameters, rank r.
 
-    Good for: one matrix instead of two: half of LoRA's numbers in a square layer.
+    Good for: one matrix instead of two: half of LoRA's parameters in a square layer.
     Not for: layers much wider in outputs than in inputs: there it saves little.
 
     As factors, B = Dᵀ and A repeats the identity: inputs i, i + r, i + 2r .. are added up and

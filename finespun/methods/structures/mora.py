@@ -24,7 +24,7 @@ from finespun.errors import PlanError
 @register
 @dataclass(frozen=True, kw_only=True)
 class MoRA(Ranked):
-    """ΔW = c·decompress(M·compress(x));  M (r̂, r̂), r̂ = round √((in + out)·r);  r̂² numbers.
+    """ΔW = c·decompress(M·compress(x));  M (r̂, r̂), r̂ = round √((in + out)·r);  r̂² parameters.
 
     Good for: memorising: a square matrix of high rank at LoRA's count.
     Not for: LoRA servers: its exact rank is large.

@@ -26,7 +26,7 @@ from finespun.methods.structures.pieces.frozen import Frozen
 @register
 @dataclass(frozen=True, kw_only=True)
 class NOLA(Ranked):
-    """ΔW = c·B·A,  A = A0 + Σ_i α_i Ā_i (r, in),  B = Σ_j β_j B̄_j (out, r);  k + l numbers α, β.
+    """ΔW = c·B·A,  A = A0 + Σ_i α_i Ā_i (r, in),  B = Σ_j β_j B̄_j (out, r);  k + l parameters α, β.
 
     Good for: a count that depends neither on rank nor on the layer's size.
     Not for: fast steps: the factors are summed from k + l random matrices in each.
@@ -34,8 +34,8 @@ class NOLA(Ranked):
     A0 is frozen and drawn as LoRA's A; Ā and B̄ are frozen, uniform on ±1/√k and ±1/√l; α = β = 0
     at the start, where only β has a gradient. c = alpha / r with alpha = r. `l` is k unless given;
     `share_basis` lets all factors of one shape use one basis. The basis stays in memory,
-    k·r·(in + out) numbers, unless `chunk` is set: then `chunk` matrices at a time are drawn anew in
-    every pass, forward and backward, outside compiled graphs. Source: arXiv 2310.02556 (its code
+    k·r·(in + out) parameters, unless `chunk` is set: then `chunk` matrices at a time are drawn anew
+    in every pass, forward and backward, outside compiled graphs. Source: arXiv 2310.02556 (its code
     for language models).
     """
 
@@ -68,7 +68,7 @@ class NOLA(Ranked):
             if n > self.rank * width:
                 raise PlanError(
                     f"{name}={n} matrices are more than the {self.rank}x{width} factor of "
-                    f"{shape.name!r} has numbers; at most {self.rank * width}"
+                    f"{shape.name!r} has parameters; at most {self.rank * width}"
                 )
         return choice
 

@@ -27,7 +27,7 @@ class OFT(Structure):
     Not for: LoRA servers: the update has full rank, an export is approximate.
 
     R is a rotation: norms of rows of W0 and angles between them stay. s (n, b(b−1)/2) are the
-    entries of S_i above the diagonal, zero at the start: in·(b−1)/2 numbers; the update has full
+    entries of S_i above the diagonal, zero at the start: in·(b−1)/2 parameters; the update has full
     rank. `neumann` terms of the power series replace the exact inverse (the library's default is 5;
     then R is only nearly a rotation); 0 solves exactly. b = `block_size` must divide in.
     Source: arXiv 2306.07280; rotated inputs and the series: arXiv 2506.19847.

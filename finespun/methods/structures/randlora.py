@@ -27,13 +27,13 @@ from finespun.methods.structures.pieces.frozen import Frozen
 class RandLoRA(Ranked):
     """ΔW = c·Σ_j B_j·diag(λ_j)·A·diag(γ_j), j = 1..n, n = ⌈m/r⌉ for m = min(in, out).
 
-    Good for: updates of full rank at LoRA's numbers.
+    Good for: updates of full rank at LoRA's parameters.
     Not for: cheap steps: the sum costs as much as a dense layer.
 
-    λ_j (r,) and γ_j (m,) trained: n·(r + m) numbers. A (r, m) and B_j (M, r), M = max(in, out), are
-    frozen, uniform of variance 1, drawn once for the greatest sides of the model and cut to each
-    site; where in > out the sum is transposed. λ starts at zero, γ at 1/max(n, m); c = alpha / r
-    with alpha = 20·r. Source: arXiv 2502.00987.
+    λ_j (r,) and γ_j (m,) trained: n·(r + m) parameters. A (r, m) and B_j (M, r), M = max(in, out),
+    are frozen, uniform of variance 1, drawn once for the greatest sides of the model and cut to
+    each site; where in > out the sum is transposed. λ starts at zero, γ at 1/max(n, m); c = alpha /
+    r with alpha = 20·r. Source: arXiv 2502.00987.
     """
 
     rank: int = 32

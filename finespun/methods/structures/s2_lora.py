@@ -25,16 +25,16 @@ from finespun.methods.structures.pieces.pairs import Pairs, PairsDelta, pair_siz
 @register
 @dataclass(frozen=True, kw_only=True)
 class S2LoRA(Ranked):
-    """ΔW = c·B·diag(s)·A;  s (r,) a site: r numbers, and A (r, in), B (out, r) shared.
+    """ΔW = c·B·diag(s)·A;  s (r,) a site: r parameters, and A (r, in), B (out, r) shared.
 
-    Good for: many layers of one shape: r numbers each, and ranks that can be pruned.
+    Good for: many layers of one shape: r parameters each, and ranks that can be pruned.
     Not for: a few layers: the shared pair is then nearly everything.
 
-    `share="shape"` keeps one pair for each distinct (out, in), r·(in + out) numbers each; "slice"
-    one pair of the greatest sides, of which a site takes the first rows and columns. s starts at
-    zero; A has variance 1/in, B 1/r, both normal. c = alpha / r with alpha = r.
+    `share="shape"` keeps one pair for each distinct (out, in), r·(in + out) parameters each;
+    "slice" one pair of the greatest sides, of which a site takes the first rows and columns. s
+    starts at zero; A has variance 1/in, B 1/r, both normal. c = alpha / r with alpha = r.
 
-    s is meant to become sparse: its numbers are `rank` groups, whose `shrink` by rate·λ is the
+    s is meant to become sparse: its parameters are `rank` groups, whose `shrink` by rate·λ is the
     proximal step of λ·Σ|s|. Compacting
     gives each site a LoRA of its own rank. Source: arXiv 2309.11756.
     """

@@ -40,11 +40,12 @@ class S2FT(Structure):
     """ΔW = D·Sᵀ with D (out, s), or S·D with D (s, in): s chosen columns, or rows, of W0 change.
 
     Good for: keeping less for the backward pass than LoRA; changing few units; exact merging.
-    Not for: the smallest adapters: each chosen column has as many numbers as the layer has outputs.
+    Not for: the smallest adapters: each chosen column has as many parameters as the layer has
+    outputs.
 
     Columns of layers that read hidden features of a block (o_proj, down_proj, fc2), rows of layers
     that write them (v_proj, up_proj, fc1); layers of one block train the same units. D starts at
-    zero, s·out or s·in numbers; the gradient and what is kept for it are of the slice alone.
+    zero, s·out or s·in parameters; the gradient and what is kept for it are of the slice alone.
     `channels` and `heads` are the shares of units to train, of feed-forward channels and of heads
     (where values or keys are adapted, those that share them count as one), at least one in each
     block; with `per_layer=False` they are drawn from all blocks together, as in the paper, and some

@@ -28,10 +28,10 @@ MASKS = ("random", "structured", "magnitude", "gradient", "snip", "given")
 @dataclass(frozen=True, kw_only=True)
 class SHiRA(Ranked):
     """ΔW = c·S, S (out, in) zero outside K entries, whose values v (K,) are trained from zero:
-    K = r·(in + out) numbers, as many as LoRA's, of high rank. c is 1 unless alpha is given.
+    K = r·(in + out) parameters, as many as LoRA's, of high rank. c is 1 unless alpha is given.
 
     Good for: a rank as high as the mask allows, changing few entries of each weight.
-    Not for: LoRA servers; the smallest adapters: it has as many numbers as LoRA.
+    Not for: LoRA servers; the smallest adapters: it has as many parameters as LoRA.
 
     `mask` chooses the entries. "random": uniformly, by seed and site. "structured": the diagonal
     and evenly spaced rows (columns where out > in), as many as K allows. "magnitude": the K largest

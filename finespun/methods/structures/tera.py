@@ -27,9 +27,9 @@ from finespun.methods.structures.pieces.frozen import Frozen
 @register
 @dataclass(frozen=True, kw_only=True)
 class TeRA(Ranked):
-    """ΔW = c·(U1 D1 ⊗ U2 D2)·G·(U3 D3 ⊗ U4 D4)ᵀ,  D_n = diag(d_n), d_n (R,): 4·R numbers.
+    """ΔW = c·(U1 D1 ⊗ U2 D2)·G·(U3 D3 ⊗ U4 D4)ᵀ,  D_n = diag(d_n), d_n (R,): 4·R parameters.
 
-    Good for: a few dozen numbers a layer with rank up to R².
+    Good for: a few dozen parameters a layer with rank up to R².
     Not for: fast steps: the frozen network costs more than a small LoRA.
 
     out ≤ I1·I2 and in ≤ I3·I4 are split evenly; U_n (I_n, R) of variance 1/R and G (R², R²) of

@@ -23,10 +23,10 @@ from finespun.methods.structures.pieces.pairs import Pairs, PairsDelta, pair_siz
 @register
 @dataclass(frozen=True, kw_only=True)
 class TiedLoRA(Ranked):
-    """ΔW = c·diag(u)·B·diag(v)·A;  u (out,) and v (r,) a site: out + r numbers, and
-    A (r, in), B (out, r) once for each distinct shape: r·(in + out) numbers.
+    """ΔW = c·diag(u)·B·diag(v)·A;  u (out,) and v (r,) a site: out + r parameters, and
+    A (r, in), B (out, r) once for each distinct shape: r·(in + out) parameters.
 
-    Good for: many layers of one shape: out + r numbers for each.
+    Good for: many layers of one shape: out + r parameters for each.
     Not for: training with per-sample gradients (privacy), as A and B are shared.
 
     B starts at zero, u and v at one, A is drawn as LoRA's; c = alpha / r.

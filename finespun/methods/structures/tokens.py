@@ -24,7 +24,7 @@ class Tokens(Structure):
     Good for: new or rare tokens, beside another adapter or alone.
     Not for: new behaviour: nothing but these rows of the embedding moves.
 
-    tokens·width numbers. The table is an embedding, or a linear layer with one output for each
+    tokens·width parameters. The table is an embedding, or a linear layer with one output for each
     token; v starts at the rows of the base. Source: arXiv 2208.01618.
     """
 

@@ -26,7 +26,8 @@ from finespun.methods.structures.pieces.frozen import DRAWS, Frozen
 @register
 @dataclass(frozen=True, kw_only=True)
 class UniLoRA(Ranked):
-    """ΔW = c·B·A at every site, all A and B being slices of θ_D = P θ, θ (d,) trained: d numbers.
+    """ΔW = c·B·A at every site, all A and B being slices of θ_D = P θ, θ (d,) trained: d
+    parameters.
 
     Good for: a budget for the whole model: d is any number you like.
     Not for: a start that must be the base's, unless it is asked for exactly; per-sample gradients.
@@ -127,7 +128,7 @@ class Theta(Bank):
 
 
 class UniLoRADelta(Delta):
-    """No numbers of its own: its A (r, in) and B (out, r) are entries of θ_D from `offset` on."""
+    """No parameters of its own: A (r, in) and B (out, r) are entries of θ_D from `offset` on."""
 
     per_sample = False
 

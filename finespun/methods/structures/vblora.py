@@ -28,12 +28,12 @@ class VBLoRA(Ranked):
     mixture Σ_t w_t·v_t of the `top_k` bank vectors v with the greatest logits, w their softmax.
 
     Good for: files that need hold only a small bank and a few choices.
-    Not for: few numbers in training: every piece has a logit for every vector.
+    Not for: few parameters in training: every piece has a logit for every vector.
 
-    The bank holds h = `num_vectors` vectors of b = `vector_length` numbers, h·b for the model; the
-    logits are h·r·(in + out)/b numbers a site; b must divide in and out. The bank starts uniform on
-    ±`bound`, logits with deviation 0.1: the start is not the base. c is 1, or alpha / r where alpha
-    is given. Source: arXiv 2405.15179.
+    The bank holds h = `num_vectors` vectors of b = `vector_length` parameters, h·b for the model;
+    the logits are h·r·(in + out)/b parameters a site; b must divide in and out. The bank starts
+    uniform on ±`bound`, logits with deviation 0.1: the start is not the base. c is 1, or alpha / r
+    where alpha is given. Source: arXiv 2405.15179.
     """
 
     rank: int = 4

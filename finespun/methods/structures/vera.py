@@ -25,9 +25,9 @@ from finespun.methods.structures.pieces.frozen import Frozen
 @register
 @dataclass(frozen=True, kw_only=True)
 class VeRA(Ranked):
-    """ΔW = c·diag(b)·B·diag(d)·A;  b (out,) and d (r,) trained: out + r numbers.
+    """ΔW = c·diag(b)·B·diag(d)·A;  b (out,) and d (r,) trained: out + r parameters.
 
-    Good for: out + r numbers a layer, with frozen factors that are never saved.
+    Good for: out + r parameters a layer, with frozen factors that are never saved.
     Not for: fast steps: frozen factors of a large rank are multiplied by in each.
 
     A (r, in) and B (out, r) are frozen, uniform on ±√(6/in) and ±√(6/r), drawn once for the widest

@@ -155,7 +155,7 @@ def test_operations(row):
 
 
 def small(row):
-    """The scaled setting's delta, every number moved."""
+    """The scaled setting's delta, every parameter moved."""
     plain = site(WIDTH, WIDTH)
     place = TensorSite("site", plain.value, kind=row.form.site_kind)
     return moved(row.small, place)[0]

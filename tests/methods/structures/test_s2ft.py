@@ -175,7 +175,7 @@ def masked_training(model, deltas, optimizer, pairs):
 
 
 def in_place_training(model, deltas, rate, pairs):
-    """The chosen lines of W themselves are the numbers; gradients are made for them alone."""
+    """The chosen lines of W themselves are the parameters; gradients are made for them alone."""
     model.requires_grad_(False)
     for x, y in pairs:
         own = {n: model.get_submodule(n).weight for n in deltas}
@@ -300,7 +300,7 @@ def test_gradients_add_up_over_batches():
 
 
 def test_tuning_the_second_layer_follows_a_shifted_teacher():
-    """A trained GELU network; its teacher's second layer moves by rank 2; 576 numbers are tuned."""
+    """A trained GELU network; its teacher's second layer moves by rank 2; 576 parameters tuned."""
     torch.manual_seed(0)
     teacher, model = (feedforward(i, torch.float32, width=32, hidden=256) for i in (1, 2))
 
@@ -360,7 +360,7 @@ def test_query_heads_are_chosen_alone_unless_values_are_trained_too():
 
 
 def test_counts_of_llama_2_7b_as_published():
-    """53 heads and 7,045 channels, drawn over 32 layers: 56,643,584 numbers."""
+    """53 heads and 7,045 channels, drawn over 32 layers: 56,643,584 parameters."""
     layers = []
     for i in range(32):
         meta = torch.empty(4096, 4096, device="meta"), torch.empty(4096, 11008, device="meta")

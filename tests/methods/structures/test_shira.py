@@ -74,7 +74,7 @@ def test_training_values_is_training_masked_weights():
 @pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("rank", [1, 6])
 def test_no_gradient_of_the_whole_weight_is_formed(rank, rows):
-    """Counted: no tensor of out x in numbers is made in a forward and backward pass of a sparse
+    """Counted: no tensor of out x in parameters is made in a forward and backward pass of a sparse
     mask (rank 1); of a dense one, only ΔW and its gradient."""
     where = site(64, 48)
     (delta,) = moved(SHiRA(rank=rank), where)

@@ -11,8 +11,8 @@ from finespun.methods.structures.pieces.frozen import Frozen, not_compiled
 
 
 class Basis:
-    """n frozen matrices of `size` numbers each, uniform on [-1, 1), as an (n, size) tensor that is
-    kept (`chunk` 0) or drawn anew, `chunk` rows at a time, whenever it multiplies."""
+    """n frozen matrices of `size` parameters each, uniform on [-1, 1), as an (n, size) tensor that
+    is kept (`chunk` 0) or drawn anew, `chunk` rows at a time, whenever it multiplies."""
 
     def __init__(self, seed: int, stream: tuple[str, str], n: int, size: int, chunk: int) -> None:
         self.key = (seed, stream, n, size, chunk)

@@ -57,7 +57,7 @@ class EntriesDelta(Delta):
 
 
 class ChosenEntriesDelta(EntriesDelta):
-    """The entries cannot be drawn again: they are a buffer and saved with the numbers. All are 0
+    """The entries cannot be drawn again: they are a buffer and saved with the parameters. All are 0
     until `select`."""
 
     per_sample: ClassVar[bool] = False

@@ -38,8 +38,9 @@ def table(shape: SiteShape) -> tuple[int, int]:
 class TokensDelta(Delta):
     """Row t of a table becomes v, for the tokens t named;  v (tokens, width).
 
-    A table is an embedding, or a linear layer with one output for each token. The numbers are the
-    rows themselves: ΔW[t] = v − W0[t]. Raises InputError for tokens that the table does not have.
+    A table is an embedding, or a linear layer with one output for each token. The parameters are
+    the rows themselves: ΔW[t] = v − W0[t]. Raises InputError for tokens that the table does not
+    have.
     """
 
     def __init__(self, site: Site, tokens: list[int]) -> None:

@@ -73,7 +73,7 @@ class Terms(Delta):
 
     def rebalance(self) -> None:
         """Write the same A and B with κ = 1: terms become orthogonal and factors equally large.
-        Optimiser moments of these numbers lose their meaning; two factors only."""
+        Optimiser moments of these parameters lose their meaning; two factors only."""
         if self.count == 3:
             raise InputError("three Kronecker factors have no balanced form; use two")
         with torch.no_grad():
@@ -117,7 +117,7 @@ class Terms(Delta):
 def draw(
     start: str, factor: Tensor, t: int, count: int, n_in: int, generator: torch.Generator
 ) -> Tensor:
-    """Numbers for factor t of `count` factors of a side, (terms, rows, columns), by `start`.
+    """Parameters for factor t of `count` factors of a side, (terms, rows, columns), by `start`.
 
     balanced: normal with s·∏σ_t² = 1/(3·in), so entries of A have LoRA's variance;
     matched: first factors N(0, 1/s), the others uniform so that A has the variance 1/(3·in);

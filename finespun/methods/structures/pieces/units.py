@@ -24,7 +24,7 @@ def blocks_of(sites: Iterable[Site], coupling: Callable[[Site], Coupling]) -> di
 
 
 def split(taken: Tensor, blocks: Mapping[str, Members]) -> dict[str, list[int]]:
-    """Numbers of units, counted through all the blocks, as each block's own, rising."""
+    """Parameters of units, counted through all the blocks, as each block's own, rising."""
     sizes = [members[0][1].units for members in blocks.values()]
     mask = torch.zeros(sum(sizes), dtype=torch.bool)
     mask[taken] = True
