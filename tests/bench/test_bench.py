@@ -78,7 +78,7 @@ def test_a_bench_file_is_read_whole() -> None:
         ("members=[{structure: {kind: lora, rnk: 3}}]", "lora has no option 'rnk'; .*'rank'"),
         (
             "members=[{structure: {kind: lora}, num_parameter: [3]}]",
-            "num_parameter .*'num_parameters'",
+            ".*'num_parameters'",
         ),
         (
             "members=[{structure: {kind: lora}, allocation: {kind: merge_inject, merges: 1}}]",
@@ -463,7 +463,7 @@ def test_every_form_names_the_command_and_the_values(tmp_path: Path) -> None:
     console = Console(record=True, width=80, file=io.StringIO())
     show(found, console)
     printed = console.export_text()
-    assert "LoRA r=8       36,864 156,000 0.003 0.8200 ± 0.0497" in printed
+    assert "LoRA r=8      36,864 156,000 0.003 0.8200 ± 0.0497" in printed
     assert "without the head's 2,310" in printed
     assert "Made by: finespun bench a.yaml" in printed
     assert json.loads(json.dumps(found.as_json()))["refusal"] == found.refusal
