@@ -7,6 +7,8 @@ from finespun.contract.delta import Bypass, Delta, module_group
 from finespun.contract.groups import Group
 from finespun.contract.method import Method, register
 from finespun.contract.need import Need
+from finespun.contract.products import Product
+from finespun.contract.row_form import RowForm
 from finespun.contract.site import Coupling, Site, SiteShape, TensorSite
 from finespun.contract.structure import (
     UNCHOSEN,
@@ -49,7 +51,9 @@ __all__ = [
     "Objective",
     "ParamGroup",
     "Plan",
+    "Product",
     "Ranked",
+    "RowForm",
     "Scores",
     "Setup",
     "Site",

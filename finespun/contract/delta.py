@@ -24,7 +24,9 @@ from torch import Tensor
 from finespun.contract import fitting
 from finespun.contract.bank import Bank
 from finespun.contract.groups import Group
+from finespun.contract.products import Product, products_of
 from finespun.contract.roles import role_of
+from finespun.contract.row_form import RowForm
 from finespun.contract.wrapping import Factors, Wrapped
 from finespun.errors import StateError
 from finespun.linalg import LowRank
@@ -121,6 +123,11 @@ class Delta(Wrapped):
 
         return [group for group in self.groups(kind) if alive(group)]
 
+    def own_row_form(self) -> RowForm | None:
+        """The adapted layer as gains and a product, before exact start, gate and death; written
+        where an update without `low_rank` has one."""
+        return None
+
     def start_from(self, gradient: Tensor) -> None:
         """Choose or draw what training begins with, from ∂L/∂W0 (out, in). Raises StateError where
         the method does not look at it (`Structure.wants_gradient`)."""
@@ -150,6 +157,48 @@ class Delta(Wrapped):
     def predicted(self, update: LowRank) -> float | None:
         """The error of `assign` where singular values tell it beforehand."""
         return None
+
+    def products(self) -> list[Product]:
+        """What is bilinear in the update, as views of its parameters (`contract.products`); [] for
+        three factors, shared factors and no factors."""
+        return products_of(self)
+
+    def row_form(self) -> RowForm | None:
+        """The adapted layer at strength 1 as gains and a low-rank product, or None: ΔW is dense,
+        and `row_form_reason` says so."""
+        if self.dead:
+            return RowForm()
+        pair = self.factors()
+        if pair is not None:
+            return RowForm(A=pair[0], B=pair[1] * self.scale, db=self.bias_change())
+        form = self.own_row_form()
+        start = None if self.origin is None else self.origin.own_row_form()
+        return form if form is None or start is None else form.less(start)
+
+    @property
+    def row_form_reason(self) -> str:
+        """Why there is no `row_form`; empty where there is one."""
+        own = type(self).own_row_form is not Delta.own_row_form
+        if own or self.dead or "low_rank" in self.written:
+            return ""
+        shape = self.site.shape
+        return (
+            f"the update of {shape.name!r} ({type(self).__name__}) is a dense "
+            f"{shape.out_features}x{shape.in_features} matrix without factors or gains; merge it, "
+            "or take as_low_rank(rank)"
+        )
+
+    @torch.no_grad()
+    def row_norms(self) -> Tensor:
+        """‖ΔW‖ of every row, shape (out,). From factors by a QR of Aᵀ, in·r² + out·r² operations
+        and nothing of size out x in, where r < in; else from ΔW formed."""
+        pair = self.factors()
+        if pair is not None and pair[0].shape[0] < pair[0].shape[1]:
+            A, B = pair
+            core = torch.linalg.qr(A.mT, mode="r")[1].mT
+            return torch.linalg.vector_norm(B @ core, dim=1) * abs(self.scale)
+        w0 = self.base_weight() if self.reads_base and pair is None else self.blank()
+        return torch.linalg.vector_norm(self.dense(w0), dim=1)
 
     def bias_change(self) -> Tensor | None:
         """b − b0, shape (out,), or None when the bias stays."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Base, Delta
+from finespun.contract.row_form import RowForm
 from finespun.contract.site import Site, SiteShape
 from finespun.contract.structure import (
     UNCHOSEN,
@@ -89,6 +90,15 @@ class DoRADelta(Delta):
         plain = y if b0 is None else y - b0
         change = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B) * self.scale
         return y + ((gain - 1) * plain + gain * change).to(y.dtype)
+
+    def own_row_form(self) -> RowForm:
+        """W = g ∘ (W0 + c·B·A) with g = m / ‖V‖, and the bias is not gained."""
+        gain, b0 = self.m / self.norm(self.base_weight()), self.site.bias()
+        up = gain[:, None] * self.B * self.scale
+        if b0 is None:
+            return RowForm(g_out=gain, A=self.A, B=up)
+        b0 = b0.detach().to(gain)
+        return RowForm(g_out=gain, A=self.A, B=up, db=self.map_bias(b0) - gain * b0)
 
 
 class BiasedDoRADelta(DoRADelta, OwnBias):

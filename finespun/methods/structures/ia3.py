@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Base, Delta
+from finespun.contract.row_form import RowForm
 from finespun.contract.site import Site, SiteShape
 from finespun.contract.structure import (
     UNCHOSEN,
@@ -82,6 +83,9 @@ class OutputGain(IA3Delta):
         y = base(x)
         return (self.g * y).to(y.dtype)
 
+    def own_row_form(self) -> RowForm:
+        return RowForm(g_out=self.g)
+
 
 class InputGain(IA3Delta):
     """g (in,)."""
@@ -94,3 +98,6 @@ class InputGain(IA3Delta):
 
     def through(self, x: Tensor, base: Base) -> Tensor:
         return base((self.g * x).to(x.dtype))
+
+    def own_row_form(self) -> RowForm:
+        return RowForm(g_in=self.g)

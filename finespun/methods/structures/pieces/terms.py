@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from finespun.contract.delta import Delta
 from finespun.contract.groups import Group
+from finespun.contract.products import Product
 from finespun.contract.site import Site
 from finespun.errors import InputError
 from finespun.linalg import LowRank, condition, nearest_separable, predicted_error, rebalance
@@ -39,6 +40,20 @@ class Terms(Delta):
         """The two factors of a side that has two."""
         first, second = self.side(name)
         return first, second
+
+    def products(self) -> list[Product]:
+        """R(A) = F1ᵀ F2 and R(B), zero padding included; [] for three factors."""
+        if self.count == 3 or self.dead:
+            return []
+
+        def rows(name: str) -> Tensor:
+            factor: Tensor = getattr(self, name)
+            return factor.view(len(factor), -1)
+
+        return [
+            Product.of(lambda s=s: rows(f"{s}1").mT, lambda s=s: rows(f"{s}2"))  # type: ignore[misc]
+            for s in SIDES
+        ]
 
     def groups(self, kind: str) -> list[Group]:
         if kind != "term":

@@ -1,0 +1,76 @@
+"""What is bilinear in an update: products of two trained sides, for optimisers to see.
+
+P = scale · L R  with L (m, k) and R (k, n).
+
+LoRA and what is written like it has one, and P is the update: L = B (out, r), R = g ∘ A (r, in)
+with the gate g (r,) where there is one, ΔW = scale · L R. Where an exact start is kept, a constant
+is taken away: ΔW = scale · (L R − B0 (g ∘ A0)).
+
+LSR has two, of scale 1: A = Σ_k A1_k ⊗ A2_k and B = Σ_k B1_k ⊗ B2_k, zero padding included, are
+products after the rearrangement of Van Loan and Pitsianis (`kernels.kron.kron_rearrange`):
+
+    R(A) = L R,  L = F1ᵀ (r1·p1, s),  R = F2 (s, r2·p2),  row k of F1 is vec(A1_k), of F2 vec(A2_k)
+    R(B) = L R,  L (q1·r1, s),  R (s, q2·r2)
+
+Between them stand gate, exact start and c, which are in neither: ΔW = c · (B diag(g) A − ..) of the
+trimmed A and B, linear in each P.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from finespun.contract.wrapping import Wrapped
+
+
+@dataclass(frozen=True)
+class Product:
+    """P = scale · L R, L (m, k) and R (k, n), detached and as they are now, the gate in R.
+
+    `left()` (m, k) and `right()` (k, n) are views of the parameters: what is written to them under
+    `torch.no_grad()` is written to the parameters. `gate` (k,) is what R is multiplied by,
+    R = gate ∘ right(), or None; then L and R are the very views.
+    """
+
+    L: Tensor
+    R: Tensor
+    scale: float
+    left: Callable[[], Tensor]
+    right: Callable[[], Tensor]
+    gate: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        left: Callable[[], Tensor],
+        right: Callable[[], Tensor],
+        scale: float = 1.0,
+        gate: Tensor | None = None,
+    ) -> "Product":
+        """The product of what two callables view."""
+        L, R = left().detach(), right().detach()
+        gate = None if gate is None else gate.detach()
+        return cls(L, R if gate is None else gate[:, None] * R, scale, left, right, gate)
+
+
+def products_of(delta: Wrapped) -> list[Product]:
+    """The product of an update whose `low_rank` gives two parameters of its own, or views of two;
+    [] for all others (computed, frozen or shared sides, none) and for a dead update."""
+    pair = delta.low_rank()
+    if pair is None or delta.dead:
+        return []
+    down, up = (_parameter(delta, side) for side in pair)
+    if down is None or up is None or down is up:
+        return []
+
+    def side(which: int) -> Tensor:
+        return delta.low_rank()[which]  # type: ignore[index]
+
+    return [Product.of(lambda: side(1), lambda: side(0), delta.scale, delta.gating)]
+
+
+def _parameter(delta: Wrapped, side: Tensor) -> nn.Parameter | None:
+    """The delta's own parameter that is, or is viewed by, a side."""
+    own = delta.trained_parameters()
+    return next((p for p in own if side is p or side._base is p), None)
