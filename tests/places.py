@@ -3,7 +3,6 @@
 import torch
 from suite import WIDTH, batch, draw
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 
 class Stand(nn.Linear):
@@ -31,6 +30,12 @@ def quantised_layer():
         x, layer._parameters["weight"].dequantize(), layer.bias
     )
     return layer
+
+
+def transposed():
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(40, WIDTH)
 
 
 class Around(nn.Module):
@@ -71,7 +76,7 @@ PLACES = {
     "linear": (lambda: Only(nn.Linear(WIDTH, 40)), "layer", batch),
     "own forward": (lambda: Only(Stand(WIDTH, 40)), "layer", batch),
     "quantised": (lambda: Only(quantised_layer()), "layer", batch),
-    "transposed": (lambda: Only(Conv1D(40, WIDTH)), "layer", batch),
+    "transposed": (lambda: Only(transposed()), "layer", batch),
     "embedding": (lambda: Only(nn.Embedding(WIDTH, 40)), "layer", numbers),
     "conv": (lambda: Only(nn.Conv1d(WIDTH, 40, 1)), "layer", lambda: draw(6, WIDTH, 3, seed=2)),
     "slice": (lambda: Only(nn.Linear(WIDTH, 3 * WIDTH)), "layer:k", batch),

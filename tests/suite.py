@@ -9,11 +9,14 @@ import copy
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, TypeVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from methods import IA3, Bypass, DoRA, HiRA, UniLoRA
+from tiers import sampled
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -22,6 +25,7 @@ from finespun import contract
 from finespun.contract import Delta, Structure, TensorSite
 from finespun.methods import structures
 
+Test = TypeVar("Test", bound=Callable[..., Any])
 DEVICE = torch.device(os.environ.get("FINESPUN_DEVICE", "cpu"))
 WIDTH, INNER, CLASSES = 24, 40, 5
 FEW = ("lora", "lsr", "map", "through", "bank", "block")  # kinds for the slowest checks
@@ -149,14 +153,46 @@ CASES = (
 )
 
 
-def every(keep: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecorator:
-    """Run a test for every case that `keep` accepts."""
-    cases = [case for case in CASES if keep(case)]
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+def accepted(case: Case) -> bool:
+    """What the tables below keep where nothing is said: every case."""
+    return True
+
+
+def every(keep: Callable[[Case], bool] = accepted) -> Callable[[Test], Test]:
+    """Run a test for the cases that `keep` accepts: the first of each kind is quick, for kinds
+    differ in how a host treats them; of the others a half is slow and a half full."""
+    return table(keep, lambda case: case.kind, seen={"factors"})
+
+
+def every_structure(keep: Callable[[Case], bool] = accepted) -> Callable[[Test], Test]:
+    """As `every`, for what costs little: the first case of each structure is quick."""
+    return table(keep, lambda case: (type(case.structure), case.exact_start))
+
+
+def table(
+    keep: Callable[[Case], bool], group: Callable[[Case], Any], seen: Collection[Any] = ()
+) -> Callable[[Test], Test]:
+    """The cases that `keep` accepts; the first of a group, and the very first, are quick."""
+    cases, met = [case for case in CASES if keep(case)], set(seen)
+    first: set[str] = {case.name for case in cases[:1]}
+    for case in cases:
+        if group(case) not in met:
+            met.add(group(case))
+            first.add(case.name)
+
+    late = [case for case in cases if case.name not in first]
+
+    def mark(test: Test) -> Test:
+        half = sampled(late, 0.0, 0.5, attrgetter("name"), test.__name__, least=0)
+        marks = {drawn.id: drawn.marks for drawn in half}
+        made = [pytest.param(c, id=c.name, marks=marks.get(c.name, ())) for c in cases]
+        return pytest.mark.parametrize("case", made)(test)
+
+    return mark
 
 
 def one_of_each_kind(
-    keep: Callable[[Case], bool] = lambda case: True, kinds: Collection[str] | None = None
+    keep: Callable[[Case], bool] = accepted, kinds: Collection[str] | None = None
 ) -> pytest.MarkDecorator:
     """As `every`, with all but the first case of each kind marked slow; kind "factors" is slow,
     and so is every kind that is not in `kinds` where these are given."""

@@ -115,11 +115,12 @@ def first_of_each(kinds):
     return [next(case for case in CASES if case.kind == kind) for kind in kinds]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cases",
     [
         pytest.param(first_of_each(FEW), id="few"),
-        pytest.param(list(CASES), id="all", marks=pytest.mark.slow),
+        pytest.param(list(CASES), id="all", marks=pytest.mark.full),
     ],
 )
 def test_two_processes_train_as_one(tmp_path, cases):

@@ -45,7 +45,8 @@ NOT_RUN = {
 FENCE = re.compile(r"^( *)```(\S*)(.*)$")
 COMMENT = re.compile(r"<!-- (slow|figures vary|in tests: .+? => .*?|exit \d+|not run: .+?) -->")
 GENERATED = re.compile(
-    r"<!-- (table of methods|reference of methods|keys of a recipe|commands|gallery) -->"
+    r"<!-- (table of (?:methods|axes)|what goes together|reference of methods|keys of a recipe|"
+    r"commands|gallery) -->"
 )
 TITLE = re.compile(r'title="([^"]+)"')
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")

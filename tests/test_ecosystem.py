@@ -166,11 +166,13 @@ def compiled_equals_eager(case, backend):
         assert relative(a, b) <= 1e-4
 
 
+@pytest.mark.slow
 @one_of_each_kind(lambda case: case.one_graph, kinds=FEW)
 def test_compiled_in_one_graph(case):
     compiled_equals_eager(case, "aot_eager")
 
 
+@pytest.mark.slow
 def test_a_compiled_model_follows_what_is_active():
     torch._dynamo.reset()
     model, adapter = stirred(CASES[0], net(), ("head",))
@@ -222,6 +224,7 @@ def test_gradient_checkpointing_of_transformers(case):
         assert relative(a, b) <= 1e-5
 
 
+@pytest.mark.slow
 @one_of_each_kind()
 def test_generate_with_beams_and_an_adapter_for_each_row(case):
     model, plain = llama(), llama()

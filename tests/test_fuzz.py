@@ -20,6 +20,7 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Templates:
     return Templates(tmp_path_factory.mktemp("fuzz"))
 
 
+@pytest.mark.slow
 def test_valid_folders_are_read(templates):
     for one in FORMATS:
         for seed in range(3):
@@ -42,6 +43,7 @@ def test_a_case_is_the_same_every_time(templates):
         assert (first.format, first.damage, first.end) == (second.format, second.damage, second.end)
 
 
+@pytest.mark.slow
 def test_every_way_changes_something_and_stays_in_the_folder(tmp_path):
     ways = set()
     for seed in range(150):

@@ -41,6 +41,7 @@ def test_the_tests_of_every_claim_exist_and_look_at_the_device(name):
     assert "from suite import" in text or "from benchmarks" in text
 
 
+@pytest.mark.slow
 def test_a_claim_is_verified_by_its_tests_and_a_false_one_is_not(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "verify", lambda claim, device: (claim is gpu.CLAIMS[0], device))
     assert gpu.main(["--device", "cpu"]) == gpu.FAILED
@@ -53,6 +54,7 @@ def test_a_claim_is_verified_by_its_tests_and_a_false_one_is_not(monkeypatch, ca
     assert "no_such_file.py" in told
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_program_on_the_cpu():
     script = [sys.executable, "tests/gpu.py", "--device", "cpu", "--only", "frozen random"]
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)

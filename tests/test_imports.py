@@ -21,12 +21,14 @@ def modules_after(statement):
     return set(json.loads(run.stdout))
 
 
+@pytest.mark.slow
 def test_a_name_is_loaded_when_it_is_asked_for():
     assert "torch" not in modules_after("import finespun")
     assert "torch" in modules_after("import finespun; finespun.LSR")
     assert "finespun.hosts" in modules_after("import finespun; finespun.hosts.find")
 
 
+@pytest.mark.slow
 def test_no_folder_hides_a_function():
     for statement in (
         "import finespun.lifecycle.conversion.facts",

@@ -121,10 +121,12 @@ def works(python: str | Path, site: Path, cwd: Path, **env: str) -> None:
     assert what == f"{numbers} {PROJECT['version']}"
 
 
+@pytest.mark.slow
 def test_what_is_installed_imports_and_runs(installed: Path, tmp_path: Path) -> None:
     works(sys.executable, installed, tmp_path, PYTHONPATH=str(installed))
 
 
+@pytest.mark.slow
 def test_the_command_is_installed(installed: Path, tmp_path: Path) -> None:
     command = installed / "bin" / "finespun"
     place = {"PYTHONPATH": str(installed)}

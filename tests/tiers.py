@@ -38,10 +38,11 @@ def sampled(
     test: float = 1.0,
     name: Callable[[Any], str] = str,
     salt: str = "",
+    least: int = 1,
 ) -> list[Any]:
     """A generated table as parameters: a share of it is quick, a larger one in `test`, all of it
     in `full`. `name` gives each case its id, by whose hash it is drawn; `salt` (of the test) draws
-    others. The first case is always quick: no table is without one.
+    others. The first `least` cases are always quick: no table is without one.
 
     >>> [[m.name for m in p.marks] for p in sampled(["a", "b", "c", "d"], 0.3, 0.5)]
     [[], ['slow'], [], ['full']]
@@ -49,7 +50,7 @@ def sampled(
     made = []
     for place, case in enumerate(cases):
         called = name(case)
-        if place == 0 or drawn(salt + called, quick):
+        if place < least or drawn(salt + called, quick):
             marks = []
         else:
             marks = [pytest.mark.slow if drawn(salt + called, test) else pytest.mark.full]

@@ -60,7 +60,11 @@ class Record:
         self.failed: list[str] = []
 
     def pytest_collection_finish(self) -> None:
-        self.collected = time.time() - self.began
+        self.collected = self.collected or time.time() - self.began
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self) -> None:
+        self.pytest_collection_finish()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         seconds = self.tests[report.nodeid]
@@ -70,6 +74,8 @@ class Record:
             self.failed.append(report.nodeid)
 
     def pytest_sessionfinish(self) -> None:
+        if not self.tests:
+            return
         LAST.parent.mkdir(parents=True, exist_ok=True)
         figures = {
             "tier": self.tier, "whole": self.whole, "workers": self.workers,

@@ -4,18 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from finespun import files
+from finespun import files, models
 from finespun.adapter import Adapter, load
 from finespun.errors import FileError, InputError
 from finespun.files import Saved
 from finespun.files.overwrite import HEAD, INDEX, SHARDS
 from finespun.hosts.targets import OWN
 from finespun.lifecycle.stored import StoredWeights, source_name
-from finespun.models.classifier import MeanPooledClassifier, load_classifier
 from finespun.models.quiet import quiet
 from finespun.models.zoo import POOLING_FILE, find_model
 from finespun.storage.atomic import located, whole_folder
@@ -62,6 +60,8 @@ def merge(
     older work stays in the way, StateError where an update cannot be merged (a bypass, a tied
     weight), FileError for files.
     """
+    import transformers
+
     files.check_source(adapter, out)
     source = base_folder(Path(adapter), model)
     if located(source) == located(out):
@@ -71,7 +71,7 @@ def merge(
     held.merge(undo="none")
     state = whole_state(held)
     body, notes, head = held.model, list[str](), dict[str, Tensor]()
-    if isinstance(body, MeanPooledClassifier):
+    if isinstance(body, models.MeanPooledClassifier):
         head = {k: v.contiguous() for k, v in state.items() if k.startswith("classifier.")}
         state = {k.removeprefix("encoder."): v for k, v in state.items() if k not in head}
         body = body.encoder
@@ -134,6 +134,8 @@ def base_folder(adapter: Path, model: str | None) -> str:
 def on_base(folder: Path, model: str | None = None) -> tuple[Adapter, Any]:
     """The adapter on its base, `model` or the one that its recipe names, and the tokenizer where
     there is one. Errors are those of `base_folder` and `load`."""
+    import transformers
+
     if model is None:
         trained = Trained.open(folder)
         return trained.adapter, trained.text.tokenizer
@@ -150,10 +152,12 @@ def on_base(folder: Path, model: str | None = None) -> tuple[Adapter, Any]:
 def base_of(source: str, saved: Saved, folder: Path) -> nn.Module:
     """The base model in folder `source`, of the class that the adapter was made for: that of its
     fingerprint, else of PEFT's task, else of the base's own config."""
+    import transformers
+
     labels = _labels(saved)
     architecture = "" if saved.state.base is None else saved.state.base.architecture
-    if architecture == MeanPooledClassifier.__name__:
-        return load_classifier(source, labels or 2).model
+    if architecture == models.MeanPooledClassifier.__name__:
+        return models.load_classifier(source, labels or 2).model
     if not architecture:
         told = source_name(folder)[1]
         config = transformers.AutoConfig.from_pretrained(source)

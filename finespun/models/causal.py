@@ -2,7 +2,6 @@
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finespun.errors import FileError
 from finespun.models.loaded import Loaded
@@ -15,6 +14,8 @@ def load_causal(name: str) -> Loaded:
 
     Weights are read from safetensors only. Raises FileError where there is no such model.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     source = find_model(name)
     with quiet():
         try:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finespun.errors import FileError
 from finespun.models.quiet import quiet, reason
@@ -16,6 +15,8 @@ def write_from_gguf(source: Path, folder: Path) -> None:
 
     The parameters are the rounded ones of the file. Raises FileError where it cannot be read.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     place, file = str(source.parent), source.name
     with quiet():
         try:

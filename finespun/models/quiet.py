@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers import logging as transformers_logging
-
 
 def reason(error: Exception) -> str:
     """The first line of what an error says, or its class where it says nothing."""
@@ -14,6 +12,8 @@ def reason(error: Exception) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers' load reports and progress bars off the screen."""
+    from transformers import logging as transformers_logging
+
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

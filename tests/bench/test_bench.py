@@ -190,6 +190,7 @@ def test_the_closest_size_from_below(
     assert total(expected, sites()) == numbers
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(500, 200_000), st.sampled_from([(384, 384), (96, 200), (64, 17)]))
 def test_no_lawful_size_lies_closer(budget: int, shape: tuple[int, int]) -> None:

@@ -103,6 +103,7 @@ print(result.after["accuracy"].hex())
 """
 
 
+@pytest.mark.slow
 def test_a_reused_model_gives_what_a_process_of_its_own_gives(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +141,7 @@ def test_a_reused_model_gives_what_a_process_of_its_own_gives(
         assert torch.equal(tensor, trained[key]), key
 
 
+@pytest.mark.slow
 def test_the_base_is_untouched_between_trials(place: Path) -> None:
     bench = Workbench()
     one = recipe(place)
@@ -209,6 +211,7 @@ def test_a_bench_ends_with_tables_and_takes_up_what_it_has(place: Path, tmp_path
     assert (tmp_path / "out" / "table.md").read_text() == table
 
 
+@pytest.mark.slow
 def test_an_interrupted_bench_runs_only_what_is_missing(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,8 @@ from benchmarks import measure
 from benchmarks.measure import Foretold, Line, Timed, calmest, gates, table
 from finespun.recipes.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 
 def test_ratios_are_medians_of_the_ratios_of_rounds():
     seconds = {"ours": [1.0, 2.0, 4.0, 1.0, 1.0], "PEFT": [3.0, 4.0, 40.0, 2.0, 1.0]}

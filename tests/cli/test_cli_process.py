@@ -20,6 +20,8 @@ import finespun as fs
 from finespun.cli.app import COMMANDS, app, run
 from finespun.cli.missing import EXTRAS
 
+pytestmark = pytest.mark.slow
+
 TELL = {"train", "bench"}  # commands that tell how far they are
 
 

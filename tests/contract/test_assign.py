@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from suite import INNER, WIDTH, draw, every, relative, stir
+from suite import INNER, WIDTH, draw, every_structure, relative, stir
 
 import finespun as fs
 from finespun.contract import TensorSite
@@ -23,7 +23,7 @@ def metric():
     return half @ half.T / WIDTH + 0.1 * torch.eye(WIDTH, dtype=torch.float64)
 
 
-@every(lambda case: case.kind in FITTED)
+@every_structure(lambda case: case.kind in FITTED)
 def test_its_own_update_is_found_again(case):
     other = case.delta()
     moving = [*other.trained_parameters(), *(other.bank.parameters() if other.bank else ())]
@@ -36,7 +36,8 @@ def test_its_own_update_is_found_again(case):
     assert error <= 0.02
 
 
-@every(lambda case: case.kind in FITTED)
+@pytest.mark.slow
+@every_structure(lambda case: case.kind in FITTED)
 def test_it_is_nearer_than_nothing_in_the_metric_asked_for(case):
     delta, C = case.delta(), metric()
     rows = WIDTH if case.block else INNER

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from suite import INNER, WIDTH, draw, every, net, relative, stir, stirred
+from suite import INNER, WIDTH, draw, every_structure, net, relative, stir, stirred
 
 from finespun.contract import calculus
 from finespun.errors import InputError
@@ -40,7 +40,7 @@ def inner(a, b):
     return float(sum((a[k] * b[k]).sum() for k in a))
 
 
-@every()
+@every_structure()
 def test_pull_is_the_adjoint_of_push(case):
     delta, v = ready(case)
     rows = WIDTH if case.block else INNER
@@ -55,7 +55,7 @@ def test_pull_is_the_adjoint_of_push(case):
         assert relative(value, wanted[name]) <= 1e-10
 
 
-@every()
+@every_structure()
 def test_pull_is_the_gradient(case):
     delta, _ = ready(case)
     M = draw(WIDTH if case.block else INNER, WIDTH, seed=4, dtype=WIDE)
@@ -67,7 +67,7 @@ def test_pull_is_the_gradient(case):
         assert relative(pulled[name.removeprefix("delta.")], gradient) <= 1e-10
 
 
-@every(lambda case: not case.constant)
+@every_structure(lambda case: not case.constant)
 def test_push_is_the_finite_difference(case):
     delta, v = ready(case)
     step, sides = 1e-6, []
@@ -81,7 +81,7 @@ def test_push_is_the_finite_difference(case):
     assert relative((sides[0] - sides[1]) / (2 * step), pushed) <= 1e-6
 
 
-@every()
+@every_structure()
 def test_a_change_may_leave_numbers_out_but_not_invent_them(case):
     delta, v = ready(case)
     name = next(iter(v))
@@ -92,7 +92,7 @@ def test_a_change_may_leave_numbers_out_but_not_invent_them(case):
         calculus.push(delta, {f"{name}x": v[name]})
 
 
-@every()
+@every_structure()
 def test_a_whole_adapter_sums_over_its_bank(case):
     model, adapter = stirred(case, net(WIDE))
     model.double()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods import Bypass, DoRA, HiRA, UniLoRA
-from suite import CASES, DEVICE, INNER, WIDTH, draw, every, per_sample, relative, stir
+from suite import CASES, DEVICE, INNER, WIDTH, draw, every_structure, per_sample, relative, stir
 from torch import nn
 
 import finespun as fs
@@ -38,7 +38,7 @@ def test_every_registered_structure_is_in_the_suite():
     assert set(STRUCTURES.values()) <= {type(case.structure) for case in CASES}
 
 
-@every(lambda case: case.zero)
+@every_structure(lambda case: case.zero)
 def test_the_start_changes_nothing(case):
     delta = case.delta()
     if not case.block:
@@ -48,7 +48,7 @@ def test_the_start_changes_nothing(case):
         assert torch.count_nonzero(change) == 0
 
 
-@every(lambda case: not case.zero)
+@every_structure(lambda case: not case.zero)
 def test_a_start_away_from_the_base_is_said_and_seen(case):
     delta = case.delta()
     assert delta(draw(4, WIDTH)).norm() > 0
@@ -56,7 +56,7 @@ def test_a_start_away_from_the_base_is_said_and_seen(case):
     assert torch.count_nonzero(delta(draw(4, WIDTH))) == 0
 
 
-@every()
+@every_structure()
 def test_forward_is_the_update_times_x(case):
     delta, x = moved(case), draw(2, 3, WIDTH)
     if case.block:
@@ -69,7 +69,7 @@ def test_forward_is_the_update_times_x(case):
     assert relative(delta(x), wanted) <= case.tolerance
 
 
-@every()
+@every_structure()
 def test_what_is_written_agrees_with_itself(case):
     delta, w0 = moved(case), draw(INNER, WIDTH, seed=5) / 5
     if case.block:
@@ -83,14 +83,14 @@ def test_what_is_written_agrees_with_itself(case):
         assert A.shape[1] == WIDTH
 
 
-@every(lambda case: not case.block)
+@every_structure(lambda case: not case.block)
 def test_it_is_said_whether_the_update_depends_on_the_base(case):
     delta, w0 = moved(case), draw(INNER, WIDTH, seed=5) / 5
     same = torch.equal(delta.dense(w0), delta.dense(1 - 2 * w0))
     assert same == ("low_rank" in delta.written or not delta.reads_base)
 
 
-@every()
+@every_structure()
 def test_as_low_rank_is_the_update(case):
     delta = moved(case)
     if case.block:
@@ -104,7 +104,7 @@ def test_as_low_rank_is_the_update(case):
     assert error == pytest.approx(float(σ[2:].norm()), rel=1e-4, abs=1e-5 * float(σ[0]))
 
 
-@every()
+@every_structure()
 def test_counts_are_those_of_the_tensors(case):
     site = TensorSite("s", draw(48, 36), kind=case.structure.site_kind)
     if case.block:
@@ -122,7 +122,7 @@ def test_counts_are_those_of_the_tensors(case):
     )
 
 
-@every()
+@every_structure()
 def test_operations_grow_with_the_rows(case):
     shape = SiteShape("s", 40, 24)
     counts = [case.structure.flops(shape, tokens) for tokens in (1, 2, 64, 4096)]
@@ -172,7 +172,7 @@ def test_counts_of_the_comparison_table(form, numbers, small, large, step):
     assert form.flops(wide, 1) - form.flops(wide, 0) == large
 
 
-@every()
+@every_structure()
 def test_options_restore_the_structure(case):
     restored = type(case.structure).from_options(**case.structure.options())
     assert restored == case.structure
@@ -180,7 +180,7 @@ def test_options_restore_the_structure(case):
         type(case.structure).from_options(seeed=1)
 
 
-@every()
+@every_structure()
 def test_the_seed_fixes_every_number(case):
     first, again = case.delta(), case.delta()
     other = dataclasses.replace(case, structure=dataclasses.replace(case.structure, seed=1)).delta()
@@ -193,7 +193,7 @@ def test_the_seed_fixes_every_number(case):
         assert not torch.equal(*updates)
 
 
-@every()
+@every_structure()
 def test_numbers_keep_their_precision(case):
     delta = case.delta()
     half = delta.to(torch.bfloat16)
@@ -204,7 +204,7 @@ def test_numbers_keep_their_precision(case):
         assert {p.dtype for p in bank.parameters()} == {torch.float32}
 
 
-@every()
+@every_structure()
 def test_a_bad_option_is_refused_with_the_value_seen(case):
     for name, value, shown in (("dropout", 1.5, "1.5"), ("seed", -3, "-3")):
         with pytest.raises(InputError, match=shown):
@@ -222,7 +222,7 @@ def test_a_rank_beyond_the_layer_is_a_plan_error(form):
         form.plan([TensorSite("s", draw(40, 24))])
 
 
-@every()
+@every_structure()
 def test_switching_the_module_off_silences_it(case):
     if not list(case.delta().trained_parameters()):
         return
@@ -254,7 +254,7 @@ def test_shrinking_a_group_is_the_proximal_step(threshold, rank):
     assert rank == 1 or torch.equal(delta.A[0], kept)
 
 
-@every(per_sample)
+@every_structure(per_sample)
 def test_per_sample_gradients_can_be_seen_by_hooks_on_the_delta(case):
     """What moves outside `forward` is missed, and Opacus refuses modules that hold buffers."""
     delta = case.delta()
@@ -296,7 +296,7 @@ def test_an_option_that_does_not_exist_names_the_nearest():
     assert pickle.loads(pickle.dumps(fs.LoRA(rank=3))) == copy.deepcopy(fs.LoRA(rank=3))
 
 
-@every()
+@every_structure()
 def test_gate_and_exact_start_act_on_factors(case):
     delta = moved(dataclasses.replace(case, exact_start=False))
     pair = delta.low_rank()

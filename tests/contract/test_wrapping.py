@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from suite import INNER, WIDTH, batch, draw, every, net, relative, stir, stirred
+from suite import INNER, WIDTH, batch, draw, every_structure, net, relative, stir, stirred
 from torch import nn
 
 import finespun as fs
@@ -40,7 +40,7 @@ def has_groups(case):
     return any(delta.groups(kind) for kind in KINDS)
 
 
-@every(factored)
+@every_structure(factored)
 @pytest.mark.parametrize("gate_first", [True, False])
 def test_the_gate_multiplies_what_the_start_was_taken_away_from(case, gate_first):
     delta, x = free(case), draw(5, WIDTH)
@@ -59,7 +59,7 @@ def test_the_gate_multiplies_what_the_start_was_taken_away_from(case, gate_first
     assert not any(k.startswith(("start.gate", "start.alive")) for k in delta.state_dict())
 
 
-@every(has_groups)
+@every_structure(has_groups)
 @pytest.mark.parametrize("start", [True, False])
 def test_what_is_switched_off_has_no_output(case, start):
     delta, x = free(case), draw(5, WIDTH)
@@ -79,7 +79,7 @@ def test_what_is_switched_off_has_no_output(case, start):
             assert not delta.dead
 
 
-@every(lambda case: case.delta().groups("rank"))
+@every_structure(lambda case: case.delta().groups("rank"))
 @pytest.mark.parametrize("start", [True, False])
 def test_a_rank_that_is_switched_off_takes_its_own_term_along(case, start):
     delta = free(case)
@@ -95,7 +95,7 @@ def test_a_rank_that_is_switched_off_takes_its_own_term_along(case, start):
     assert relative(delta.as_low_rank().dense(), left) <= 10 * case.tolerance
 
 
-@every(lambda case: list(case.delta().trained_parameters()))
+@every_structure(lambda case: list(case.delta().trained_parameters()))
 def test_a_model_whose_updates_are_dead_is_its_base(case):
     plain, x = net(), batch()
     model, adapter = stirred(case)
@@ -109,7 +109,7 @@ def test_a_model_whose_updates_are_dead_is_its_base(case):
     assert torch.equal(model(x), plain(x))
 
 
-@every(lambda case: STRUCTURES.get(case.structure.kind) is type(case.structure))
+@every_structure(lambda case: STRUCTURES.get(case.structure.kind) is type(case.structure))
 def test_death_is_saved_and_taken_back_by_loading(case, tmp_path):
     model, adapter = stirred(case)
     awake = model(batch())
@@ -128,7 +128,7 @@ def test_death_is_saved_and_taken_back_by_loading(case, tmp_path):
     assert torch.equal(model(batch()), awake)
 
 
-@every(lambda case: list(case.delta().trained_parameters()))
+@every_structure(lambda case: list(case.delta().trained_parameters()))
 def test_dead_updates_are_left_out_by_compaction(case):
     model, adapter = stirred(case)
     first, *others = adapter.deltas.values()
@@ -140,7 +140,7 @@ def test_dead_updates_are_left_out_by_compaction(case):
     torch.testing.assert_close(model(batch()), wanted, rtol=1e-5, atol=1e-6)
 
 
-@every(factored)
+@every_structure(factored)
 def test_a_gate_that_is_trained_keeps_its_identity(case):
     delta, x = free(case), draw(3, WIDTH)
     rank = len(delta.low_rank()[0])
@@ -168,7 +168,7 @@ def sizes(case):
     return [(n, n) for _, n in prime] if case.block else prime
 
 
-@every()
+@every_structure()
 def test_every_shape_and_weight_starts_and_moves_without_nan(case):
     accepted = 0
     for (out, inner), zero, rows in itertools.product(sizes(case), (True, False), (0, 1, 5)):

@@ -260,6 +260,7 @@ def test_extra_loss_is_added_once_and_in_training_only(by_keyword):
     assert float(model.train()(x, labels=labels).loss) == pytest.approx(float(plain), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", [LORA, LSR])
 def test_trainer_and_a_bare_loop_give_equal_numbers(structure, tmp_path):
     import transformers

@@ -23,7 +23,10 @@ from torch import Tensor, nn
 import finespun as fs
 from finespun.errors import InputError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*carries no fingerprint:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*carries no fingerprint:UserWarning"),
+]
 
 
 TARGETS = ["to_q", "to_out.0", "proj_in", "conv1", "linear_1", "net.2"]

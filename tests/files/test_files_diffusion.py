@@ -22,7 +22,10 @@ import finespun as fs
 from finespun.files.detect import read_adapter
 from finespun.files.diffusion.names import layers_of, place_on
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*carries no fingerprint:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*carries no fingerprint:UserWarning"),
+]
 
 
 @pytest.mark.parametrize("alpha", [2.0, None], ids=["alpha", "no alpha"])

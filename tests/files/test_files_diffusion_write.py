@@ -26,7 +26,10 @@ from finespun.errors import BaseMismatch, InputError
 from finespun.files import read_adapter
 from finespun.lifecycle.conversion import convert
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*carries no fingerprint:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*carries no fingerprint:UserWarning"),
+]
 WEIGHTS = "pytorch_lora_weights.safetensors"
 SOME = ["conv_in", "mid_block.resnets.0.conv1", "up_blocks.1.attentions.0.proj_in",
         "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]  # fmt: skip

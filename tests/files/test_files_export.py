@@ -106,6 +106,7 @@ def test_other_consumers_compute_the_same_from_one_file(tmp_path):
     assert {t.dtype for t in held.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_padding_with_zeros_changes_nothing(tmp_path):
     model = net()
     adapter = fresh(model, fs.LoRA(rank=2), r"blocks\.\d\.up", train_modules=())

@@ -148,7 +148,7 @@ def test_layers_are_listed_by_their_numbers(kind, tmp_path, capsys):
 
 
 def test_without_its_base_the_way_is_told(tmp_path, capsys):
-    by_peft(tmp_path / "a", CONFIGS["LOHA"], bert())
+    by_peft(tmp_path / "a", CONFIGS["LOHA"](), bert())
     assert run(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "lora"]) == 3
     told = capsys.readouterr().err
     assert "LOHA is read with its model only" in told
@@ -158,7 +158,7 @@ def test_without_its_base_the_way_is_told(tmp_path, capsys):
 
 def test_a_base_that_lacks_a_layer_is_refused(tmp_path, capsys):
     gpt2().save_pretrained(tmp_path / "base")
-    by_peft(tmp_path / "a", CONFIGS["LOHA"], bert())
+    by_peft(tmp_path / "a", CONFIGS["LOHA"](), bert())
     assert run(["inspect", str(tmp_path / "a"), "--model", str(tmp_path / "base")]) == 3
     assert "has no tensor 'bert.encoder.layer." in capsys.readouterr().err
     with pytest.raises(TargetError, match=r"no module is called 'bert\.encoder"):
@@ -167,7 +167,7 @@ def test_a_base_that_lacks_a_layer_is_refused(tmp_path, capsys):
 
 def test_places_that_the_model_tells_are_not_guessed_from_files(tmp_path, capsys):
     bert().save_pretrained(tmp_path / "base")
-    by_peft(tmp_path / "a", CONFIGS["UNILORA"], bert())
+    by_peft(tmp_path / "a", CONFIGS["UNILORA"](), bert())
     assert run(["inspect", str(tmp_path / "a"), "--model", str(tmp_path / "base")]) == 3
     assert "fs.load(model, folder), or save it with save_indices=True" in capsys.readouterr().err
 

@@ -101,6 +101,7 @@ def adapted(names):
     return set(hosts.hosts_of(model)), trained
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("part", "theirs", "ours"), rows())
 def test_both_sides_of_a_row_agree(part, theirs, ours, folders, monkeypatch):

@@ -10,6 +10,8 @@ from tiny import DECODER, FAMILIES, built, hugging, words
 import finespun as fs
 from finespun.errors import BaseMismatch, InputError, StateError
 
+pytestmark = pytest.mark.slow
+
 LSR = fs.LSR(rank=4, separation_rank=3)
 
 

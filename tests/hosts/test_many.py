@@ -79,6 +79,7 @@ def deep_size(thing, seen):
     return size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_thousand_adapters_cost_their_files(folder, count):
     model = llama()
@@ -94,6 +95,7 @@ def test_a_thousand_adapters_cost_their_files(folder, count):
     assert len(hosts.hosts_of(model)) == 14
 
 
+@pytest.mark.slow
 def test_the_fortieth_adapter_costs_what_the_first_does(folder):
     model, costs = llama(), []
     for i in range(40):
@@ -143,6 +145,7 @@ def test_switching_writes_one_attribute_however_many_layers():
     assert switching(layers=4) == (written, operators, called)
 
 
+@pytest.mark.slow
 def test_a_forward_pass_costs_the_same_however_many_adapters_sleep(folder):
     model, counts, number = llama(), [], iter(range(100))
     for more in (1, 19):

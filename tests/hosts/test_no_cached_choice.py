@@ -19,7 +19,6 @@ from suite import (
     twin,
 )
 from torch import nn
-from torch._dynamo.utils import counters
 from torch.func import functional_call
 
 import finespun as fs
@@ -227,9 +226,12 @@ def test_functional_call_multiplies_what_it_is_given(case, made):
 # --- compiled graphs ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @one_of_each_kind(weights_alone, COMPILED)
 def test_swap_gain_and_activation_compile_nothing_anew(case):
+    from torch._dynamo.utils import counters
+
     torch._dynamo.reset()
     counters.clear()
     model, adapter = adapted(case)

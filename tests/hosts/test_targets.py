@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from tiers import sampled
 from tiny import DECODER, FAMILIES, SIZE, built, hugging, words
 from torch import nn
 
@@ -55,13 +56,14 @@ MEANT = {
     "sentence transformer": (*BERT, {"pooler.dense"}, 12, 6),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
+some_families = pytest.mark.parametrize("family", sampled(FAMILIES, 0.2))
 
 
 def ends(names, leaves):
     return {leaf for leaf in leaves if any(n == leaf or n.endswith("." + leaf) for n in names)}
 
 
-@every_family
+@some_families
 def test_words_mean_the_layers_one_expects(family):
     model = built(family)
     attention, mlp, rest, *counts = MEANT[family]
@@ -84,7 +86,7 @@ def test_words_mean_the_layers_one_expects(family):
     assert hosts.find(model, r".*", exclude="attention", layers=[1])
 
 
-@every_family
+@some_families
 def test_adapting_trains_saves_merges_and_leaves_no_trace(family, tmp_path):
     model, plain, call = built(family), built(family), FAMILIES[family].call
     plain.requires_grad_(False)  # attention takes another path where T5's position bias is trained

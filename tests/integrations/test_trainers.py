@@ -72,6 +72,7 @@ def trained(folder, clip=None, **more):
     return numbers(adapter), driver
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     whole, _ = trained(tmp_path)
     small, driver = trained(
@@ -84,6 +85,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     assert relative(whole, start) > 1e-2
 
 
+@pytest.mark.slow
 def test_clipping_by_the_driver_is_clipping_by_trainer(tmp_path):
     by_trainer, _ = trained(tmp_path, max_grad_norm=0.05)
     by_driver, driver = trained(tmp_path, 0.05)

@@ -13,6 +13,8 @@ import finespun as fs
 from finespun.driver import Driver
 from finespun.errors import TrainingError
 
+pytestmark = pytest.mark.slow
+
 
 def sentence(start: int, length: int) -> str:
     return " ".join(f"w{(start + i) % 36}" for i in range(length))

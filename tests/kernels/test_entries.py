@@ -40,6 +40,7 @@ def test_it_is_the_plain_product_with_its_gradients(out, inner, density, rows):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_second_derivatives():
     at, x, v = case(30, 50, 100)
     assert torch.autograd.gradcheck(lambda x, v: entries_linear(x, v, at), (x, v))

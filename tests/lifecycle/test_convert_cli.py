@@ -20,6 +20,8 @@ from finespun.lifecycle.export import merge
 from finespun.linalg import LowRank
 from finespun.training.inference import Trained
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[5, 9, 14, 17, 20, 6], [4, 4, 8, 30, 7, 2]])
 
 

@@ -16,6 +16,8 @@ from finespun.errors import FileError, InputError
 from finespun.files.overwrite import refuse_to_lose
 from finespun.lifecycle.export import merge
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ("query", "value")
 
 

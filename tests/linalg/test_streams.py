@@ -134,6 +134,7 @@ def test_shapes_are_filled_row_by_row():
         assert sampler(KEY, (0, 3)).shape == (0, 3)
 
 
+@pytest.mark.slow
 def test_keys_differ_in_every_part_and_agree_across_processes():
     parts = [
         (0, "a", "b"),
@@ -233,6 +234,7 @@ def test_a_smaller_choice_starts_a_larger_one_and_follows_the_integers():
     assert list(seen)[:500] == large
 
 
+@pytest.mark.slow
 def test_orders_are_even():
     places, members = torch.zeros(6, 6), torch.zeros(8)
     for seed in range(3000):

@@ -117,6 +117,7 @@ def test_the_index_names_what_is_registered():
     }
 
 
+@pytest.mark.slow
 def test_a_method_is_imported_from_its_own_file_alone():
     code = (
         "import sys, finespun as fs; assert 'torch' not in sys.modules; fs.GraLoRA; "

@@ -253,6 +253,7 @@ def test_evaluate_and_predict_take_the_run_up_again(done, capsys):
         assert 0.5 < float(line.split("\t")[1]) <= 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [False, True])
 def test_an_interrupted_run_goes_on_as_if_nothing_was(tmp_path, pack):
     class StoppedError(Exception):

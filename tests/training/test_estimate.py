@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiers import sampled
 from tiny_lm import write_lm_recipe
 from tiny_run import held_by_a_run, write_recipe
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,6 +22,8 @@ from finespun.training.estimate import Held, estimate, tried
 from finespun.training.loop import Loop
 from finespun.training.output import Result
 from finespun.training.run import Job, prepare
+
+pytestmark = pytest.mark.slow
 
 FACTOR = 1.1  # the memory of a run lies within this factor of its estimate, both ways
 GROWN = 1.25  # the same where the estimate is made from small batches
@@ -43,7 +46,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("estimate"), epochs=1)
 
 
-@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: " ".join(changes) or "as it is")
+@pytest.mark.parametrize(
+    "changes", sampled(CHANGES, 0.2, name=lambda changes: " ".join(changes) or "as it is")
+)
 def test_a_run_holds_the_memory_that_was_estimated(changes: list[str], file: Path) -> None:
     recipe = Recipe.load(file, changes)
     found = estimate(recipe)

@@ -118,6 +118,7 @@ def test_tensorboard_draws_what_the_log_holds(recipe: Recipe) -> None:
     assert recipe.changed(["trackers=[tensorboard]"]).dump() in text
 
 
+@pytest.mark.slow
 def test_wandb_stays_offline_and_keeps_every_step(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,8 @@ from finespun.training.output import Result
 from finespun.training.progress import Reporter
 from finespun.training.run import run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -167,6 +167,7 @@ def test_events_happen_and_what_they_removed_is_gone(recipe: Recipe) -> None:
     assert Recipe.load(Path(recipe.output) / "recipe.yaml").allocation == recipe.allocation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 3, 5, 9])
 def test_a_run_with_events_is_resumed_exactly(recipe: Recipe, after: int) -> None:
     """Broken off before, between and after the events, and while a bypass fades."""

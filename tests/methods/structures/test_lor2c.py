@@ -54,6 +54,7 @@ def test_the_output_is_the_block_s_and_the_bypass(share):
         adapter.merge()
 
 
+@pytest.mark.slow
 def test_counts():
     own, shared = LoR2C(rank=8), LoR2C(rank=8, share=True)
     assert own.total_parameters(own.plan(blocks(12, 768))) == 147_456

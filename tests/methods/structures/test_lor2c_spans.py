@@ -193,6 +193,7 @@ def test_spans_serve_rows_and_threads_apart():
     assert all(torch.equal(results[i], wanted[i]) for i in inputs)
 
 
+@pytest.mark.slow
 def test_a_span_compiles_in_one_graph():
     model, adapter = adapted(LoR2C(rank=2), BLOCKS)
     around(adapter, layer_0=(0, 2))
