@@ -156,7 +156,7 @@ def use_method(folder: Path, draw: random.Random) -> None:
     same."""
     import peft
 
-    told, model = files.tell(folder), net()
+    told, model = files.summarise(folder), net()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fs.load(model, folder, strict=draw.random() < 0.7)

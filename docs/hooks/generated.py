@@ -37,7 +37,7 @@ def method_table() -> str:
     for kind, cls in methods():
         fact = facts(cls())
         formula = cell(str(fact["formula"]))
-        rows.append(f"| `{kind}` | {formula} | {fact['numbers']:,} | {fact['source']} |")
+        rows.append(f"| `{kind}` | {formula} | {fact['num_parameters']:,} | {fact['source']} |")
     return "\n".join(rows)
 
 

@@ -27,6 +27,7 @@ def command(
     goes on where it stood. Exit code 5: done, but a best rate lies at the edge of its grid or a run
     diverged, so there is no ranking.
     """
+    import scipy.stats  # noqa: F401  # missing, it is told now and not after the last trial
     from rich.console import Console
 
     from finespun.bench import Bench, BenchSpec

@@ -89,7 +89,7 @@ def facts(
     every = [site for group in groups for site in group]
     plan = one.plan(every, Unmeasured())
     total = one.total_parameters(plan)
-    as_lora = LoRA(rank=LORA_RANK).total_parameters(plan)
+    as_lora = sum(LoRA(rank=LORA_RANK).num_parameters(site) for site in plan.sites)
     return {
         "method": one.kind,
         **told(one),
@@ -100,15 +100,17 @@ def facts(
                 "out": shape[0],
                 "in": shape[1],
                 "layers": layers,
-                "numbers": layers * one.num_parameters(group[0].shape),
+                "num_parameters": sum(
+                    one.num_parameters(s.shape, plan.choices[s.shape.name]) for s in group
+                ),
                 "flops": layers * one.flops(group[0].shape, tokens),
                 "base_flops": layers * 2 * tokens * shape[0] * shape[1],
             }
             for shape, group in zip(shapes, groups, strict=True)
         ],
         "num_shared_parameters": one.num_shared_parameters(plan),
-        "numbers": total,
-        "lora_numbers": as_lora,
+        "num_parameters": total,
+        "lora_parameters": as_lora,
         "share_of_lora": total / as_lora,
     }
 
@@ -157,14 +159,14 @@ def table(found: dict[str, Any]) -> list[str]:
     for row in found["shapes"]:
         share = row["flops"] / row["base_flops"]
         lines.append(
-            f"{row['layers']} layers of {row['out']} x {row['in']}: {row['numbers']:,} parameters, "
+            f"{row['layers']} layers of {row['out']} x {row['in']}: {row['num_parameters']:,} parameters, "
             f"{row['flops']:,} operations for {found['tokens']:,} tokens "
             f"({share:.1%} of the layers' own)"
         )
     if found["num_shared_parameters"]:
-        lines.append(f"shared by all: {found['num_shared_parameters']:,} numbers")
+        lines.append(f"shared by all: {found['num_shared_parameters']:,} parameters")
     lines.append(
-        f"in all: {found['numbers']:,} parameters, {found['share_of_lora']:.1%} of "
-        f"{found['lora_numbers']:,} (LoRA of rank {LORA_RANK})"
+        f"in all: {found['num_parameters']:,} parameters, {found['share_of_lora']:.1%} of "
+        f"{found['lora_parameters']:,} (LoRA of rank {LORA_RANK})"
     )
     return lines

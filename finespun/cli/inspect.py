@@ -68,8 +68,8 @@ def facts_without_model(told: "FileSummary") -> dict[str, Any]:
     found = {
         "format": f"PEFT's {told.method}{read}",
         "options": [f"{name}: {value}" for name, value in told.options.items()],
-        "stored numbers": told.numbers,
-        "module numbers": sum(told.modules.values()),
+        "stored parameters": told.numbers,
+        "module parameters": sum(told.modules.values()),
         "bytes": told.bytes,
         "layers": [f"{path}: {', '.join(shapes(own))}" for path, own in told.layers.items()],
         "shared": shapes(told.shared),
@@ -109,8 +109,8 @@ def facts(saved: "Saved") -> dict[str, Any]:
     found = {
         "name": state.name,
         "structure": str(state.structure),
-        "update numbers": state.num_parameters,
-        "module numbers": state.num_module_parameters,
+        "update parameters": state.num_parameters,
+        "module parameters": state.num_module_parameters,
         "strength": str(state.strength),
         "layers": [f"{s.name} ({s.out_features} x {s.in_features})" for s in plan.sites],
         "trained modules": list(state.trained),

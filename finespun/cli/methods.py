@@ -39,8 +39,10 @@ def lines(one: "Method", whole: bool) -> list[str]:
         typer.style(f"{one.kind}  ({axis}{fact['source']})", bold=True),
         fact["about" if whole else "formula"],
     ]
-    if "numbers" in fact:
-        told.append(f"{fact['numbers']:,} parameters in {LAYERS} layers of {WIDTH} x {WIDTH}")
+    if "num_parameters" in fact:
+        told.append(
+            f"{fact['num_parameters']:,} parameters in {LAYERS} layers of {WIDTH} x {WIDTH}"
+        )
     if fact["needs"]:
         told.append(f"needs {', '.join(fact['needs'])}")
     if whole:
@@ -53,7 +55,7 @@ def facts(one: "Method") -> dict[str, Any]:
     from finespun.contract import Structure
 
     about = inspect.getdoc(type(one)) or ""
-    counted = {"numbers": count(one)} if isinstance(one, Structure) else {}
+    counted = {"num_parameters": count(one)} if isinstance(one, Structure) else {}
     return {
         "axis": one.axis,
         "source": one.source,

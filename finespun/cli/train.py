@@ -87,7 +87,7 @@ def describe(result: "Result") -> str:
     lines += [
         ("rows", f"{result.train_rows:,} to train on, {result.test_rows:,} held out"),
         (
-            "trained numbers",
+            "trained parameters",
             f"{result.num_update_parameters:,} in {result.sites} layers, "
             f"{result.num_module_parameters:,} in modules trained whole",
         ),
@@ -111,7 +111,7 @@ def foretell(found: "Estimate") -> str:
         ("targets", f"{len(found.targets)} layers{where}"),
         ("trained whole", ", ".join(found.modules) or "nothing"),
         (
-            "trained numbers",
+            "trained parameters",
             f"{found.num_update_parameters:,} in layers, "
             f"{found.num_module_parameters:,} in modules",
         ),

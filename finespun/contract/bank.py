@@ -34,7 +34,7 @@ class Bank(Precise):
         where it is not of this class."""
         if not isinstance(bank, cls):
             raise InputError(
-                f"{site.shape.name!r} shares trained numbers: build it with bank(plan), a "
+                f"{site.shape.name!r} shares trained parameters: build it with bank(plan), a "
                 f"{cls.__name__}, not {bank!r}"
             )
         return bank.to(site.device)

@@ -26,10 +26,13 @@ def blame(path: Path) -> Iterator[None]:
 
 
 def an_object(value: Any, where: str) -> dict[str, Any]:
+    """The value. Raises FileError unless it is an object."""
     return _checked(value, where, "an object", lambda v: isinstance(v, dict))
 
 
 def a_list(value: Any, where: str, length: int | None = None) -> list[Any]:
+    """The value. Raises FileError unless it is a list, of this length where one is given."""
+
     def fits(v: Any) -> bool:
         return isinstance(v, list) and length in (None, len(v))
 
@@ -37,6 +40,7 @@ def a_list(value: Any, where: str, length: int | None = None) -> list[Any]:
 
 
 def a_text(value: Any, where: str) -> str:
+    """The value. Raises FileError unless it is a text of 1 to 1024 characters."""
     return _checked(value, where, "text", lambda v: isinstance(v, str) and 0 < len(v) <= 1024)
 
 

@@ -99,7 +99,7 @@ class Job:
 
     def settle(self) -> None:
         """After training: remove what is switched off, or never woke."""
-        if any(delta.masks() for delta in self.adapter.deltas.values()):
+        if any(delta.dead or delta.masks() for delta in self.adapter.deltas.values()):
             self.adapter.compact()
 
 

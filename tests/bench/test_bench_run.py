@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from finespun.adapters.keys import spelt
 from finespun.bench import Bench, BenchSpec
 from finespun.bench import workbench as workbench_module
 from finespun.bench.run import Contender
@@ -117,7 +118,7 @@ def test_a_reused_model_gives_what_a_process_of_its_own_gives(
 
     def note(adapter: Any) -> int:
         trained.clear()
-        trained.update({k: v.clone() for k, v in adapter.attached.tensors().items()})
+        trained.update({k: v.clone() for k, v in spelt(adapter.attached.tensors()).items()})
         return real(adapter)
 
     monkeypatch.setattr(workbench_module, "file_size", note)
@@ -184,8 +185,8 @@ def test_rows_held_out_for_the_result_are_not_in_the_search(place: Path) -> None
     bench = Workbench()
     one = recipe(place)
     text = bench.model(one)
-    train, test = bench.tokens(Trial("a", one), text)
-    fewer, held = bench.tokens(Trial("a", one, (0.25, 0)), text)
+    train, test = bench.encoded(Trial("a", one), text)
+    fewer, held = bench.encoded(Trial("a", one, (0.25, 0)), text)
     assert (len(train), len(test), len(fewer), len(held)) == (48, 12, 36, 12)
     whole = sorted(map(str, train.rows))
     assert sorted([*map(str, fewer.rows), *map(str, held.rows)]) == whole
@@ -309,7 +310,7 @@ def test_a_power_needs_numbers_known_before_training(
         ("members=[{structure: {kind: lora}}, {structure: {kind: lora}}]", "two members are"),
         ("members=[{structure: {kind: lora, rank: 64}}]", "rank=64 exceeds"),
         ("members=[{structure: {kind: lora}, targets: [vlue]}]", "nearest: 'value'"),
-        ("metric=acuracy", "metric 'acuracy' is none for classification; nearest: 'accuracy'"),
+        ("metric=acuracy", "metric 'acuracy' is none for the task 'classify'; nearest: 'accuracy'"),
     ],
 )
 def test_what_the_model_cannot_hold_is_refused_before_any_trial(

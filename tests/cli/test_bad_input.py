@@ -127,7 +127,7 @@ def test_another_kinds_bank_is_refused(form):
     other = next(f for f in SHARING if type(f.bank(f.plan(SITES))) is not type(form.bank(plan)))
     for bank in (None, other.bank(other.plan(SITES))):
         with pytest.raises(
-            InputError, match=r"'up' shares trained numbers: build it with bank\(plan\)"
+            InputError, match=r"'up' shares trained parameters: build it with bank\(plan\)"
         ):
             form.build(SITES[0], plan, bank)
 

@@ -114,7 +114,7 @@ def test_usage_errors(arguments: list[str], parts: tuple[str, ...], capsys: Capt
             "model: minilm-l3\ndata: {builtin: trec}\nstructure: {kind: lsr, rnk: 3}",
             ("line 3", "'rnk'", "'rank'"),
         ),
-        ("model: minilm-l3\ndata: {builtin: terc}", ("no task 'terc'", "'trec'")),
+        ("model: minilm-l3\ndata: {builtin: terc}", ("no built-in data 'terc'", "'trec'")),
     ],
 )
 def test_wrong_recipes(text: str, parts: tuple[str, ...], tmp_path: Path, capsys: Captured) -> None:
@@ -288,15 +288,15 @@ def test_inspect(done: Path, capsys: Captured) -> None:
     result = Result.read(done / "out")
     assert run(["inspect", str(done / "out"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["update numbers"] == result.num_update_parameters
-    assert found["module numbers"] == result.num_module_parameters
+    assert found["update parameters"] == result.num_update_parameters
+    assert found["module parameters"] == result.num_module_parameters
     assert len(found["layers"]) == 4
     assert found["layers"][0].endswith("(16 x 16)")
     assert found["trained modules"] == ["classifier"]
     assert run(["inspect", str(done / "out")]) == 0
     shown = capsys.readouterr().out
     assert "LSR(" in shown
-    assert f"update parameters   {result.num_update_parameters}" in shown
+    assert f"update parameters  {result.num_update_parameters}" in shown
 
 
 def test_compare_runs_of_two_methods(done: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -340,7 +340,7 @@ def test_export_is_exact_and_can_be_inspected(done: Path, tmp_path: Path, capsys
     assert "LoRA of rank 2 at 4 layers, exact" in capsys.readouterr().out
     assert run(["inspect", out, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["update numbers"] == 4 * LoRA(rank=2).num_parameters(
+    assert found["update parameters"] == 4 * LoRA(rank=2).num_parameters(
         finespun.contract.SiteShape("any", 16, 16)
     )
     assert run(["export", str(done / "out"), str(tmp_path / "one"), "--rank", "1"]) == 0
@@ -376,8 +376,8 @@ def test_methods(capsys: Captured) -> None:
     assert run(["methods", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found.keys() == {kind for axis in AXES.values() for kind in axis.known}
-    assert found["lora"]["numbers"] == 24 * 8 * 2 * 768
-    assert found["lsr"]["numbers"] == 24 * 3584
+    assert found["lora"]["num_parameters"] == 24 * 8 * 2 * 768
+    assert found["lsr"]["num_parameters"] == 24 * 3584
     assert run(["methods"]) == 0
     shown = capsys.readouterr().out
     for kind, facts in found.items():

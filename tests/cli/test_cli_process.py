@@ -14,7 +14,7 @@ import pytest
 import torch
 import typer
 import yaml
-from tiny_run import write_recipe
+from tiny_run import tiny_table, write_recipe
 
 import finespun as fs
 from finespun.cli.app import COMMANDS, app, run
@@ -59,9 +59,12 @@ def test_packages_that_talk_while_they_load_are_kept_quiet() -> None:
     ],
 )
 def test_a_package_that_is_not_installed_is_told_with_its_extra(
-    missing: str, arguments: list[str], extra: str
+    missing: str, arguments: list[str], extra: str, tmp_path: Path
 ) -> None:
-    done = without([missing], arguments)
+    tiny_table(tmp_path / "rows.csv")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: minilm-l3\ndata: {{file: {tmp_path / 'rows.csv'}}}\n")
+    done = without([missing], [str(recipe) if a == recipe.name else a for a in arguments])
     assert (done.returncode, done.stdout) == (1, "")
     advice = f"try: pip install 'finespun[{extra}]'"
     assert done.stderr == f"error: {missing} is not installed; {advice}\n"

@@ -38,10 +38,10 @@ def test_numbers_and_operations_of_lora_by_hand(capsys: Captured) -> None:
     shapes = ["--shape", "3072x768", "--shape", "768x3072"]
     found = explained(["lora", "rank=4", *shapes, "--layers", "12", "--tokens", "10"], capsys)
     one = 4 * (3072 + 768)
-    assert [row["numbers"] for row in found["shapes"]] == [12 * one] * 2
+    assert [row["num_parameters"] for row in found["shapes"]] == [12 * one] * 2
     assert [row["flops"] for row in found["shapes"]] == [12 * 2 * 10 * one] * 2
     assert [row["base_flops"] for row in found["shapes"]] == [12 * 2 * 10 * 3072 * 768] * 2
-    assert found["numbers"] == 24 * one
+    assert found["num_parameters"] == 24 * one
     assert found["share_of_lora"] == 0.5  # rank 4 of 8
     assert found["link"] == "https://arxiv.org/abs/2106.09685"
     assert found["options"]["rank"] == 4
@@ -49,7 +49,7 @@ def test_numbers_and_operations_of_lora_by_hand(capsys: Captured) -> None:
 
 def test_the_text_holds_what_json_holds(capsys: Captured) -> None:
     found = explained(["lsr", "--shape", "768x768"], capsys)
-    assert found["numbers"] == 24 * 3584
+    assert found["num_parameters"] == 24 * 3584
     assert run(["explain", "lsr", "--shape", "768x768"]) == 0
     shown = capsys.readouterr().out
     for part in (
@@ -66,9 +66,9 @@ def test_the_text_holds_what_json_holds(capsys: Captured) -> None:
 
 def test_shared_numbers_are_told_once(capsys: Captured) -> None:
     found = explained(["s2_lora", "rank=32", "--shape", "768x768"], capsys)
-    assert found["shapes"][0]["numbers"] == 24 * 32
+    assert found["shapes"][0]["num_parameters"] == 24 * 32
     assert found["num_shared_parameters"] == 32 * 2 * 768
-    assert found["numbers"] == 24 * 32 + 32 * 2 * 768
+    assert found["num_parameters"] == 24 * 32 + 32 * 2 * 768
     assert run(["explain", "s2_lora", "rank=32"]) == 0
     assert "shared by all: 49,152 numbers" in capsys.readouterr().out
 
@@ -82,7 +82,7 @@ def test_every_method_says_what_it_is_good_for_and_where_it_comes_from(
     assert found["not_for"], "its docstring needs a line 'Not for: ...'"
     assert re.match(r"https://arxiv.org/abs/\d{4}\.\d{5}$", found["link"])
     assert found["formula"]
-    assert found["numbers"] > 0
+    assert found["num_parameters"] > 0
     assert found["shapes"][0]["flops"] > 0
 
 
@@ -95,7 +95,7 @@ def test_every_method_says_what_it_is_good_for_and_where_it_comes_from(
 def test_the_whole_is_the_sum_of_its_layers(structure, shapes, layers, tokens):
     found = facts(structure, shapes, layers, tokens)
     own = [structure.num_parameters(SiteShape("any", *shape)) for shape in shapes]
-    assert found["numbers"] == layers * sum(own) + found["num_shared_parameters"]
+    assert found["num_parameters"] == layers * sum(own) + found["num_shared_parameters"]
     flops = [structure.flops(SiteShape("any", *shape), tokens) for shape in shapes]
     assert [row["flops"] for row in found["shapes"]] == [layers * f for f in flops]
 

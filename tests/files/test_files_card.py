@@ -39,7 +39,7 @@ def test_it_lies_beside_every_saved_and_exported_adapter_and_is_not_read(tmp_pat
     adapter.export(tmp_path / "lora")
     own, lora = ((tmp_path / name / CARD).read_text() for name in ("own", "lora"))
     assert "method `lsr`" in own
-    assert f"{adapter.num_update_parameters:,} numbers" in own
+    assert f"{adapter.num_update_parameters:,} parameters" in own
     assert "library_name: peft" in lora
     for name in ("own", "lora"):
         (tmp_path / name / CARD).write_text("something else")

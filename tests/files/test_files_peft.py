@@ -14,8 +14,8 @@ from torch import nn
 
 import finespun as fs
 from finespun.errors import BaseMismatch, FileError, InputError, StrictError, TargetError
+from finespun.files import lora
 from finespun.files.lora import PASSED, REFUSED, USED
-from finespun.files.peft import read
 
 
 # --- written by PEFT, read by us ---------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_patterns_mean_what_they_mean_to_peft(path, keys):
 
     patterns = {key: i for i, key in enumerate(keys)}
     wanted = patterns.get(get_pattern_key(patterns.keys(), path), -1)
-    assert [*read._matching(patterns, path), -1][0] == wanted
+    assert [*lora._matching(patterns, path), -1][0] == wanted
 
 
 def test_patterns_that_differ_on_alpha_are_told(tmp_path):

@@ -58,7 +58,7 @@ def test_inspect_tells_what_a_folder_holds_without_its_model(method, tmp_path, c
     assert told is not None
     assert found["format"].startswith(f"PEFT's {method}")
     assert ("read as" in found["format"]) == (method not in ("ADALORA", "PROMPT_TUNING"))
-    assert found["stored numbers"] + found["module numbers"] == sum(
+    assert found["stored parameters"] + found["module parameters"] == sum(
         t.numel() for t in held.values()
     )
     assert found["bytes"] == (tmp_path / "adapter_model.safetensors").stat().st_size
@@ -76,7 +76,7 @@ def test_inspect_tells_what_a_folder_holds_without_its_model(method, tmp_path, c
         assert found["shared"] == ["vera_A 4 x 24", "vera_B 24 x 4"]
     if method == "IA3":
         assert found["trained modules"] == ["classifier"]
-        assert found["module numbers"] == 24 * 3 + 3
+        assert found["module parameters"] == 24 * 3 + 3
     if method in ("ADALORA", "PROMPT_TUNING"):
         assert found["notes"] == ["this method is not read"]
     assert run(["inspect", str(tmp_path)]) == 0

@@ -245,9 +245,9 @@ def test_our_own_folder_as_pefts_keeps_its_base(tmp_path):
     saved_lora(tmp_path / "a")
     fs.convert(tmp_path / "a", tmp_path / "b", fs.LoRA(rank=2), format="peft")
     first, second = (files.read_adapter(tmp_path / n) for n in "ab")
-    assert second.base == first.base
-    assert second.lineage.parents == (files.Parent("mine", first.sha256),)
-    assert second.lineage.metrics["conversion_error"] > 0.1
+    assert second.state.base == first.state.base
+    assert second.state.lineage.parents == (files.Parent("mine", first.sha256),)
+    assert second.state.lineage.metrics["conversion_error"] > 0.1
 
 
 # --- updates that depend on the base -------------------------------------------------------------

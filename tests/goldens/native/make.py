@@ -19,8 +19,9 @@ HERE = Path(__file__).parent
 TREE = Path(fs.__file__).parents[1]
 sys.path.insert(0, str(TREE / "tests"))
 
-from finespun.structures import STRUCTURES  # noqa: E402
 from suite import CASES, Case, batch, stirred  # noqa: E402
+
+from finespun.structures import STRUCTURES  # noqa: E402
 
 NAMED = {case.name: case for case in CASES}
 

@@ -6,6 +6,7 @@ from bypasses import BLOCKS, Stack, adapted, after, begun, view
 from torch import nn
 
 import finespun as fs
+from finespun.adapters.keys import parsed, spelt
 from finespun.driver import Driver, prepare
 from finespun.errors import InputError, StateError
 from finespun.methods.allocation.merge_inject import MergeInject, inject, inside, score
@@ -46,13 +47,13 @@ class Run:
     def state(self):
         return {
             "step": self.driver.step,
-            "adapter": self.adapter.attached.tensors(),
+            "adapter": spelt(self.adapter.attached.tensors()),
             "optimizer": self.optimizer.state_dict(),
             "driver": self.driver.state_dict(),
         }
 
     def resume(self, state):
-        self.adapter.attached.load(state["adapter"])
+        self.adapter.attached.load(parsed(state["adapter"]))
         self.optimizer.load_state_dict(state["optimizer"])
         self.driver.load_state_dict(state["driver"])
 
