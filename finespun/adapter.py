@@ -15,7 +15,7 @@ from finespun.adapters.state import AdapterState
 from finespun.contract import Delta, Scores, Structure, calculus
 from finespun.deprecated import renamed
 from finespun.errors import InputError, StateError, TargetError
-from finespun.hosts.targets import Targets
+from finespun.hosts.targets import Targets, inside
 from finespun.linalg import LowRank
 
 
@@ -53,7 +53,7 @@ def adapt(
         own = (own,)
     trained = hosts.find_head(model) if own is None else tuple(own)
     found = hosts.find(model, targets, exclude, layers)
-    names = [n for n in found if not _inside(n, trained)]
+    names = [n for n in found if not inside(n, trained)]
     if found and not names:
         raise TargetError(
             f"every target lies in a module that is trained whole: {', '.join(trained)}; "
@@ -112,10 +112,6 @@ def load(
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"the model comes first, an nn.Module, not a {type(model).__name__}")
-
-
-def _inside(name: str, trained: Sequence[str]) -> bool:
-    return any(name == t or name.startswith(t + ".") for t in trained)
 
 
 class Adapter:

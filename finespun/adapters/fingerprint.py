@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -28,7 +28,7 @@ class Fingerprint:
     samples: Mapping[str, tuple[str, tuple[float, ...]]]
 
     def __str__(self) -> str:
-        digest = hashlib.sha256(json.dumps(asdict(self)["samples"]).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(json.dumps(dict(self.samples)).encode()).hexdigest()[:8]
         source = f" {self.source!r}" if self.source else ""
         return f"{self.architecture}{source} ({self.numbers:,} parameters, samples {digest})"
 
@@ -38,7 +38,8 @@ class Fingerprint:
 
     def as_json(self) -> dict[str, Any]:
         samples = {k: {"dtype": d, "values": list(v)} for k, (d, v) in self.samples.items()}
-        return {**asdict(self), "left_out": list(self.left_out), "samples": samples}
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**own, "left_out": list(self.left_out), "samples": samples}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], where: str) -> "Fingerprint":

@@ -110,23 +110,25 @@ def of_module(place: str, state: Mapping[str, T]) -> dict[Key, T]:
     return {Key.of("module", place, leaf): value for leaf, value in state.items()}
 
 
-def held_by(owner: Owner, place: str, tensors: Mapping[Key, T]) -> dict[str, T]:
-    """The tensors of one owner by their names in its module's state; buffers of the base are not
+def by_owner(tensors: Mapping[Key, T]) -> dict[tuple[Owner, str], dict[str, T]]:
+    """(owner, place) -> name in its module's state -> tensor, in order; buffers of the base are not
     among them."""
-    return {
-        key.leaf: value
-        for key, value in tensors.items()
-        if key.owner == owner and key.place == place and key.role != "buffer"
-    }
+    found: dict[tuple[Owner, str], dict[str, T]] = {}
+    for key, value in tensors.items():
+        if key.role != "buffer":
+            found.setdefault((key.owner, key.place), {})[key.leaf] = value
+    return found
 
 
 def by_place(tensors: Mapping[Key, T], owner: Owner) -> dict[str, dict[str, T]]:
     """Site or module -> name in its state -> tensor, in order."""
-    found: dict[str, dict[str, T]] = {}
-    for key, value in tensors.items():
-        if key.owner == owner and key.role != "buffer":
-            found.setdefault(key.place, {})[key.leaf] = value
-    return found
+    return {place: own for (whose, place), own in by_owner(tensors).items() if whose == owner}
+
+
+def held_by(owner: Owner, place: str, tensors: Mapping[Key, T]) -> dict[str, T]:
+    """The tensors of one owner by their names in its module's state."""
+    mine = (k for k in tensors if (k.owner, k.place) == (owner, place) and k.role != "buffer")
+    return {key.leaf: tensors[key] for key in mine}
 
 
 def started(keys: Iterable[Key]) -> set[tuple[Owner, str]]:

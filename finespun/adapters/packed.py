@@ -25,7 +25,8 @@ Table = Mapping[Key, Slot]
 def table_of(tensors: Mapping[Key, Tensor]) -> dict[Key, Slot]:
     """Where each tensor will lie, on a 16-byte boundary."""
     table, end = {}, 0
-    for key, tensor in tensors.items():
+    for key in sorted(tensors, key=str):  # files list theirs in any order
+        tensor = tensors[key]
         table[key] = Slot(end, tensor.shape, tensor.dtype)
         end += -(-tensor.nbytes // ALIGN) * ALIGN
     return table
@@ -56,6 +57,9 @@ class PackedTensors(Mapping[Key, Tensor]):
         slot = self.table[key]
         held = self.data[slot.offset : slot.offset + _bytes(slot)]
         return held.view(slot.dtype).view(slot.shape)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.table
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self.table)

@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -42,7 +43,7 @@ class Form:
 
     def shared(self) -> "Form":
         """The one form of this content that is in use, or this one from now on."""
-        return _KNOWN.setdefault(self._digest(), self)
+        return _KNOWN.setdefault(self.digest, self)
 
     def fits(self, other: "Form") -> bool:
         """Whether tensors of the other can be copied into one of this form: all is the same but
@@ -54,7 +55,9 @@ class Form:
             == {k: s.shape for k, s in other.table.items()}
         )
 
-    def _digest(self) -> str:
+    @cached_property
+    def digest(self) -> str:
+        """Equal for equal content."""
         slots = [[str(key), list(s.shape), str(s.dtype)] for key, s in self.table.items()]
         made = [self.structure.kind, self.structure.options(), plan_as_json(self.plan)]
         content = json.dumps([made, self.trained, slots])

@@ -159,9 +159,9 @@ def table(found: dict[str, Any]) -> list[str]:
     for row in found["shapes"]:
         share = row["flops"] / row["base_flops"]
         lines.append(
-            f"{row['layers']} layers of {row['out']} x {row['in']}: {row['num_parameters']:,} parameters, "
-            f"{row['flops']:,} operations for {found['tokens']:,} tokens "
-            f"({share:.1%} of the layers' own)"
+            f"{row['layers']} layers of {row['out']} x {row['in']}: "
+            f"{row['num_parameters']:,} parameters, {row['flops']:,} operations "
+            f"for {found['tokens']:,} tokens ({share:.1%} of the layers' own)"
         )
     if found["num_shared_parameters"]:
         lines.append(f"shared by all: {found['num_shared_parameters']:,} parameters")

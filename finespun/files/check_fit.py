@@ -9,7 +9,7 @@ from torch import Size, Tensor, nn
 
 from finespun.adapters.deltas import check_scale
 from finespun.adapters.keys import Key, of_bank, of_module, of_site, spelt
-from finespun.adapters.state import AdapterState, Form
+from finespun.adapters.state import AdapterState
 from finespun.contract import Bank, Plan, SiteShape
 from finespun.contract.mixing import mount
 from finespun.contract.structure import TIE
@@ -41,7 +41,8 @@ class Needed(NamedTuple):
     places: frozenset[str]
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Form, Needed]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[nn.Module, dict[str, Needed]] = WeakKeyDictionary()
+MOST_KNOWN = 16  # forms of a model
 
 
 def register_saved(model: nn.Module, saved: Saved, force: bool = False) -> list[str]:
@@ -144,11 +145,13 @@ def check_fit(model: nn.Module, state: AdapterState) -> None:
 
 
 def _needed(model: nn.Module, state: AdapterState) -> Needed:
-    """Worked out once for each model and form."""
-    known = _KNOWN.setdefault(model, WeakKeyDictionary())
-    if state.form not in known:
-        known[state.form] = _work_out(model, state)
-    return known[state.form]
+    """Worked out once for each model and form; the forms that were asked for last are kept."""
+    known = _KNOWN.setdefault(model, {})
+    found = known.pop(state.form.digest, None) or _work_out(model, state)
+    known[state.form.digest] = found
+    if len(known) > MOST_KNOWN:
+        del known[next(iter(known))]
+    return found
 
 
 def _work_out(model: nn.Module, state: AdapterState) -> Needed:
@@ -158,6 +161,7 @@ def _work_out(model: nn.Module, state: AdapterState) -> Needed:
     check_trained(model, list(hosts), state.trained)
     found: dict[Key, Tensor] = {}
     ranks: dict[str, int] = {}
+    held = _bytes(state.tensors)
     try:
         with bounded(f"adapter {state.name!r}"), torch.no_grad():
             bank: Bank | None = structure.bank(plan)
@@ -171,7 +175,7 @@ def _work_out(model: nn.Module, state: AdapterState) -> Needed:
                 own = of_site(name, delta.state_dict())
                 found |= own
                 asked += _bytes(own)
-                _check_promised(state, asked)
+                _check_promised(state.name, held, asked)
                 pair = delta.low_rank()
                 if pair is not None:
                     ranks[name] = pair[0].shape[0]
@@ -187,13 +191,12 @@ def _bytes(state: Mapping[Key, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in state.values())
 
 
-def _check_promised(state: AdapterState, asked: int) -> None:
+def _check_promised(name: str, held: int, asked: int) -> None:
     """Raise FileError once the plan asks for far more bytes than the file holds, whose parameters
     may be up to eight times narrower: before more is built."""
-    held = _bytes(state.tensors)
     if asked > 8 * held + (1 << 20):
         raise FileError(
-            f"adapter {state.name!r}: its plan asks for {asked:,} bytes and more, the file of "
+            f"adapter {name!r}: its plan asks for {asked:,} bytes and more, the file of "
             f"tensors holds {held:,}"
         )
 

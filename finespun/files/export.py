@@ -26,6 +26,7 @@ from finespun.files.peft.full_form import BESIDE, FullForm, check_tied, full_for
 from finespun.files.peft.write import lora_config, tokens_config, write_lora
 from finespun.hosts import Attached, fingerprint, materialise, modules, plain_class
 from finespun.hosts.layers.slices import SliceHost
+from finespun.hosts.targets import inside
 from finespun.linalg import LowRank
 from finespun.methods.structures.dora import DoRADelta
 
@@ -276,7 +277,7 @@ def _config(
 
 def _target_modules(sites: list[str], known: list[str], trained: tuple[str, ...]) -> Any:
     """Leaf names where they mean these sites and no others, else whole names, else a pattern."""
-    others = [n for n in known if n not in sites and not _inside(n, trained)]
+    others = [n for n in known if n not in sites and not inside(n, trained)]
     leaves = sorted({s.rpartition(".")[2] for s in sites})
     for names in (leaves, sorted(sites)):
         if not any(o == n or o.endswith("." + n) for o in others for n in names):
@@ -287,7 +288,7 @@ def _target_modules(sites: list[str], known: list[str], trained: tuple[str, ...]
 def _module_name(name: str, trained: tuple[str, ...], known: list[str]) -> str:
     """PEFT takes every module whose path ends with the name, so that "classifier" would take
     "pre_classifier" too: then the path from PEFT's own root is given."""
-    twins = [n for n in known if n.endswith(name) and n != name and not _inside(n, trained)]
+    twins = [n for n in known if n.endswith(name) and n != name and not inside(n, trained)]
     return f"model.{name}" if twins else name
 
 
@@ -296,12 +297,8 @@ def _task(model: nn.Module, known: list[str], trained: tuple[str, ...]) -> str |
     for ending, task, heads in TASKS:
         if plain_class(model).__name__.endswith(ending):
             expected = [n for n in known if n.endswith(heads)] if heads else []
-            return task if all(_inside(n, trained) for n in expected) else None
+            return task if all(inside(n, trained) for n in expected) else None
     return None
-
-
-def _inside(name: str, trained: tuple[str, ...]) -> bool:
-    return any(name == t or name.startswith(t + ".") for t in trained)
 
 
 def _notes(

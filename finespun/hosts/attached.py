@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from finespun.adapters.fingerprint import Fingerprint
-from finespun.adapters.keys import Key, held_by, of_bank, of_module, of_site, spelt, started
+from finespun.adapters.keys import Key, by_owner, of_bank, of_module, of_site, spelt, started
 from finespun.adapters.lineage import Lineage
 from finespun.adapters.state import AdapterState, Form
 from finespun.contract import Bank, Delta, Plan, Structure
@@ -159,8 +159,9 @@ class Attached:
             for holder in holders:
                 holder._modules.pop("start", None)
             raise
+        states = by_owner(tensors)
         for owner, module in self._modules():
-            module.load_state_dict(held_by(owner.owner, owner.place, tensors))
+            module.load_state_dict(states.get((owner.owner, owner.place), {}))
 
     def _modules(self) -> Iterator[tuple[Key, nn.Module]]:
         for name, delta in self.deltas.items():

@@ -142,6 +142,11 @@ def find_head(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, _ in model.named_children() if task and name in HEADS)
 
 
+def inside(name: str, trained: Sequence[str]) -> bool:
+    """Whether a module is one of these, or lies in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in trained)
+
+
 def _ends(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 

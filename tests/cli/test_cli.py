@@ -218,7 +218,7 @@ def test_train_prints_the_result(done: Path, tmp_path: Path, capsys: Captured) -
     shown, result = capsys.readouterr(), Result.read(output)
     accuracy = f"{result.before['accuracy']:.4f} -> {result.after['accuracy']:.4f}"
     for part in (
-        f"held-out accuracy  {accuracy}",
+        f"held-out accuracy   {accuracy}",
         f"{result.num_update_parameters:,} in 4 layers, 34 in modules trained whole",
         "16 steps in",
         f"{output} ({result.adapter_bytes:,} bytes of adapter)",

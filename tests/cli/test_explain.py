@@ -70,7 +70,7 @@ def test_shared_numbers_are_told_once(capsys: Captured) -> None:
     assert found["num_shared_parameters"] == 32 * 2 * 768
     assert found["num_parameters"] == 24 * 32 + 32 * 2 * 768
     assert run(["explain", "s2_lora", "rank=32"]) == 0
-    assert "shared by all: 49,152 numbers" in capsys.readouterr().out
+    assert "shared by all: 49,152 parameters" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", STRUCTURES)
