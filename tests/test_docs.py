@@ -39,6 +39,8 @@ NOT_RUN = {
     "it would run the tests that run it": 1,
     "it takes minutes, and the tests of the command line train and compare too": 4,
     "a line of tests/suite.py, which runs it": 1,
+    "a study of several minutes": 1,
+    "needs a model": 1,
     "it takes hours; a test checks that the tables follow from the published trials": 1,
 }
 

@@ -14,7 +14,7 @@ from finespun.errors import FileError, InputError
 from finespun.files import Saved, read_adapter
 from finespun.report.figure import Curve, Point, curves, smoothed
 from finespun.report.page import code, document, paragraph, section, table
-from finespun.training.output import ADAPTER, LOG, RECIPE, RESULT
+from finespun.training.output import ADAPTER, LOG, RECIPE, RESULT, from_0_1
 
 TOP_VALUES = 3
 Record = Mapping[str, Any]
@@ -33,7 +33,7 @@ class Layer:
 def run_page(folder: Path) -> str:
     """The HTML page of a run, finished or not. Raises FileError for a file that cannot be read."""
     log = read_log(folder / LOG)
-    result = _json(folder / RESULT) if (folder / RESULT).is_file() else None
+    result = from_0_1(_json(folder / RESULT)) if (folder / RESULT).is_file() else None
     saved = read_adapter(folder) if (folder / ADAPTER[1]).is_file() else None
     recipe = folder / RECIPE
     text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""

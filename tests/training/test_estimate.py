@@ -244,7 +244,7 @@ def test_a_dry_run_leaves_nothing_behind(file: Path, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     for part in (
         "4 layers: query, value (16 x 16)",
-        "trained whole    classifier",
+        "trained whole       classifier",
         "34 in modules",
         "64 to train on, 16 held out",
         "memory, about",

@@ -47,7 +47,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
-    assert finish(["train", str(write_recipe(folder))], folder) == 0
+    assert finish(["train", str(write_recipe(folder, head_lr="lr"))], folder) == 0
     return folder
 
 
@@ -114,7 +114,7 @@ SLOW = [
     "kill", [*QUICK, *(pytest.param(kill, marks=pytest.mark.slow) for kill in SLOW)]
 )
 def test_killed_then_resumed(kill: tuple[str, int], folder: Path, unbroken: Path) -> None:
-    arguments = ["train", str(write_recipe(folder))]
+    arguments = ["train", str(write_recipe(folder, head_lr="lr"))]
     assert finish(arguments, folder, kill) == -signal.SIGKILL
     assert finish([*arguments, "--resume"], folder) == 0, (folder / "stderr").read_text()
     check_equal(folder, unbroken)
@@ -122,7 +122,7 @@ def test_killed_then_resumed(kill: tuple[str, int], folder: Path, unbroken: Path
 
 @pytest.mark.slow
 def test_killed_again_and_again(folder: Path, unbroken: Path) -> None:
-    arguments = ["train", str(write_recipe(folder))]
+    arguments = ["train", str(write_recipe(folder, head_lr="lr"))]
     draw, deaths = random.Random(3), 0
     while finish([*arguments, "--resume"], folder, ("step", draw.randint(4, 7))) != 0:
         deaths += 1
@@ -133,7 +133,7 @@ def test_killed_again_and_again(folder: Path, unbroken: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_from_outside_at_a_random_time(folder: Path, unbroken: Path) -> None:
-    arguments = ["train", str(write_recipe(folder))]
+    arguments = ["train", str(write_recipe(folder, head_lr="lr"))]
     draw = random.Random()
     for _ in range(3):
         process = start([*arguments, "--resume"], folder)
@@ -145,7 +145,7 @@ def test_killed_from_outside_at_a_random_time(folder: Path, unbroken: Path) -> N
 
 
 def test_interrupted_then_resumed(folder: Path, unbroken: Path) -> None:
-    path = write_recipe(folder, checkpoint_every=20)
+    path = write_recipe(folder, checkpoint_every=20, head_lr="lr")
     process = start(["train", str(path), "targets=[query, value]"], folder)
     log = folder / "out" / "metrics.jsonl"
     while not (log.exists() and '"step"' in log.read_text()):
