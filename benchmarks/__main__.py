@@ -1,5 +1,6 @@
-"""Every measurement, one after the other; writes docs/benchmarks.md."""
+"""Every measurement, or the parts that are named, one after the other; writes docs/benchmarks.md."""
 
+import argparse
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -19,12 +20,13 @@ PARTS = {
     "switching": "Switching a SHiRA adapter",
     "structures": "A training step of each structure",
     "paths": "One layer beside its bare products",
-    "dry_run": "What a dry run foretells",
+    "dry_run": "What a dry run predicts",
 }
 HEAD = """\
 # Beside PEFT
 
-Written by `python -m benchmarks`; `python -m benchmarks.merging` and its neighbours run one part.
+Written by `python -m benchmarks`; `python -m benchmarks merging paths` measures these parts again
+and keeps the rest of the page.
 
 Both sides hold the same weights and the same adapters and get the same batches. Outputs, gradients
 or merged weights are compared first and must agree to 1e-5 (relative), else nothing is timed. One
@@ -39,33 +41,33 @@ or down.
 
 A fixed matrix product is timed in every round. Where it spreads by more than {wide:.0f} % (middle
 half over median) the part is measured anew, at most {tries} times in all, and the calmest is shown.
-
-{machine}. Load average at the start {start}, at the end {end}.
 """
 
 
-def page(parts: dict[str, Lines], start: str, end: str) -> str:
-    """The whole page in Markdown."""
-    text = HEAD.format(
-        rounds=ROUNDS,
-        machine=machine(),
-        start=start,
-        end=end,
-        wide=100 * WIDE,
-        tries=TRIES,
-        times=TIMES,
-    )
-    for name, lines in parts.items():
-        text += f"\n## {PARTS[name]}\n\n{table(lines)}\n\n"
-        notes: dict[str, list[str]] = {}
-        for line in lines:
-            if line.note:
-                notes.setdefault(line.note, []).append(line.name)
-        text += "\n".join(f"- {' and '.join(n)}: {note}." for note, n in notes.items()) + "\n"
-        wide = spread(lines)
-        busy = ": too busy, these figures mean little" if wide > WIDE else ""
-        text += f"- Spread of the fixed product: {100 * wide:.0f} %{busy}.\n"
-    return text
+def head() -> str:
+    """What the page says of all parts."""
+    return HEAD.format(rounds=ROUNDS, wide=100 * WIDE, tries=TRIES, times=TIMES)
+
+
+def section(name: str, lines: Lines, start: str, end: str) -> str:
+    """One part of the page in Markdown, beside the load of the machine before and after it."""
+    text = f"## {PARTS[name]}\n\n{table(lines)}\n\n"
+    notes: dict[str, list[str]] = {}
+    for line in lines:
+        if line.note:
+            notes.setdefault(line.note, []).append(line.name)
+    text += "".join(f"- {' and '.join(n)}: {note}.\n" for note, n in notes.items())
+    wide = spread(lines)
+    busy = ": too busy, these figures mean little" if wide > WIDE else ""
+    text += f"- Spread of the fixed product: {100 * wide:.0f} %{busy}.\n"
+    return text + f"- {machine()}. Load average {start} before, {end} after.\n"
+
+
+def sections(text: str) -> dict[str, str]:
+    """The parts of a page that was written before."""
+    named = {title: name for name, title in PARTS.items()}
+    found = {part.partition("\n")[0]: f"## {part.strip()}\n" for part in text.split("\n## ")[1:]}
+    return {named[title]: part for title, part in found.items() if title in named}
 
 
 def load() -> str:
@@ -74,14 +76,22 @@ def load() -> str:
 
 
 def main() -> None:
-    """Measure everything, say what was measured, write the page."""
-    start, began, parts = load(), time.monotonic(), {}
+    """Measure, say what was measured, write the page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("part", nargs="*", help=f"any of {', '.join(PARTS)}; default: all")
+    wanted = parser.parse_args().part or list(PARTS)
+    if unknown := set(wanted) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    began = time.monotonic()
+    done = sections(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
-        for name in PARTS:
-            parts[name] = processes.submit(part, name).result()
-            print(table(parts[name]), flush=True)
-    text = page(parts, start, load())
-    PAGE.write_text(text, encoding="utf-8")
+        for name in wanted:
+            start = load()
+            lines = processes.submit(part, name).result()
+            done[name] = section(name, lines, start, load())
+            print(table(lines), flush=True)
+            parts = (done[name] for name in PARTS if name in done)
+            PAGE.write_text("\n".join((head(), *parts)), encoding="utf-8")
     print(f"{PAGE.name} written after {time.monotonic() - began:.0f} s")
 
 

@@ -1,4 +1,4 @@
-"""The time that a dry run foretells, against the run: all steps, and measuring before and after.
+"""The time that a dry run predicts, against the run: all steps, and measuring before and after.
 
 A recipe is estimated, then loaded anew and carried out, by the same clock: processor time with one
 thread, which is the time that passes on an idle machine, and on a busy one leaves out the others'.

@@ -100,7 +100,7 @@ def test_parts_run_and_leave_their_models_as_they_were(short):
         "the same with its backward pass",
     ]
     assert all(line.ours > 0 and line.theirs > 0 for line in lines)
-    text = pages.page({"merging": lines[3:8]}, "0.1", "0.2")
+    text = pages.section("merging", lines[3:8], "0.1", "0.2")
     assert text.count("| merge") == 5
     assert "7 layers of width 64" in text
 
@@ -149,8 +149,16 @@ def test_recipes_are_estimated_and_carried_out(tmp_path, monkeypatch):
     assert all(len(line.ratios) == dry_run.TIMES for line in lines)
     assert all(s > 0 for line in lines for s in (*line.estimated, *line.real))
     assert not (tmp_path / "out").exists()
-    text = pages.page({"dry_run": lines}, "0.1", "0.2")
-    assert "## What a dry run foretells\n\n| what | estimated, s |" in text
+    text = pages.section("dry_run", lines, "0.1", "0.2")
+    assert text.startswith("## What a dry run predicts\n\n| what | estimated, s |")
+
+
+def test_a_part_measured_again_leaves_the_rest_of_the_page():
+    from benchmarks import __main__ as pages
+
+    line = Line.of("x", Timed({"ours": [1.0] * 4, "PEFT": [2.0] * 4}, [1.0] * 4))
+    parts = {name: pages.section(name, [line], "0.1", "0.2") for name in ("paths", "merging")}
+    assert pages.sections("\n".join((pages.head(), *parts.values()))) == parts
 
 
 def test_gates_of_dry_runs_are_those_of_its_recipes():
