@@ -1,4 +1,4 @@
-"""Every measurement, or the parts that are named, one after the other; writes docs/benchmarks.md."""
+"""Every measurement, or the parts that are named, in turn; writes docs/benchmarks.md."""
 
 import argparse
 import os
