@@ -5,12 +5,13 @@ With θ the trained parameters, r(θ) = (ΔW(θ) − U)·C^½ and J = ∂r/∂θ
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
+from torch.func import vjp
 
+from finespun.contract.bank import Bank
 from finespun.contract.calculus import called, parameters_of
 from finespun.contract.wrapping import Wrapped
 from finespun.linalg import LowRank
@@ -28,19 +29,36 @@ def fit(delta: Wrapped, update: LowRank | Tensor, covariance: Tensor | None = No
     """Make the delta, and the bank it reads, the nearest of `update` (out, in) that is found from
     its present parameters or, where they lead nowhere, from a draw around them; returns the
     relative error."""
-    dense = update.dense() if isinstance(update, LowRank) else update
+    return fit_all([delta], [update], covariance)[0]
+
+
+def fit_all(
+    deltas: Sequence[Wrapped],
+    updates: Sequence[LowRank | Tensor],
+    covariance: Tensor | None = None,
+) -> list[float]:
+    """`fit` of deltas that read one bank, all at once: the sum of their squared errors falls.
+    Returns the relative error of each."""
     root = None if covariance is None else square_root(covariance.to(WIDE))
-    wanted = weighted(dense.detach().to(delta.site.device, WIDE), root)
-    size = float(wanted.norm())
-    twin = in_double(delta)
-    ready = twin.low_rank() is not None or not twin.reads_base
-    w0 = (twin.blank() if ready else twin.base_weight()).to(WIDE)
+    wanted = [weighted(_wide(u, d), root) for d, u in zip(deltas, updates)]
+    bank = deltas[0].bank
+    shared = None if bank is None else copy.deepcopy(bank).double()
+    twins = [in_double(delta, shared) for delta in deltas]
+    bases = [_base(twin) for twin in twins]
+
+    def residuals(theta: Theta) -> list[Tensor]:
+        found = (
+            called(t, _own(theta, i), "dense", w0) for i, (t, w0) in enumerate(zip(twins, bases))
+        )
+        return [weighted(W, root) - U for W, U in zip(found, wanted)]
 
     def residual(theta: Theta) -> Tensor:
-        return weighted(called(twin, theta, "dense", w0), root) - wanted
+        return torch.cat([r.flatten() for r in residuals(theta)])
 
-    masks = delta.masks()
-    start, best, least = parameters_of(twin), parameters_of(twin), float("inf")
+    start = _joined([parameters_of(twin) for twin in twins])
+    masks = _joined([delta.masks() for delta in deltas])
+    size = sum(float(U.norm()) ** 2 for U in wanted) ** 0.5
+    best, least = start, float("inf")
     for attempt in range(2):
         theta, error = descend(residual, drawn(start, attempt), masks, size)
         if error < least:
@@ -48,9 +66,37 @@ def fit(delta: Wrapped, update: LowRank | Tensor, covariance: Tensor | None = No
         if least < STUCK * size:
             break
     with torch.no_grad():
-        for name, value in parameters_of(delta).items():
-            value.copy_(best[name])
-    return least / size if size else least
+        for i, delta in enumerate(deltas):
+            for name, value in parameters_of(delta).items():
+                value.copy_(_own(best, i)[name])
+        sizes = ((float(r.norm()), float(U.norm())) for r, U in zip(residuals(best), wanted))
+        return [error / norm if norm else error for error, norm in sizes]
+
+
+def _wide(update: LowRank | Tensor, delta: Wrapped) -> Tensor:
+    dense = update.dense() if isinstance(update, LowRank) else update
+    return dense.detach().to(delta.site.device, WIDE)
+
+
+def _base(twin: Wrapped) -> Tensor:
+    """What `dense` is given: W0, or its shape alone where nothing else is read."""
+    ready = twin.low_rank() is not None or not twin.reads_base
+    return (twin.blank() if ready else twin.base_weight()).to(WIDE)
+
+
+def _joined(each: Sequence[Theta]) -> Theta:
+    """Parameters of several deltas in one dictionary, those of their bank once."""
+    return {
+        n if n.startswith("bank.") else f"{i}/{n}": t
+        for i, own in enumerate(each)
+        for n, t in own.items()
+    }
+
+
+def _own(theta: Theta, i: int) -> Theta:
+    """The parameters of delta i, its bank's included."""
+    mine = f"{i}/"
+    return {n.removeprefix(mine): t for n, t in theta.items() if n.startswith((mine, "bank."))}
 
 
 def truncated(
@@ -78,10 +124,9 @@ def distance(found: LowRank, exact: LowRank) -> float:
     return float((a - b).norm()) / size if size else float(a.norm())
 
 
-def in_double(delta: Wrapped) -> Wrapped:
-    """A copy in float64 that shares nothing but the site."""
+def in_double(delta: Wrapped, bank: Bank | None) -> Wrapped:
+    """A copy in float64 that shares nothing but the site and this copy of its bank."""
     memo: dict[int, object] = {id(delta.site): delta.site}
-    bank = None if delta.bank is None else copy.deepcopy(delta.bank).double()
     if delta.bank is not None:
         memo[id(delta.bank)] = bank
     twin = copy.deepcopy(delta, memo).double()
@@ -97,12 +142,14 @@ def descend(
     error, damping = float(r.norm()), 1e-3
     for _ in range(STEPS):
         back = vjp(residual, theta)[1]
+        # v -> J v as the pull of the linear map r -> Jᵀ r: no forward pass is run again for it.
+        forth = vjp(lambda u, back=back: back(u)[0], r)[1]
         g = masked(back(r)[0], masks)
         if error <= ENOUGH * size or not norm(g) > 0:
             break
-        scale = norm(g) ** 2 / max(float(jvp(residual, (theta,), (g,))[1].norm()) ** 2, 1e-300)
+        scale = norm(g) ** 2 / max(float(forth(g)[0].norm()) ** 2, 1e-300)
         for _ in range(8):
-            d = solve(residual, theta, back, g, damping / scale, masks)
+            d = solve(forth, back, g, damping / scale, masks)
             new = {k: theta[k] - d[k] for k in theta}
             r_new = residual(new)
             gained = error - float(r_new.norm())
@@ -118,8 +165,7 @@ def descend(
 
 
 def solve(
-    residual: Callable[[Theta], Tensor],
-    theta: Theta,
+    forth: Callable[[Theta], tuple[Tensor]],
     back: Callable[[Tensor], tuple[Theta]],
     g: Theta,
     damping: float,
@@ -130,8 +176,7 @@ def solve(
     rest, p, square = g, g, norm(g) ** 2
     first = square
     for _ in range(INNER):
-        Jp = jvp(residual, (theta,), (p,))[1]
-        Ap = masked(back(Jp)[0], masks)
+        Ap = masked(back(forth(p)[0])[0], masks)
         Ap = {k: v + damping * p[k] for k, v in Ap.items()}
         step = square / max(float(sum((p[k] * Ap[k]).sum() for k in p)), 1e-300)
         d = {k: v + step * p[k] for k, v in d.items()}
