@@ -223,7 +223,7 @@ def test_wheel_and_sdist_work_in_a_clean_environment(
     clean.install(f"{wheel}[cli]")
     assert clean.packages().keys() | own == needed(clean.packages(), "finespun", {"cli"}) | own
     assert "Usage: finespun" in clean("finespun", "--help")
-    assert "86,016 numbers" in clean("finespun", "explain", "lsr")
+    assert "86,016 parameters" in clean("finespun", "explain", "lsr")
     listed = clean("finespun", "methods")
     assert all(f"{kind}  (" in listed for kind in finespun.STRUCTURES)
     assert "finespun[train]" in clean.refused("train", "recipe.yaml")

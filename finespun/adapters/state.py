@@ -113,9 +113,10 @@ class AdapterState:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the updates as they are stored: starts, gates, masks and modules left
-        out."""
-        return sum(_count(slot) for key, slot in self.form.table.items() if key.counted)
+        """Parameters of the updates as they are stored: starts, gates, masks, places that a method
+        chose (whole numbers) and modules left out."""
+        table = self.form.table.items()
+        return sum(_count(s) for k, s in table if k.counted and s.dtype.is_floating_point)
 
     @property
     def num_module_parameters(self) -> int:

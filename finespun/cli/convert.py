@@ -15,7 +15,7 @@ EXAMPLE = "finespun convert out/trec-lsr-small out/squeezed --to lora --set rank
 def command(
     src: Annotated[str, typer.Argument(help="An adapter: a folder, or a file of one.")],
     dst: Annotated[str, typer.Argument(help="The folder to write; for kohya's format a file.")],
-    to: Annotated[str, typer.Option(help="lora or lsr; lora without rank or energy is exact.")],
+    to: Annotated[str, typer.Option(help="A structure; lora without rank or energy is exact.")],
     options: Annotated[
         list[str] | None,
         typer.Option("--set", help="An option of the new structure, as rank=8; may be repeated."),
@@ -43,7 +43,8 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Make an adapter into a smaller LoRA or an LSR; the loss of every layer is printed.
+    """Write an adapter as a smaller LoRA, an LSR or any other structure; what every layer loses is
+    printed.
 
     No model is loaded.
     """
@@ -67,8 +68,9 @@ def command(
     width = max(map(len, made.errors))
     typer.echo(f"{'layer':<{width}}  rank  predicted  true error")
     for name, error in made.errors.items():
-        rank, predicted = made.ranks[name], made.predicted[name]
-        typer.echo(f"{name:<{width}}  {rank:>4}  {predicted:>9.4f}  {error:>10.4f}")
+        rank = made.ranks.get(name, "")
+        predicted = f"{made.predicted[name]:.4f}" if name in made.predicted else ""
+        typer.echo(f"{name:<{width}}  {rank:>4}  {predicted:>9}  {error:>10.4f}")
     typer.echo(str(made))
 
 
@@ -90,8 +92,6 @@ def wanted(to: str, options: list[str]) -> Any:
             raise InputError(f"--set {option} gives no value; write --set {option}=8, say")
     if not options:
         return to
-    if to not in ("lora", "lsr"):
-        raise InputError(f"cannot convert to {to!r}; known: 'lora', 'lsr'")
     return choose(to, options)
 
 

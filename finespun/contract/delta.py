@@ -23,6 +23,7 @@ from torch import Tensor
 
 from finespun.contract import fitting
 from finespun.contract.bank import Bank
+from finespun.contract.beside import Beside
 from finespun.contract.groups import Group
 from finespun.contract.products import Product, products_of
 from finespun.contract.roles import role_of
@@ -132,6 +133,19 @@ class Delta(Wrapped):
         """Choose or draw what training begins with, from ∂L/∂W0 (out, in). Raises StateError where
         the method does not look at it (`Structure.wants_gradient`)."""
         raise StateError(f"{type(self).__name__} does not start from gradients")
+
+    @property
+    def lines(self) -> Tensor | None:
+        """The rows, or the columns, of W0 that are all it changes, int64 (s,); None for others."""
+        return None
+
+    def stand(self, lines: Tensor) -> None:
+        """Let its lines stand at these places of the weight."""
+        raise StateError(f"{type(self).__name__} chooses no lines")
+
+    def written_beside(self) -> Beside | None:
+        """What stands for it in a file of LoRAs where it is more than one low-rank product."""
+        return None
 
     def diagnostics(self) -> dict[str, float]:
         """Parameters worth logging about the health of this update."""

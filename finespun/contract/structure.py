@@ -16,6 +16,7 @@ from finespun.contract.method import REGISTRY, Method
 from finespun.contract.method import register as register
 from finespun.contract.site import Site, SiteShape
 from finespun.errors import InputError, PlanError, nearest
+from finespun.linalg import LowRank
 
 Scores = Mapping[str, float | Tensor]
 Choice = Mapping[str, Any]
@@ -125,6 +126,16 @@ class Structure(Method):
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> Delta:
         """The delta of one site."""
         raise NotImplementedError(f"{type(self).__name__} must say how to build a delta")
+
+    def exactly(self, site: Site, update: LowRank, scale: float) -> "tuple[Delta, Choice] | None":
+        """The delta with ΔW = scale · update, of as many ranks, and the plan's choice for it; None:
+        the structure does not hold updates of any rank."""
+        return None
+
+    @property
+    def holds_any(self) -> bool:
+        """Whether `exactly` is written."""
+        return type(self).exactly is not Structure.exactly
 
     def form(self, deltas: Sequence[Delta]) -> list[Factors]:
         """`low_rank()` of all deltas in as few products as possible."""

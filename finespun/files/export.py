@@ -22,13 +22,12 @@ from finespun.contract import Delta
 from finespun.errors import InputError, nearest
 from finespun.files.diffusion.write import write_adapter
 from finespun.files.native import checked
-from finespun.files.peft.full_form import BESIDE, FullForm, check_tied, full_form
+from finespun.files.peft.full_form import FullForm, check_tied, full_form
 from finespun.files.peft.write import lora_config, tokens_config, write_lora
 from finespun.hosts import Attached, fingerprint, materialise, modules, plain_class
 from finespun.hosts.layers.slices import SliceHost
 from finespun.hosts.targets import inside
 from finespun.linalg import LowRank
-from finespun.methods.structures.dora import DoRADelta
 
 ONLY_PEFT = "in PEFT's own form, which most servers read in part or not at all"
 Format = Literal["peft", "diffusers", "kohya"]
@@ -160,14 +159,15 @@ def _updates(adapter: Attached, portable: bool, kinds: Sequence[str]) -> dict[st
                 + (", or in this format of convolutions" if "conv" in kinds else "")
                 + way
             )
+        beside = None if portable else delta.written_beside()
         if portable:
             _check_bias(name, delta)
-        elif isinstance(delta, BESIDE):
-            continue
-        if isinstance(delta, DoRADelta) and not portable:
-            update = LowRank(delta.A.detach(), delta.B.detach() * delta.scale)
-        else:
+        if beside is None:
             update = delta.as_low_rank() * adapter.strength
+        elif beside.factors is None:
+            continue
+        else:
+            update = beside.factors
         if isinstance(site, SliceHost):
             below = site.whole.shape.out_features - site.end
             update = LowRank(update.A, F.pad(update.B, (0, 0, site.start, below)))
@@ -224,8 +224,11 @@ def _rank(
     if rank is not None:
         return rank
     whole = max([1, *(len(e) - 1 for e in falling.values())])
-    kept = () if portable else (DoRADelta,)
-    if all(isinstance(d, kept) or d.factors() is not None for d in adapter.deltas.values()):
+
+    def exact(delta: Delta) -> bool:
+        return delta.factors() is not None or not (portable or delta.written_beside() is None)
+
+    if all(map(exact, adapter.deltas.values())):
         return whole
     if max_error is not None:
         return max(_enough(e, max_error) for e in falling.values())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from finespun.contract import Delta
 from finespun.errors import StateError
 from finespun.hosts.adapter_set import adapter_set_of
 from finespun.hosts.attached import Attached
@@ -17,7 +18,6 @@ from finespun.hosts.layers.kinds import sites
 from finespun.hosts.layers.layer import plain_class
 from finespun.hosts.layers.quantised import quantised
 from finespun.hosts.targets import modules
-from finespun.methods.structures.pieces.lines import LinesDelta
 
 
 @contextmanager
@@ -49,8 +49,10 @@ def gathered(model: nn.Module, name: str = "default") -> Iterator[None]:
             undo.callback(move.apply, move.order.argsort())
             move.apply(move.order)
             for delta in move.deltas:
-                undo.callback(delta.stand, delta.lines)
-                delta.stand(torch.arange(len(delta.lines)))
+                lines = delta.lines
+                if lines is not None:
+                    undo.callback(delta.stand, lines)
+                    delta.stand(torch.arange(len(lines)))
         yield
 
 
@@ -60,7 +62,7 @@ class _Move:
 
     writers: tuple[Host, ...]
     reader: Host
-    deltas: tuple[LinesDelta, ...]
+    deltas: tuple[Delta, ...]
     order: Tensor
 
     @torch.no_grad()
@@ -82,11 +84,11 @@ def reorder(tensor: Tensor, dim: int, order: Tensor) -> None:
 
 def _moves(model: nn.Module, adapter: Attached) -> Iterator[_Move]:
     known = modules(model)
-    blocks: dict[str, list[LinesDelta]] = {}
+    blocks: dict[str, list[Delta]] = {}
     found: dict[str, Family] = {}
     for site, delta in adapter.deltas.items():
         own, choice = family(known, site), adapter.plan.choices[site]
-        if not isinstance(delta, LinesDelta):
+        if delta.lines is None:
             raise StateError(f"{adapter.structure.kind} chooses no units: there are none to gather")
         coupling = delta.site.coupling
         if own is None or coupling is None:

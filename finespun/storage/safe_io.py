@@ -70,9 +70,7 @@ def check_finite(tensor: Tensor, where: str) -> None:
     values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     bad = values.numel() - int(torch.isfinite(values).sum())
     if bad:
-        raise FileError(
-            f"{where} holds {bad} of {values.numel()} parameters that are NaN or infinite"
-        )
+        raise FileError(f"{where} holds {bad} of {values.numel()} values that are NaN or infinite")
 
 
 def check_dense(tensor: Tensor, key: str) -> None:

@@ -187,7 +187,7 @@ def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
     adapter = fs.adapt(net(), LORA, TARGETS, ())
     adapter.save(tmp_path / "a")
     adapter.deltas["blocks.1.up"].B.data[3, 1] = float("inf")
-    with pytest.raises(StateError, match=r"'delta/blocks.1.up/B' holds 1 of 80 parameters"):
+    with pytest.raises(StateError, match=r"'delta/blocks.1.up/B' holds 1 of 80 values"):
         adapter.save(tmp_path / "a")
     with pytest.raises(StateError, match=r"'delta/blocks.1.up/B'"):
         adapter.export(tmp_path / "e")

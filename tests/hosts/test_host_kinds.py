@@ -231,7 +231,7 @@ def test_parts_take_every_kind_of_structure(kind):
 )
 def test_a_dense_update_of_an_embedding_is_refused_with_its_size(structure):
     model = Kinds()
-    with pytest.raises(TargetError, match="'table' its dense update would hold 360 numbers"):
+    with pytest.raises(TargetError, match="'table' its dense update would hold 360 parameters"):
         fs.adapt(model, structure, ["table"])
     assert "_finespun_adapters" not in model.__dict__
 

@@ -11,6 +11,7 @@ from suite import (
     adapted,
     batch,
     by_definition,
+    draw,
     net,
     one_of_each_kind,
     relative,
@@ -152,7 +153,8 @@ def test_a_replaced_parameter_is_multiplied(case, made):
     owner = delta if list(delta.trained_parameters()) else delta.bank
     for name, parameter in list(owner.named_parameters()):
         module = owner.get_submodule(name.rpartition(".")[0])
-        module.register_parameter(name.rpartition(".")[2], nn.Parameter(parameter.detach() * 1.3))
+        moved = parameter.detach() * 1.3 + 0.3 * draw(*parameter.shape, seed=8)
+        module.register_parameter(name.rpartition(".")[2], nn.Parameter(moved))
     assert close(case, model(batch()), by_definition(plain, adapter, batch()))
     assert relative(model(batch()), y) > 1e-4
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft_folders import bert, edit, fresh, gpt2, in_peft, logits
-from suite import relative, stir
+from suite import Case, every_structure, relative, stir
 from torch import nn
 
 import finespun as fs
@@ -204,9 +204,44 @@ def test_too_large_an_error_is_refused_and_nothing_is_written(tmp_path):
     saved_lora(tmp_path / "a")
     with pytest.raises(InputError, match=r"4 of 4 layers .*predicted .* Nothing was written"):
         fs.convert(tmp_path / "a", tmp_path / "b", fs.LSR(rank=4, separation_rank=1), max_error=0.1)
-    with pytest.raises(InputError, match="try more rank"):
+    with pytest.raises(InputError, match="try a larger rank"):
         fs.convert(tmp_path / "a", tmp_path / "b", fs.LoRA(rank=1), max_error=0.1)
     assert not (tmp_path / "b").exists()
+
+
+# --- to any other --------------------------------------------------------------------------------
+def into(case: Case) -> bool:
+    """What a weight of 24 x 24 can be converted to."""
+    known = fs.STRUCTURES.get(case.structure.kind) is type(case.structure)
+    return known and not case.block and not case.exact_start and case.name != "tokens"
+
+
+@every_structure(into)
+def test_any_structure_takes_over_what_it_can_say(tmp_path, case):
+    model = bert()
+    model.save_pretrained(tmp_path / "base")
+    saved_lora(tmp_path / "a", rank=2)
+    structure = case.structure
+    if structure.needs:
+        return
+    done = fs.convert(tmp_path / "a", tmp_path / "b", structure, model=tmp_path / "base")
+    assert done.structure == structure
+    exact = updates(bert(), tmp_path / "a")
+    adapter = fs.load(bert(), tmp_path / "b")
+    for name, delta in adapter.deltas.items():
+        written = delta.dense(delta.base_weight()).detach()
+        assert done.errors[name] == pytest.approx(relative(written, exact[name]), abs=1e-4)
+    assert done.error <= 1 + 1e-5
+    assert done.after == structure.total_parameters(adapter.attached.plan)
+
+
+@pytest.mark.parametrize("kind", ["unilora", "krona", "vera"])
+def test_a_structures_own_updates_come_back(tmp_path, kind):
+    structure = fs.make(kind, **FACTORS.get(kind, {}))
+    fresh(bert(), structure, TARGETS).save(tmp_path / "a")
+    fs.convert(tmp_path / "a", tmp_path / "lora", fs.LoRA(rank=24))
+    back = fs.convert(tmp_path / "lora", tmp_path / "b", structure)
+    assert back.error < 2e-2
 
 
 # --- PEFT's folders ------------------------------------------------------------------------------
@@ -294,16 +329,18 @@ def test_what_cannot_be_converted_is_told(tmp_path):
     convert = fs.convert
     with pytest.raises(InputError, match="is the adapter itself"):
         convert(tmp_path / "a", tmp_path / "a", "lora")
-    with pytest.raises(InputError, match="only a LoRA or an LSR"):
-        convert(tmp_path / "a", tmp_path / "b", fs.make("krona"))
+    with pytest.raises(InputError, match="a lor2c goes around blocks"):
+        convert(tmp_path / "a", tmp_path / "b", "lor2c")
+    with pytest.raises(InputError, match="chooses by what is measured"):
+        convert(tmp_path / "a", tmp_path / "b", fs.make("shira", mask="snip"))
+    with pytest.raises(InputError, match=r"depends on the base weight.*--model"):
+        convert(tmp_path / "a", tmp_path / "b", "dora")
     with pytest.raises(InputError, match="nearest: 'lora'"):
         convert(tmp_path / "a", tmp_path / "b", "lra")
-    with pytest.raises(InputError, match="PEFT's format holds no LSR"):
+    with pytest.raises(InputError, match="written here from a LoRA, not a lsr"):
         convert(tmp_path / "a", tmp_path / "b", "lsr", format="peft")
     with pytest.raises(InputError, match="energy chooses ranks"):
         convert(tmp_path / "a", tmp_path / "b", "lsr", energy=0.5)
-    with pytest.raises(InputError, match="three Kronecker factors"):
-        convert(tmp_path / "a", tmp_path / "b", fs.LSR(rank=4, rank_split=(1, 2, 2)))
     with pytest.raises(InputError, match=r"max_error=1\.5"):
         convert(tmp_path / "a", tmp_path / "b", "lora", max_error=1.5)
     convert(tmp_path / "a", tmp_path / "p", "lora", format="peft")

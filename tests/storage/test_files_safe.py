@@ -119,7 +119,7 @@ def test_a_changed_byte_is_refused_or_changes_numbers_only(tmp_path_factory, pla
 def test_numbers_that_are_not_finite_are_refused_and_named(tmp_path, bad, dtype):
     tensors = {"fine": torch.ones(3), "bad": torch.tensor([1.0, bad]).to(dtype)}
     write_tensors(tmp_path / "x", tensors)
-    with pytest.raises(FileError, match=r"x: 'bad' holds 1 of 2 numbers"):
+    with pytest.raises(FileError, match=r"x: 'bad' holds 1 of 2 values"):
         read_tensors(tmp_path / "x")
     assert torch.equal(read_tensors(tmp_path / "x", finite=False).tensors["fine"], torch.ones(3))
 

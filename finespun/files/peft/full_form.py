@@ -18,10 +18,6 @@ from finespun.files.peft.keys import keys_of
 from finespun.hosts import Attached, modules
 from finespun.hosts.layers.slices import SliceHost
 from finespun.linalg import LowRank
-from finespun.methods.structures.dora import DoRADelta
-from finespun.methods.structures.pieces.extras import BiasDelta, TokensDelta
-
-BESIDE = (TokensDelta, BiasDelta)
 
 
 @dataclass
@@ -53,22 +49,24 @@ def full_form(model: nn.Module, adapter: Attached, name_of: Callable[[str], str]
     rows: dict[str, list[int]] = {}
     moved: dict[str, Tensor] = {}
     for name, delta in adapter.deltas.items():
-        if isinstance(delta, TokensDelta):
-            own = delta.own_rows()
-            rows[name] = delta.tokens
+        beside = delta.written_beside()
+        if beside is not None and beside.rows is not None and beside.own is not None:
+            rows[name] = list(beside.tokens)
             form.tensors[f"{name}.token_adapter.trainable_tokens_delta"] = (
-                own + adapter.strength * (delta.values.detach() - own)
+                beside.own + adapter.strength * (beside.rows - beside.own)
             )
             continue
         form.kinds[name] = delta.site.shape.kind
         weight = known[name.partition(":")[0]]._parameters.get("weight")
         if form.kinds[name] == "conv" and weight is not None:
             form.shapes[name] = weight.shape
-        if isinstance(delta, DoRADelta):
-            form.tensors[f"{name}.lora_magnitude_vector"] = _lengths(name, delta, adapter, form)
+        if beside is not None and beside.magnitude is not None:
+            lengths = _lengths(name, delta, beside.magnitude, adapter, form)
+            form.tensors[f"{name}.lora_magnitude_vector"] = lengths
             form.config["use_dora"] = True
         change = delta.bias_change()
-        if change is not None and (isinstance(delta, BiasDelta) or bool(change.any())):
+        alone = beside is not None and beside.factors is None
+        if change is not None and (alone or bool(change.any())):
             moved[name] = _bias(name, delta, adapter.strength * change.detach())
     if moved:
         _biases(model, adapter, moved, form)
@@ -78,14 +76,14 @@ def full_form(model: nn.Module, adapter: Attached, name_of: Callable[[str], str]
     return form
 
 
-def _lengths(name: str, delta: DoRADelta, adapter: Attached, form: FullForm) -> Tensor:
+def _lengths(name: str, delta: Delta, m: Tensor, adapter: Attached, form: FullForm) -> Tensor:
     if adapter.strength != 1.0 or delta.adjusted:
         raise InputError(
             f"{name!r} is a DoRA of strength {adapter.strength}: PEFT's file holds it at strength "
             "1, without gates or an exact start; set adapter.scale = 1.0, or leave portable=True"
         )
     dims = len(form.shapes.get(name, ())) - 2
-    return delta.m.detach().view(1, -1, *[1] * dims) if name in form.shapes else delta.m.detach()
+    return m.view(1, -1, *[1] * dims) if name in form.shapes else m
 
 
 def _bias(name: str, delta: Delta, change: Tensor) -> Tensor:
@@ -99,7 +97,8 @@ def check_tied(adapter: Attached, portable: bool) -> None:
     """Raise InputError where one update acts at two uses of a weight, which a file says only of
     trained rows of a table."""
     for other, name in adapter.plan.shared.get(TIE, {}).items():
-        if portable or not isinstance(adapter.deltas[name], TokensDelta):
+        beside = adapter.deltas[name].written_beside()
+        if portable or beside is None or beside.rows is None:
             raise InputError(
                 f"{name!r} acts at {other!r} too, which shares its weight; PEFT's file says one"
             )
@@ -108,7 +107,8 @@ def check_tied(adapter: Attached, portable: bool) -> None:
 def _biases(model: nn.Module, adapter: Attached, moved: dict[str, Tensor], form: FullForm) -> None:
     """bias="lora_only" where nothing but biases beside a LoRA moved, else every bias of the model,
     among them those of norms, which are then no modules of their own."""
-    pairs = [n for n, d in adapter.deltas.items() if not isinstance(d, BESIDE)]
+    besides = {n: d.written_beside() for n, d in adapter.deltas.items()}
+    pairs = [n for n, b in besides.items() if b is None or b.factors is not None]
     here = {n: adapter.deltas[n].site.bias() for n in pairs}
     if moved.keys() <= {n for n, b in here.items() if b is not None}:
         form.config["bias"] = "lora_only"

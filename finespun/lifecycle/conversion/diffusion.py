@@ -14,7 +14,6 @@ from finespun.files import Saved
 from finespun.files.diffusion.names import Style, Unplaced, place_on, stripped
 from finespun.files.diffusion.write import Update, split_name, target, write_diffusion
 from finespun.lifecycle.stored import StoredWeights, deltas_of
-from finespun.methods.structures import LoRA
 from finespun.storage.atomic import located
 
 STYLES = ("diffusers", "kohya")
@@ -30,7 +29,7 @@ def named(
     """
     if not isinstance(saved, Unplaced):
         return saved, part
-    if base is None and not isinstance(saved.state.structure, LoRA):
+    if base is None and not saved.state.structure.holds_any:
         raise InputError(
             f"of a {saved.state.structure.kind} the file does not tell linear layers from "
             "convolutions: name the base's folder (model=..., on the command line --model)"

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finespun.contract.beside import Beside
 from finespun.contract.delta import Bank, Base, Delta
 from finespun.contract.row_form import RowForm
 from finespun.contract.site import Site, SiteShape
@@ -16,6 +17,7 @@ from finespun.contract.structure import (
     Ranked,
     register,
 )
+from finespun.linalg import LowRank
 from finespun.methods.structures.pieces.extras import OwnBias, extra, extra_parameters
 
 
@@ -90,6 +92,10 @@ class DoRADelta(Delta):
         plain = y if b0 is None else y - b0
         change = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B) * self.scale
         return y + ((gain - 1) * plain + gain * change).to(y.dtype)
+
+    def written_beside(self) -> Beside:
+        factors = LowRank(self.A.detach(), self.B.detach() * self.scale)
+        return Beside(factors, self.m.detach())
 
     def own_row_form(self) -> RowForm:
         """W = g ∘ (W0 + c·B·A) with g = m / ‖V‖, and the bias is not gained."""

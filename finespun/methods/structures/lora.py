@@ -67,6 +67,9 @@ class LoRA(Ranked):
         delta.A.data.copy_(drawn)
         return delta
 
+    def exactly(self, site: Site, update: LowRank, scale: float) -> tuple[Delta, Choice]:
+        return lora_of(site, update, scale)
+
     def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
         if (beside := extra_parameters(shape, choice)) is not None:
             return beside

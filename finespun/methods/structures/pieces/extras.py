@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finespun.contract.beside import Beside
 from finespun.contract.delta import Delta, Factors
 from finespun.contract.site import Site, SiteShape
 from finespun.errors import InputError
@@ -69,6 +70,10 @@ class TokensDelta(Delta):
         pick, moved = self.held("pick", self.values), self.values - self.own_rows().to(self.values)
         return (pick, moved.T) if self.turned else (moved, pick.T)
 
+    def written_beside(self) -> Beside:
+        rows, own = self.values.detach(), self.own_rows()
+        return Beside(tokens=tuple(self.tokens), rows=rows, own=own)
+
     def compact(self) -> tuple[Delta, dict[str, Any]]:
         return self, {"tokens": self.tokens}
 
@@ -100,6 +105,9 @@ class BiasDelta(OwnBias):
 
     def low_rank(self) -> Factors:
         return self.held("A", self.b), self.held("B", self.b)
+
+    def written_beside(self) -> Beside:
+        return Beside()
 
     def compact(self) -> tuple[Delta, dict[str, Any]]:
         return self, {"only": "bias"}
