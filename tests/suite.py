@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from methods import IA3, Bypass, DoRA, HiRA, UniLoRA
-from tiers import sampled
+from tiers import drawn, sampled
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -192,15 +192,19 @@ def table(
 
 
 def one_of_each_kind(
-    keep: Callable[[Case], bool] = accepted, kinds: Collection[str] | None = None
+    keep: Callable[[Case], bool] = accepted,
+    kinds: Collection[str] | None = None,
+    share: float = 1.0,
 ) -> pytest.MarkDecorator:
     """As `every`, with all but the first case of each kind marked slow; kind "factors" is slow,
-    and so is every kind that is not in `kinds` where these are given."""
+    and so is every kind that is not in `kinds` where these are given. Only this share of them is
+    slow, what is left is full."""
     seen, cases = {"factors"}, []
     for case in filter(keep, CASES):
         late = case.kind in seen or (kinds is not None and case.kind not in kinds)
         seen.add(case.kind)
-        cases.append(pytest.param(case, id=case.name, marks=[pytest.mark.slow] if late else []))
+        tier = pytest.mark.slow if drawn(case.name, share) else pytest.mark.full
+        cases.append(pytest.param(case, id=case.name, marks=[tier] if late else []))
     return pytest.mark.parametrize("case", cases)
 
 

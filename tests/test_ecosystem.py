@@ -167,7 +167,7 @@ def compiled_equals_eager(case, backend):
 
 
 @pytest.mark.slow
-@one_of_each_kind(lambda case: case.one_graph, kinds=FEW)
+@one_of_each_kind(lambda case: case.one_graph, kinds=FEW, share=0.2)
 def test_compiled_in_one_graph(case):
     compiled_equals_eager(case, "aot_eager")
 

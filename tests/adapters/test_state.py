@@ -52,7 +52,10 @@ def packed(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 8), (torch.bfloat16, 16)])
+@pytest.mark.parametrize(
+    ("dtype", "rank"),
+    [(torch.float32, 8), pytest.param(torch.bfloat16, 16, marks=pytest.mark.full)],
+)
 def test_a_thousand_small_adapters_cost_what_their_tensors_do(tmp_path, dtype, rank):
     folder, count = folder_of(tmp_path, rank, dtype), 1000
     assert 20_000 < stored(folder) < 30_000

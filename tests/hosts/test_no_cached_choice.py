@@ -230,7 +230,7 @@ def test_functional_call_multiplies_what_it_is_given(case, made):
 
 @pytest.mark.slow
 @torch.no_grad()
-@one_of_each_kind(weights_alone, COMPILED)
+@one_of_each_kind(weights_alone, COMPILED, 0.1)
 def test_swap_gain_and_activation_compile_nothing_anew(case):
     from torch._dynamo.utils import counters
 

@@ -260,7 +260,10 @@ def test_a_damaged_weight_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "least"), [("minilm-l6", 0.78), ("minilm-l3", 0.69)])
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [pytest.param("minilm-l6", 0.78, marks=pytest.mark.full), ("minilm-l3", 0.69)],
+)
 def test_frozen_features_carry_the_task(name: str, least: float, real_model: Any) -> None:
     """A ridge classifier on frozen sentence vectors: what an adapter has to beat."""
     loaded = real_model(name)
