@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -22,6 +24,20 @@ Scores = Mapping[str, float | Tensor]
 Choice = Mapping[str, Any]
 UNCHOSEN: Choice = MappingProxyType({})
 TIE = "tie"  # Plan.shared[TIE]: module -> the target whose weight it shares and whose update acts
+
+
+_UNDRAWN: ContextVar[bool] = ContextVar("undrawn", default=False)
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Inside, `build` and `bank` spend no time on first values that a file's tensors will replace:
+    trained parameters may be zero. What is not stored is drawn all the same."""
+    token = _UNDRAWN.set(True)
+    try:
+        yield
+    finally:
+        _UNDRAWN.reset(token)
 
 
 class Unmeasured(dict[str, float | Tensor]):
@@ -171,8 +187,15 @@ class Structure(Method):
         digest = hashlib.blake2b(f"{self.seed}\0{site}\0{purpose}".encode(), digest_size=8)
         return torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big") >> 1)
 
+    @property
+    def draws(self) -> bool:
+        """Whether `build` gives trained parameters their first values: not inside `undrawn`."""
+        return not _UNDRAWN.get()
+
     def symmetric(self, site: str, purpose: str, shape: Sequence[int]) -> Tensor:
-        """Numbers uniform on [-1, 1), fixed by (seed, site, purpose)."""
+        """Numbers uniform on [-1, 1), fixed by (seed, site, purpose); zeros inside `undrawn`."""
+        if not self.draws:
+            return torch.zeros(()).expand(tuple(shape))
         return torch.rand(tuple(shape), generator=self.generator(site, purpose)) * 2 - 1
 
     def kaiming(self, site: str, purpose: str, shape: Sequence[int]) -> Tensor:

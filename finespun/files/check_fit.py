@@ -1,5 +1,6 @@
 """Whether an adapter from a file fits a model: every tensor looked at before anything changes."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -12,7 +13,7 @@ from finespun.adapters.keys import Key, of_bank, of_module, of_site, spelt
 from finespun.adapters.state import AdapterState
 from finespun.contract import Bank, Plan, SiteShape
 from finespun.contract.mixing import mount
-from finespun.contract.structure import TIE
+from finespun.contract.structure import TIE, undrawn
 from finespun.errors import BaseMismatch, FileError, TargetError, nearest
 from finespun.files.saved import Saved
 from finespun.hosts import check_base, modules, register, sites
@@ -163,22 +164,27 @@ def _work_out(model: nn.Module, state: AdapterState) -> Needed:
     ranks: dict[str, int] = {}
     held = _bytes(state.tensors)
     try:
-        with bounded(f"adapter {state.name!r}"), torch.no_grad():
+        with bounded(f"adapter {state.name!r}"), torch.no_grad(), undrawn():
             bank: Bank | None = structure.bank(plan)
             if bank is not None:
                 found |= of_bank(bank.state_dict())
-            asked = _bytes(found)
+            asked, forms = _bytes(found), dict[str, tuple[dict[str, Tensor], int | None]]()
             for name, host in hosts.items():
-                delta = mount(structure.build(host, plan, bank), plan.choices[name])
-                check_scale(name, delta.scale)
-                delta.switch_on()
-                own = of_site(name, delta.state_dict())
+                # One delta stands for all sites of its shape and choice: what a build allocates
+                # follows from these alone.
+                form = repr((dataclasses.replace(host.shape, name=""), plan.choices[name]))
+                if form not in forms:
+                    delta = mount(structure.build(host, plan, bank), plan.choices[name])
+                    check_scale(name, delta.scale)
+                    delta.switch_on()
+                    pair = delta.low_rank()
+                    forms[form] = delta.state_dict(), None if pair is None else len(pair[0])
+                own, rank = of_site(name, forms[form][0]), forms[form][1]
                 found |= own
                 asked += _bytes(own)
                 _check_promised(state.name, held, asked)
-                pair = delta.low_rank()
-                if pair is not None:
-                    ranks[name] = pair[0].shape[0]
+                if rank is not None:
+                    ranks[name] = rank
     except (*DAMAGED, MemoryError) as error:
         raise FileError(f"adapter {state.name!r}: its plan cannot be built: {error!r}") from error
     for name in state.trained:

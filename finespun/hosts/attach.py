@@ -13,7 +13,7 @@ from finespun.adapters.state import AdapterState
 from finespun.contract import Delta, Plan, Scores, Structure
 from finespun.contract.mixing import mount
 from finespun.contract.need import MEASURED
-from finespun.contract.structure import TIE
+from finespun.contract.structure import TIE, undrawn
 from finespun.errors import InputError, StateError, TargetError, nearest
 from finespun.hosts import forward_hooks as passes
 from finespun.hosts.adapter_set import AdapterSet, adapter_set_of, alone
@@ -150,7 +150,8 @@ def materialise(model: nn.Module, name: str) -> Attached:
         return found
     made = Attached.of(found)
     try:
-        return _insert(model, made, found.tensors)
+        with undrawn():
+            return _insert(model, made, found.tensors)
     except BaseException:
         take_out(model, made)
         raise

@@ -91,9 +91,9 @@ def convert(
     format's adapter stays always.
 
     No model is loaded and one ΔW is held at a time; where ΔW depends on the base weight (DoRA,
-    HiRA, ...), `model` names its folder and single tensors are read from it, as are the sizes that
-    files of PEFT's methods other than LoRA do not tell, kohya's names, and the sizes of kernels.
-    Structures that read the base weight (DoRA, OFT, ...) need `model` to be written, too.
+    HiRA, ...), in `src` or in `dst`, `model` names its folder and single tensors are read from it,
+    as are the sizes that files of PEFT's methods other than LoRA do not say, kohya's names, and the
+    sizes of kernels.
     Raises InputError where an error exceeds `max_error` or older work stays in the way, FileError
     for files that are damaged or cannot be written; `dst` is untouched then.
     """
@@ -108,15 +108,10 @@ def convert(
         raise InputError(f"{str(src)!r} changes no weight: there is nothing to convert")
     saved, part = diffusion.named(saved, base, format, part)
     deltas = deltas_of(saved.state, base)
-    if form.holds_any:
-        fitted = as_factors(deltas, form, rank, energy, scale)
-    else:
-        fitted = as_structure(deltas, form, refine)
+    whole = as_factors(deltas, form, rank, energy, scale) if form.holds_any else None
+    fitted = whole or as_structure(deltas, form, refine)
     _refuse_above(max_error, fitted, form)
-    made = form
-    if structure == form.kind and form.holds_any:
-        most = max(fitted.ranks.values())
-        made = form.from_options(rank=most, alpha=float(most))
+    made = _named(form, fitted) if isinstance(structure, str) else form
     line = _lineage(saved, made, fitted, refine)
     state = _state(saved.state, made, fitted, line, allow_full)
     path, worst = Path(dst), max(fitted.errors.values())
@@ -152,6 +147,14 @@ def _form(
     if word or not isinstance(form, Ranked):
         return form, None, 1.0
     return form, form.rank, form.scale
+
+
+def _named(form: Structure, fitted: Fitted) -> Structure:
+    """The structure of what was written, where a word alone asked for it."""
+    if not form.holds_any:
+        return form
+    most = max(fitted.ranks.values())
+    return form.from_options(rank=most, alpha=float(most))
 
 
 def _refuse_above(max_error: float | None, fitted: Fitted, form: Structure) -> None:

@@ -45,7 +45,8 @@ class DoRA(Ranked):
         kind: type[DoRADelta] = BiasedDoRADelta if choice.get("bias") else DoRADelta
         delta = kind(site, choice["rank"], choice["scale"])
         delta.A.data.copy_(self.kaiming(name, "A", delta.A.shape))
-        delta.m.data.copy_(delta.norm(delta.base_weight()))
+        if self.draws:
+            delta.m.data.copy_(delta.norm(delta.base_weight()))
         return delta
 
     def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:

@@ -106,7 +106,7 @@ class LSR(Ranked):
 
     def build(self, site: Site, plan: Plan, bank: Bank | None = None) -> "LSRDelta":
         delta, shape = LSRDelta(site, plan.choices[site.shape.name], self.path), site.shape
-        for name, factor in delta.named_parameters():
+        for name, factor in delta.named_parameters() if self.draws else ():
             if self.start == "official" or name != f"B{delta.count}":
                 g, t = self.generator(shape.name, name), int(name[1:])
                 factor.data.copy_(draw(self.start, factor, t, delta.count, shape.in_features, g))
