@@ -97,9 +97,9 @@ def convert(
     Raises InputError where an error exceeds `max_error` or older work stays in the way, FileError
     for files that are damaged or cannot be written; `dst` is untouched then.
     """
-    form, rank, scale = _form(structure, energy, format)
     if refine < 0 or (max_error is not None and not 0 <= max_error < 1):
         raise InputError(f"refine={refine} must be at least 0, max_error={max_error} in [0, 1)")
+    form, rank, scale = _form(structure, energy, format)
     files.check_source(src, dst)
     files.refuse_to_lose(dst, format, overwrite)
     base = None if model is None else StoredWeights(model)
@@ -112,8 +112,7 @@ def convert(
     fitted = whole or as_structure(deltas, form, refine)
     _refuse_above(max_error, fitted, form)
     made = _named(form, fitted) if isinstance(structure, str) else form
-    line = _lineage(saved, made, fitted, refine)
-    state = _state(saved.state, made, fitted, line, allow_full)
+    state = _state(saved, made, fitted, refine, allow_full)
     path, worst = Path(dst), max(fitted.errors.values())
     if format == "native":
         files.write(state, dst)
@@ -121,8 +120,8 @@ def convert(
         _write_peft(state, fitted, Path(src), dst)
     else:
         path = diffusion.write(saved, state, worst, src, dst, format, part, base)
-    sizes = saved.state.num_parameters, state.num_parameters
-    return Converted(path, made, fitted.errors, fitted.predicted, fitted.ranks, *sizes)
+    told = fitted.errors, fitted.predicted, fitted.ranks
+    return Converted(path, made, *told, saved.state.num_parameters, state.num_parameters)
 
 
 def _form(
@@ -174,8 +173,9 @@ def _refuse_above(max_error: float | None, fitted: Fitted, form: Structure) -> N
 
 
 def _state(
-    old: AdapterState, made: Structure, fitted: Fitted, line: Lineage, allow_full: bool
+    saved: Saved, made: Structure, fitted: Fitted, refine: int, allow_full: bool
 ) -> AdapterState:
+    old, line = saved.state, _lineage(saved, made, fitted, refine)
     tensors, trained = dict(fitted.tensors), old.trained if allow_full else ()
     for module in trained:
         tensors |= of_module(module, old.module(module))
