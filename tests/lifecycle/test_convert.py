@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft_folders import bert, edit, fresh, gpt2, in_peft, logits
-from suite import Case, every_structure, relative, stir
+from suite import Case, every, relative, stir
 from torch import nn
 
 import finespun as fs
@@ -216,7 +216,7 @@ def into(case: Case) -> bool:
     return known and not case.block and not case.exact_start and case.name != "tokens"
 
 
-@every_structure(into)
+@every(into)
 def test_any_structure_takes_over_what_it_can_say(tmp_path, case):
     model = bert()
     model.save_pretrained(tmp_path / "base")
