@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from finespun.adapter import Adapter, adapt, load
     from finespun.contract import Structure
     from finespun.errors import FinespunError
-    from finespun.hosts import activate, disabled, evict, rows
+    from finespun.hosts import activate, bake, disabled, evict, merge, rows, unmerge
     from finespun.lifecycle.conversion.adapter import convert
     from finespun.methods.axes import make
     from finespun.methods.index import *  # noqa: F403
@@ -30,18 +30,21 @@ __all__ = [
     "Structure",
     "activate",
     "adapt",
+    "bake",
     "convert",
     "disabled",
     "evict",
     "load",
     "make",
+    "merge",
     "rows",
+    "unmerge",
 ]
 _NAMES = {
     "adapter": ("Adapter", "adapt", "load"),
     "contract": ("Structure",),
     "errors": ("FinespunError",),
-    "hosts": ("activate", "disabled", "evict", "rows"),
+    "hosts": ("activate", "bake", "disabled", "evict", "merge", "rows", "unmerge"),
     "lifecycle.conversion.adapter": ("convert",),
     "methods.axes": ("make",),
     "methods.structures": ("STRUCTURES",),

@@ -175,13 +175,15 @@ class Adapter:
     def scale(self, value: float) -> None:
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise InputError(f"scale={value} must be a finite number; 1.0 is as trained")
-        if self.name in hosts.adapter_set_of(self.model).merged:
-            raise StateError(f"{self.name!r} is merged; unmerge it before changing its strength")
         hosts.set_strength(self.model, self.name, float(value))
 
     # --- training --------------------------------------------------------------------------------
     def make_trainable(self) -> "Adapter":
-        """Freeze every other parameter of the model and let this adapter's be trained."""
+        """Freeze every other parameter of the model and let this adapter's be trained; buffers that
+        training moves (running statistics) are its own then. Raises StateError while adapters are
+        merged."""
+        hosts.check(hosts.adapter_set_of(self.model), "train", self.name)
+        hosts.own_buffers(self.model, self.name)
         hosts.freeze_others(self.model, self.name, self.parameters())
         for parameter in self.parameters():
             parameter.requires_grad_(True)
@@ -275,8 +277,7 @@ class Adapter:
         unless `force`, StateError while this adapter is merged; nothing has changed then.
         """
         saved = files.read_for(self.model, folder, strict)
-        if self.name in hosts.adapter_set_of(self.model).merged:
-            raise StateError(f"{self.name!r} is merged; unmerge it before swapping its numbers")
+        hosts.check(hosts.adapter_set_of(self.model), "swap", self.name)
         theirs, mine = files.settle(self.model, saved.state), self.attached
         if theirs.base is not None:
             hosts.check_base(theirs.base, self.model, force)
@@ -314,14 +315,17 @@ class Adapter:
         edited meanwhile."""
         hosts.unmerge(self.model)
 
+    def bake(self, weight: float | None = None) -> nn.Module:
+        """End the adapter in the model, which goes on computing the same: the update is folded into
+        the weights for good, trained modules and buffers take the place of the base's own. Returns
+        the model, plain, ready for `save_pretrained` or another adapter. `weight` is the one with
+        which it acts now, else 1. `finespun.bake` takes several adapters and says what is
+        refused."""
+        return hosts.bake(self.model, [self.name] if weight is None else {self.name: weight})
+
     def detach(self) -> None:
         """Take the adapter out; after the last one the model is what it was."""
-        hosts.remove(self.model, self.name)
-        adapter_set = self.model.__dict__.get("_finespun_adapters")
-        stay = {} if adapter_set is None else adapter_set.attached
-        names = () if adapter_set is None else adapter_set.states
-        held = {n: stay[n].parameters() if n in stay else [] for n in names}
-        hosts.give_back(self.model, self.name, held)
+        hosts.detach(self.model, self.name)
 
     def updates(self, rank: int | None = None, energy: float | None = None) -> dict[str, LowRank]:
         """Each site's ΔW as a LowRank, strength included; exact where the structure has factors."""

@@ -121,7 +121,11 @@ class AdapterState:
     @property
     def num_module_parameters(self) -> int:
         """Parameters in the adapter's copies of modules."""
-        return sum(_count(slot) for key, slot in self.form.table.items() if key.owner == "module")
+        return sum(
+            _count(slot)
+            for key, slot in self.form.table.items()
+            if key.owner == "module" and key.role != "buffer"
+        )
 
     def module(self, name: str) -> dict[str, Tensor]:
         """The state of the adapter's copy of a module."""

@@ -18,6 +18,7 @@ from finespun.errors import BaseMismatch, FileError, TargetError, nearest
 from finespun.files.saved import Saved
 from finespun.hosts import check_base, modules, register, sites
 from finespun.hosts.attach import check_trained
+from finespun.hosts.buffers import ROOT, movable
 from finespun.hosts.layers.tied import ties
 from finespun.hosts.targets import OWN
 from finespun.storage.blame import DAMAGED
@@ -40,6 +41,7 @@ class Needed(NamedTuple):
     tensors: dict[Key, Wanted]
     ranks: dict[str, int]
     places: frozenset[str]
+    buffers: dict[tuple[str, str], Wanted]
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, dict[str, Needed]] = WeakKeyDictionary()
@@ -190,7 +192,13 @@ def _work_out(model: nn.Module, state: AdapterState) -> Needed:
     for name in state.trained:
         found |= of_module(name, _own_state(present[name]))
     wanted = {key: Wanted(v.shape, v.is_floating_point()) for key, v in found.items()}
-    return Needed(wanted, ranks, frozenset(hosts))
+    known = {ROOT: model, **present}
+    buffers = {
+        place: Wanted(value.shape, value.is_floating_point())
+        for place in movable(known)
+        if (value := known[place[0]]._buffers[place[1]]) is not None
+    }
+    return Needed(wanted, ranks, frozenset(hosts), buffers)
 
 
 def _bytes(state: Mapping[Key, Tensor]) -> int:
@@ -226,10 +234,10 @@ def _problems(needed: Needed, tensors: Mapping[Key, Tensor]) -> Iterable[str]:
 
 
 def _optional(key: Key, needed: Needed) -> Wanted | None:
-    """The form of a tensor that an adapter may have: an exact start, a gate, a mask."""
+    """The form of a tensor that an adapter may have: an exact start, a gate, a mask, a buffer."""
     inner = key.within
     if key.role == "buffer":
-        return None
+        return needed.buffers.get((key.place, key.name))
     if inner in needed.tensors:
         return needed.tensors[inner]
     if inner.role == "gate" and key.owner == "site" and key.place in needed.ranks:

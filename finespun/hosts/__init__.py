@@ -6,11 +6,13 @@ from finespun.hosts.attach import (
     hosts_of,
     materialise,
     new_adapter,
+    own_buffers,
     register,
     remove,
     replace,
 )
 from finespun.hosts.attached import Attached
+from finespun.hosts.baking import bake, detach
 from finespun.hosts.fingerprint import check_base, fingerprint
 from finespun.hosts.freezing import freeze_others, give_back
 from finespun.hosts.gathering import gathered
@@ -21,7 +23,9 @@ from finespun.hosts.layers.kinds import sites
 from finespun.hosts.layers.layer import Adapted, adapted_class, plain_class
 from finespun.hosts.layers.linear import LinearHost
 from finespun.hosts.merging import disabled, merge, unmerge
+from finespun.hosts.plain import plain_state
 from finespun.hosts.routing import activate, evict, rows, set_strength, swap
+from finespun.hosts.states import check
 from finespun.hosts.targets import find, find_head, modules
 from finespun.hosts.view import View
 
@@ -35,8 +39,11 @@ __all__ = [
     "activate",
     "adapted_class",
     "adapter_set_of",
+    "bake",
+    "check",
     "check_base",
     "compact",
+    "detach",
     "disabled",
     "evict",
     "find",
@@ -52,7 +59,9 @@ __all__ = [
     "merge",
     "modules",
     "new_adapter",
+    "own_buffers",
     "plain_class",
+    "plain_state",
     "register",
     "remove",
     "remove_delta",

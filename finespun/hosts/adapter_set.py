@@ -5,10 +5,13 @@ Layers read it on every forward pass; switching between activated adapters chang
 
 import functools
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock, get_ident
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from finespun.adapters.state import AdapterState
 from finespun.errors import InputError, StateError, nearest
 from finespun.hosts.attached import Attached
+from finespun.hosts.buffers import Buffers
 from finespun.hosts.stack import Blocks
 
 Weights = tuple[tuple[str, float], ...]
@@ -97,7 +101,10 @@ class AdapterSet:
     `states` has every registered adapter: the state that it was registered as, or None for one that
     was made here and has not slept yet. `attached` has those whose modules stand in the model.
     `rows` and `disabled` change what every layer does, so one thread at a time may use them, and
-    none while another runs the model: `enter` and `guard` refuse with StateError.
+    none while another runs the model: `enter` and `guard` refuse with StateError. `owner` is the
+    thread that changes it and how many changes of its own it is inside of; `running` holds, by
+    thread, the call frames of the forward passes under way, so that one that was killed counts no
+    longer.
     """
 
     def __init__(self) -> None:
@@ -109,25 +116,24 @@ class AdapterSet:
         self.merged: dict[str, float] = {}
         self.kept: dict[str, Kept] | None = None
         self.gathered: str | None = None
-        self.owner: int | None = None
-        self.running: dict[int, int] = {}
+        self.owner: tuple[int, int] | None = None
+        self.running: dict[int, list[int]] = {}
+        self.buffers = Buffers()
         self.several = False
         self.traced: tuple[Weights, Rows | None] | None = None
 
-    def check_in_place(self) -> None:
-        """Raise StateError while units of the weights stand in another place than they belong."""
-        if self.gathered:
-            raise StateError(f"the units of {self.gathered!r} are gathered: leave that block first")
-
     def enter(self) -> None:
         """This thread begins a forward pass of the root."""
-        me = get_ident()
+        me, caller = get_ident(), sys._getframe(2)
         with LOCK:
-            if self.owner not in (None, me):
+            if self.owner is not None and self.owner[0] != me:
                 raise StateError(
                     "another thread is inside rows() or disabled() on this model: wait"
                 )
-            self.running[me] = self.running.get(me, 0) + 1
+            frames = self.running.pop(me, [])
+            if frames:
+                frames = _on_stack(caller.f_back, frames)
+            self.running[me] = [*frames, id(caller)]
         if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
             self.traced = self.in_force(), self.rows
 
@@ -145,30 +151,82 @@ class AdapterSet:
     def leave(self) -> None:
         """This thread has ended a forward pass of the root."""
         me = get_ident()
-        if self.running.get(me, 0) <= 1:
-            self.running.pop(me, None)
-        else:
-            self.running[me] -= 1
+        with LOCK:
+            frames = self.running.pop(me, [])[:-1]
+            if frames:
+                self.running[me] = frames
 
     @contextmanager
     def guard(self) -> Iterator[None]:
         """Around a change of what the layers do."""
-        me, before = get_ident(), self.owner
+        me = get_ident()
         with LOCK:
-            if before not in (None, me) or self.running.keys() - {me}:
+            owner, depth = self.owner or (me, 0)
+            if owner != me or self._elsewhere(me):
                 raise StateError(
                     "another thread is using this model: wait before changing what it does"
                 )
-            self.owner = me
+            self.owner = me, depth + 1
         try:
             yield
         finally:
-            self.owner = before
+            self._release()
+
+    def _release(self) -> None:
+        with LOCK:
+            if self.owner is not None:
+                owner, depth = self.owner
+                self.owner = (owner, depth - 1) if depth > 1 else None
+
+    def _elsewhere(self, me: int) -> bool:
+        """Whether another thread runs the model: passes that ended without a word, by an interrupt
+        or because a fork left their thread behind, are struck off."""
+        others = self.running.keys() - {me}
+        stacks = sys._current_frames() if others else {}
+        for thread in others:
+            frames = _on_stack(stacks.get(thread), self.running[thread])
+            if frames:
+                self.running[thread] = frames
+            else:
+                del self.running[thread]
+        return bool(self.running.keys() - {me})
+
+    def settle_buffers(self) -> None:
+        """Let those values of watched buffers stand that belong to what acts now."""
+        if not self.buffers.holders:
+            return
+        if self.rows is not None:
+            self.buffers.put(self.buffers.of_rows(self.rows.names))
+        elif any(block.kind == "disabled" for block in self.blocks):
+            self.buffers.put(self.buffers.aside())
+        else:
+            self.buffers.put(self.buffers.choice(n for n, _ in self.active))
 
     def used(self, name: str) -> bool:
         """Whether the adapter acts: it is active, merged, or serves rows."""
-        routed = () if self.rows is None else self.rows.names
-        return name in self.merged or name in routed or any(name == n for n, _ in self.active)
+        acts = name in self.merged or any(name == n for n, _ in self.active)
+        return acts or self.serves(name)
+
+    def serves(self, name: str) -> bool:
+        """Whether the adapter serves rows, or will when the blocks that the model is inside of
+        end."""
+        return any(name in block.names for block in self.blocks)
+
+    @property
+    def for_good(self) -> bool:
+        """Whether what is merged cannot be taken out."""
+        return bool(self.merged) and self.kept is None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are inside of no block, and nobody runs or changes them."""
+        free: dict[str, Any] = {
+            "rows": None,
+            "owner": None,
+            "running": {},
+            "several": False,
+            "traced": None,
+        }
+        return {**self.__dict__, **free}
 
     def check_known(self, name: str) -> None:
         """Raise InputError where no adapter has this name."""
@@ -197,11 +255,7 @@ class AdapterSet:
         for name, weight in wanted.items():
             if not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise InputError(f"weight {weight!r} of {name!r} must be a finite number; try 1.0")
-        found = tuple((self[name].name, float(weight)) for name, weight in wanted.items())
-        for name, weight in self.merged.items():
-            if (name, weight) not in found:
-                raise StateError(f"{name!r} is merged into the weights; unmerge it first")
-        return found
+        return tuple((self[name].name, float(weight)) for name, weight in wanted.items())
 
     def in_force(self) -> Weights:
         """The active adapters that are not merged into the weights, strengths included."""
@@ -212,8 +266,26 @@ class AdapterSet:
         )
 
 
+def _on_stack(frame: FrameType | None, wanted: list[int]) -> list[int]:
+    """Those of the wanted call frames that a thread, at `frame`, is still inside of, in order."""
+    found = set()
+    while frame is not None:
+        found.add(id(frame))
+        frame = frame.f_back
+    return [number for number in wanted if number in found]
+
+
+def _unlock() -> None:
+    """After a fork: the thread that held the lock may not be here."""
+    global LOCK
+    LOCK = Lock()
+
+
+os.register_at_fork(after_in_child=_unlock)
+
+
 def adapter_set_of(model: nn.Module) -> AdapterSet:
-    """The model's board. Raises StateError when nothing was ever adapted."""
+    """The model's adapter set. Raises StateError when nothing was ever adapted."""
     adapter_set = model.__dict__.get("_finespun_adapters")
     if not isinstance(adapter_set, AdapterSet):
         raise StateError(f"this {type(model).__name__} has no adapters; adapt or load one first")

@@ -1,8 +1,8 @@
 """Put an adapter's modules into a model, and take them out again."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,12 @@ from finespun.errors import InputError, StateError, TargetError, nearest
 from finespun.hosts import forward_hooks as passes
 from finespun.hosts.adapter_set import AdapterSet, adapter_set_of, alone
 from finespun.hosts.attached import Attached
+from finespun.hosts.buffers import ROOT
 from finespun.hosts.factor_cache import FactorCache
+from finespun.hosts.following import follow, leave_alone
+from finespun.hosts.freezing import in_training
 from finespun.hosts.insertion import (
+    Beside,
     all_hosts,
     children,
     insert_delta,
@@ -28,7 +32,7 @@ from finespun.hosts.insertion import (
     restore_class,
 )
 from finespun.hosts.layers.block import link
-from finespun.hosts.layers.copies import CopyHost
+from finespun.hosts.layers.copies import CopyHost, widened
 from finespun.hosts.layers.host import Host
 from finespun.hosts.layers.kinds import sites
 from finespun.hosts.layers.tied import TiedDelta, ties
@@ -38,14 +42,6 @@ from finespun.hosts.targets import modules, unread
 BANKS = "finespun_banks"
 WRAPPERS = {"OptimizedModule", "DataParallel", "DistributedDataParallel", "FSDPModule",
             "FullyShardedDataParallel"}  # fmt: skip
-
-
-class Banks(nn.ModuleDict):
-    """Adapter name -> its bank. It hands on what it is given, so that an nn.Sequential root, which
-    runs all its children, still computes what it did."""
-
-    def forward(self, x: Any) -> Any:
-        return x
 
 
 def hosts_of(model: nn.Module, name: str | None = None) -> dict[str, Host]:
@@ -73,14 +69,21 @@ def new_adapter(
     plan = structure.plan(found, scores)
     if tie:
         plan = dataclasses.replace(plan, shared={**plan.shared, TIE: ties(model, list(targets))})
+    rest = in_training(model)
     _enrol(model, name, None)
     try:
         made = _insert(model, Attached(name, structure, plan, tuple(trained)))
         _start(made, scores)
-        return made
     except BaseException:
         remove(model, name)
         raise
+    if rest:
+        warnings.warn(
+            f"{name!r} alone acts and is trained now: {', '.join(map(repr, rest))} is frozen and "
+            "rests; activate() lets several act",
+            stacklevel=4,
+        )
+    return made
 
 
 def _start(made: Attached, scores: Scores | None) -> None:
@@ -111,9 +114,9 @@ def _enrol(model: nn.Module, name: str, state: AdapterState | None) -> None:
             model.register_forward_pre_hook(passes.enter, with_kwargs=True),
             model.register_forward_hook(passes.leave, always_call=True),
         )
+        follow(model)
     adapter_set = adapter_set_of(model)
     check(adapter_set, "register")
-    adapter_set.check_in_place()
     if name in adapter_set.states:
         raise InputError(
             f"an adapter called {name!r} is already there; choose another name or detach it"
@@ -169,7 +172,7 @@ def _insert(
     made.bank = structure.bank(made.plan)
     if made.bank is not None:
         if BANKS not in model._modules:
-            model.add_module(BANKS, Banks())
+            model.add_module(BANKS, Beside())
         children(model, BANKS)[made.name] = made.bank
     for name, host in hosts.items():
         delta = mount(structure.build(host, made.plan, made.bank), made.plan.choices[name])
@@ -190,10 +193,27 @@ def _insert(
         insert_delta(host, made.name, tied)
     for name in made.trained:
         made.copies[name] = _add_copy(model, name, adapter_set, made.name)
+    made.buffers = adapter_set.buffers
     if tensors is not None:
+        watch(model, made, tensors)
         made.load(tensors)
     replace(model, made, structure, made.plan, made.deltas)
     return made
+
+
+def watch(model: nn.Module, made: Attached, tensors: Mapping[Key, Tensor]) -> None:
+    """Keep the base's buffers aside where these tensors of an adapter have others. Raises
+    InputError where the model has none."""
+    places = [(key.place, key.name) for key in tensors if key.role == "buffer"]
+    if places and made.buffers is not None:
+        made.buffers.watch({ROOT: model, **modules(model)}, places)
+
+
+def own_buffers(model: nn.Module, name: str) -> None:
+    """Adapter `name` will be trained: what training moves in the buffers of the base is its own."""
+    adapter_set = adapter_set_of(model)
+    adapter_set.buffers.begin(name, {ROOT: model, **modules(model)})
+    adapter_set.settle_buffers()
 
 
 def replace(
@@ -231,7 +251,7 @@ def _add_copy(model: nn.Module, name: str, adapter_set: AdapterSet, adapter: str
     host = module.__dict__.get("_finespun") or CopyHost(module, name, adapter_set)
     if not isinstance(host, CopyHost):
         raise TargetError(f"{name!r} is adapted already and cannot also be trained whole")
-    twin = host.original()
+    twin = widened(host.original())
     put_in_front(module, host, "copies")[adapter] = twin
     return twin
 
@@ -244,10 +264,20 @@ def remove(model: nn.Module, name: str) -> None:
     adapter_set.check_known(name)
     check(adapter_set, "detach", name)
     adapter_set.active = tuple((n, w) for n, w in adapter_set.active if n != name)
+    adapter_set.merged = {n: w for n, w in adapter_set.merged.items() if n != name}
+    forget(model, name)
+
+
+def forget(model: nn.Module, name: str) -> None:
+    """Take out an adapter that neither acts nor is merged."""
+    adapter_set = adapter_set_of(model)
     if name in adapter_set.attached:
         take_out(model, adapter_set.attached[name])
     del adapter_set.states[name]
+    adapter_set.settle_buffers()
     if not adapter_set.states:
+        adapter_set.buffers.put({})
+        leave_alone(model)
         for hook in model.__dict__.pop("_finespun_hooks"):
             hook.remove()
         del model.__dict__["_finespun_adapters"]
@@ -266,6 +296,7 @@ def take_out(model: nn.Module, made: Attached) -> None:
                 restore_class(known[name], "copies")
     _take_bank(model, made)
     made.deltas, made.copies, made.factor_cache = {}, {}, None
+    adapter_set_of(model).buffers.forget(made.name)
     adapter_set_of(model).attached.pop(made.name, None)
 
 

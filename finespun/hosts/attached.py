@@ -14,6 +14,7 @@ from finespun.adapters.state import AdapterState, Form
 from finespun.contract import Bank, Delta, Plan, Structure
 from finespun.contract.roles import role_of
 from finespun.errors import InputError, StateError, nearest
+from finespun.hosts.buffers import Buffers
 from finespun.hosts.factor_cache import FactorCache
 from finespun.linalg import LowRank
 
@@ -21,7 +22,8 @@ from finespun.linalg import LowRank
 @dataclass(eq=False)
 class Attached:
     """One adapter's modules: a delta for each site, their bank, and copies of the modules that it
-    trains (`trained`, a fresh head say). `strength` multiplies the whole update."""
+    trains (`trained`, a fresh head say). `strength` multiplies the whole update; `buffers` knows
+    what its training made of the base's buffers."""
 
     name: str
     structure: Structure
@@ -35,6 +37,7 @@ class Attached:
     bank: Bank | None = None
     factor_cache: FactorCache | None = None
     watched: bool = False
+    buffers: Buffers | None = None
 
     @classmethod
     def of(cls, state: AdapterState) -> "Attached":
@@ -87,6 +90,8 @@ class Attached:
             found |= of_bank(self.bank.state_dict())
         for name, module in self.copies.items():
             found |= of_module(name, module.state_dict())
+        moved = {} if self.buffers is None else self.buffers.moved(self.name)
+        found |= {Key("module", *place, "buffer"): value for place, value in moved.items()}
         if any(hasattr(tensor, "full_tensor") for tensor in found.values()):
             raise StateError(
                 f"{self.name!r} is sharded over processes: gather the model's state with "
@@ -148,11 +153,14 @@ class Attached:
         unknown or of another shape; nothing is changed then."""
         starts = started(tensors)
         begun = []
+        moved = {(k.place, k.name): t for k, t in tensors.items() if k.role == "buffer"}
         for name, delta in self.deltas.items():
             if starts & {("bank", ""), ("site", name)} and delta.origin is None:
                 delta.keep_start()
                 begun.append(delta)
         try:
+            if self.buffers is not None:
+                self.buffers.check(moved)
             _check(self.tensors(), tensors)
         except InputError:
             holders: list[nn.Module] = [*begun, *(d.bank for d in begun if d.bank is not None)]
@@ -162,6 +170,8 @@ class Attached:
         states = by_owner(tensors)
         for owner, module in self._modules():
             module.load_state_dict(states.get((owner.owner, owner.place), {}))
+        if self.buffers is not None:
+            self.buffers.give(self.name, moved)
 
     def _modules(self) -> Iterator[tuple[Key, nn.Module]]:
         for name, delta in self.deltas.items():
@@ -173,10 +183,10 @@ class Attached:
 
 
 def _check(own: Mapping[Key, Tensor], tensors: Mapping[Key, Tensor]) -> None:
-    extra = {key for key in tensors if key.within.role in ("gate", "mask", "dead")}
+    extra = {key for key in tensors if key.within.role in ("gate", "mask", "dead", "buffer")}
     for key in own.keys() - tensors.keys():
-        if key.role == "dead":
-            continue  # asleep when built, awake in the file
+        if key.role in ("dead", "buffer"):
+            continue  # asleep when built, awake in the file; moved here, the base's in the file
         raise InputError(f"tensor {key!r} is missing; {nearest(str(key), spelt(tensors))}")
     for key in tensors.keys() - own.keys() - extra:
         raise InputError(f"tensor {key!r} belongs to nothing here; {nearest(str(key), spelt(own))}")

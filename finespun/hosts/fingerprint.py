@@ -23,6 +23,7 @@ from finespun.hosts.adapter_set import adapter_set_of
 from finespun.hosts.layers.layer import plain_class
 from finespun.hosts.layers.quantised import dequantise, quantised
 from finespun.hosts.merging import disabled
+from finespun.hosts.states import check
 from finespun.hosts.targets import modules
 
 MATRICES, VECTORS, VALUES = 8, 4, 32
@@ -196,7 +197,7 @@ def _base(model: nn.Module) -> Any:
     if "_finespun_adapters" not in model.__dict__:
         return nullcontext()
     adapter_set = adapter_set_of(model)
-    adapter_set.check_in_place()
+    check(adapter_set, "fingerprint")
     return disabled(model) if adapter_set.merged else nullcontext()
 
 

@@ -3,16 +3,20 @@
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from finespun.hosts.adapter_set import AdapterSet, adapter_set_of
+from finespun.errors import StateError
+from finespun.hosts.adapter_set import AdapterSet, Patch, adapter_set_of
 from finespun.hosts.attached import Attached
 from finespun.hosts.factor_cache import FactorCache
 from finespun.hosts.insertion import all_hosts
 from finespun.hosts.layers.copies import CopyHost
+from finespun.hosts.states import check
 from finespun.hosts.targets import modules
 
 MAIN = ("inputs", "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds",
@@ -33,8 +37,9 @@ def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         factor_cache.enter()
 
 
-def leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """The root has ended, normally or by an exception (then there is no output)."""
+def leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """The root has ended, normally or by an exception (then there is no output). Returns another
+    output where a backward pass is to be refused."""
     adapter_set = adapter_set_of(model)
     if not torch.compiler.is_compiling():
         adapter_set.leave()
@@ -42,6 +47,44 @@ def leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             _watch(model, adapter_set)
     for factor_cache in _factor_caches(adapter_set):
         factor_cache.leave()
+    if adapter_set.merged and output is not None and _trains_nothing(model, adapter_set):
+        return tree_map(partial(_unlearnable, adapter_set), output)
+    return None
+
+
+def _trains_nothing(model: nn.Module, adapter_set: AdapterSet) -> bool:
+    """Whether this is a training pass in which all that could be trained is merged; entries that
+    are trained in place, in the weights themselves, are another matter."""
+    if not (model.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return False
+    kept = (adapter_set.kept or {}).values()
+    if any(isinstance(k, Patch) and k.written is None for k in kept):
+        return False
+    merged = [p for n in adapter_set.merged for p in adapter_set.attached[n].parameters()]
+    own = {id(p) for p in merged}
+    rest = (p for p in model.parameters() if id(p) not in own)
+    return any(p.requires_grad for p in merged) and not any(p.requires_grad for p in rest)
+
+
+def _unlearnable(adapter_set: AdapterSet, leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.requires_grad:
+        return leaf
+    found: Tensor = _Refusing.apply(leaf, torch.empty(0, requires_grad=True), adapter_set)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Refusing(torch.autograd.Function):
+    """The same tensor; a backward pass through it is refused by the table of states."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _: Tensor, adapter_set: AdapterSet) -> Tensor:
+        ctx.adapter_set = adapter_set
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None]:
+        check(ctx.adapter_set, "train")
+        raise StateError("this output was made while all that is trained was merged: run it again")
 
 
 def batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -4,7 +4,18 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from finespun.hosts.adapter_set import AdapterSet
+
 RECORD = "_finespun_frozen"
+
+
+def in_training(model: nn.Module) -> list[str]:
+    """Names of adapters that act now and whose parameters are trained."""
+    adapter_set = model.__dict__.get("_finespun_adapters")
+    if not isinstance(adapter_set, AdapterSet):
+        return []
+    acting = [adapter_set.attached[name] for name, _ in adapter_set.active]
+    return [made.name for made in acting if any(p.requires_grad for p in made.parameters())]
 
 
 def freeze_others(model: nn.Module, name: str, mine: Iterable[nn.Parameter]) -> None:

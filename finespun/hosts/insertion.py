@@ -18,6 +18,14 @@ from finespun.hosts.targets import modules
 HOOKED = "_old_forward"  # where accelerate's hooks keep the forward that they call
 
 
+class Beside(nn.ModuleDict):
+    """Adapter name -> its module. It hands on what it is given, so that an nn.Sequential, which
+    runs all its children, still computes what it did."""
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
 def host_at(module: nn.Module, part: str = "") -> Host | None:
     """The host that stands beside a module, or beside one of its parts; None where there is none.
 
@@ -79,7 +87,7 @@ def remove_delta(host: Host, adapter: str) -> None:
 def put_in_front(module: nn.Module, host: Any, child: str) -> nn.ModuleDict:
     """Put the adapted class in front, once, and return the dictionary for the adapters' modules."""
     if not isinstance(module, Adapted):
-        module._modules[child] = nn.ModuleDict().train(module.training)
+        module._modules[child] = Beside().train(module.training)
         module.__dict__["_finespun"] = host
         module.__class__ = adapted_class(type(module))
         _take_forward(module)

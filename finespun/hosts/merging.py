@@ -1,6 +1,5 @@
 """Fold adapters into the base weights, and take them out again by a pointer swap."""
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -13,7 +12,6 @@ from finespun.errors import InputError, StateError
 from finespun.hosts.adapter_set import AdapterSet, Kept, Patch, adapter_set_of, alone
 from finespun.hosts.attach import hosts_of, materialise
 from finespun.hosts.layers.host import Host
-from finespun.hosts.layers.slices import SliceHost
 from finespun.hosts.layers.stored import Stored
 from finespun.hosts.layers.tied import TiedDelta
 from finespun.hosts.stack import inside
@@ -34,7 +32,6 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
     are merged already. An error on the way restores every weight.
     """
     adapter_set = adapter_set_of(model)
-    adapter_set.check_in_place()
     if undo not in ("memory", "entries", "none"):
         raise InputError(f"undo={undo!r} is not known; try 'memory', 'entries' or 'none'")
     check(adapter_set, "merge")
@@ -43,6 +40,9 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
     hosts = {n: h for n, h in hosts_of(model).items() if any(w in h.held() for w in weights)}
     strengths = {name: w * adapter_set[name].strength for name, w in weights.items()}
     _check(model, hosts, weights)
+    for name, host in hosts.items():
+        for delta in (d for n, d in host.held().items() if n in weights):
+            _check_finite(name, *delta.parameters())
     if undo == "entries":
         _check_sparse(hosts, weights)
     kept: dict[str, Kept] = {}
@@ -97,13 +97,16 @@ def _base_alone(model: nn.Module, adapter_set: AdapterSet) -> Iterator[None]:
     before = adapter_set.active, adapter_set.rows, adapter_set.merged, adapter_set.kept
     hosts = hosts_of(model)
     merged = _take_out(hosts, adapter_set.kept) if adapter_set.kept is not None else {}
+    aside = (merged, adapter_set.kept or {})
     adapter_set.active, adapter_set.rows, adapter_set.merged, adapter_set.kept = (), None, {}, None
 
     def end() -> None:
         _put_back(hosts, merged)
         adapter_set.active, adapter_set.rows, adapter_set.merged, adapter_set.kept = before
+        adapter_set.settle_buffers()
 
-    with inside(adapter_set.blocks, "disabled", end):
+    with inside(adapter_set.blocks, "disabled", end, aside=aside):
+        adapter_set.settle_buffers()
         yield
 
 
@@ -145,14 +148,6 @@ def _alike(now: Tensor, wanted: Tensor) -> bool:
 
 
 def _check(model: nn.Module, hosts: dict[str, Host], weights: dict[str, float]) -> None:
-    uses = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
-    own = {name: id(host.layer._parameters.get("weight")) for name, host in hosts.items()}
-    reached = Counter(own.values())
     for name, host in hosts.items():
         if hasattr(host.layer._parameters.get("weight"), "full_tensor"):
             raise StateError(f"{name!r} is sharded over processes: merge before or after that")
@@ -161,12 +156,36 @@ def _check(model: nn.Module, hosts: dict[str, Host], weights: dict[str, float]) 
                 raise StateError(
                     f"{adapter!r} adds around {name!r}, not into a weight: it cannot be merged"
                 )
-        weight = own[name]
-        if uses[weight] > reached[weight] and not isinstance(host, SliceHost):
-            raise StateError(
-                f"{name!r} shares its weight with another module: untie them before merging "
-                'them (tie_word_embeddings=False), or adapt with tie="both"'
-            )
+    _check_shared(model, hosts, weights)
+
+
+def _check_shared(model: nn.Module, hosts: dict[str, Host], weights: dict[str, float]) -> None:
+    """Raise StateError where a weight that several modules use would not get one and the same
+    update for all of them."""
+    uses: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                uses.setdefault(id(parameter), set()).add(id(module))
+    for adapter in weights:
+        reached: dict[int, set[int]] = {}
+        first: dict[int, set[int]] = {}
+        names: dict[int, str] = {}
+        for name, host in hosts.items():
+            delta, weight = host.held().get(adapter), id(host.layer._parameters.get("weight"))
+            if delta is not None:
+                names.setdefault(weight, name)
+                reached.setdefault(weight, set()).add(id(host.layer))
+                if not isinstance(delta, TiedDelta):
+                    first.setdefault(weight, set()).add(id(host.layer))
+        for weight, layers in reached.items():
+            shared = uses.get(weight, layers)
+            if len(shared) > 1 and (shared - layers or len(first.get(weight, ())) != 1):
+                raise StateError(
+                    f"{names[weight]!r} shares its weight with another module, which {adapter!r} "
+                    "does not give the same update: untie them before merging them "
+                    '(tie_word_embeddings=False), or adapt with tie="both"'
+                )
 
 
 def _check_sparse(hosts: dict[str, Host], weights: dict[str, float]) -> None:
@@ -236,8 +255,12 @@ def _fold(
     own = plain and total is weight
     for delta, c in active:
         pair = delta.factors()
+        if not in_place:
+            _check_finite(host.name, *(pair or ()))
         if pair is None:
             change = delta.dense(delta.base_weight())
+            if not in_place:
+                _check_finite(host.name, change)
             total = total.add_(change, alpha=c) if own else total.add(change, alpha=c)
         else:
             add = total.addmm_ if own else total.addmm
@@ -252,3 +275,13 @@ def _fold(
             bias.copy_(moved)
         return
     host.write(total.to(weight.dtype), moved)
+
+
+def _check_finite(name: str, *tensors: Tensor) -> None:
+    """Raise StateError for NaN or infinity in an update; sums are looked at first."""
+    for tensor in tensors:
+        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            raise StateError(
+                f"the update at {name!r} holds NaN or infinity, which would go into the "
+                "weight: nothing is merged"
+            )

@@ -10,11 +10,13 @@ from torch import nn
 
 from finespun.adapters.state import AdapterState
 from finespun.errors import InputError
-from finespun.hosts.adapter_set import AdapterSet, Rows, adapter_set_of, alone
-from finespun.hosts.attach import materialise, take_out
+from finespun.hosts.adapter_set import Rows, adapter_set_of, alone
+from finespun.hosts.attach import materialise, take_out, watch
 from finespun.hosts.forward_hooks import batch
 from finespun.hosts.stack import inside
 from finespun.hosts.states import check
+
+GENERATE = "_finespun_generate"  # where a generate of the object itself waits
 
 
 @alone
@@ -24,9 +26,13 @@ def activate(model: nn.Module, wanted: str | Sequence[str] | Mapping[str, float]
     adapter_set = adapter_set_of(model)
     check(adapter_set, "activate")
     weights = adapter_set.weights(wanted)
+    if adapter_set.merged.items() - set(weights):
+        check(adapter_set, "activate", asked={"leaves merged ones out"})
     for name, _ in weights:
         materialise(model, name)
+    adapter_set.buffers.choice(name for name, _ in weights)
     adapter_set.active = weights
+    adapter_set.settle_buffers()
 
 
 @alone
@@ -46,6 +52,7 @@ def set_strength(model: nn.Module, name: str, strength: float) -> None:
     """Multiply the whole update of an adapter, live or asleep."""
     adapter_set = adapter_set_of(model)
     found = adapter_set[name]
+    check(adapter_set, "strength", name)
     if isinstance(found, AdapterState):
         adapter_set.states[name] = dataclasses.replace(found, strength=strength)
     else:
@@ -55,8 +62,12 @@ def set_strength(model: nn.Module, name: str, strength: float) -> None:
 def swap(model: nn.Module, name: str, state: AdapterState) -> None:
     """Copy a state into the modules of an adapter of the same form, which keeps its name. Raises
     InputError where a tensor is missing, unknown or of another shape; nothing has changed then."""
-    adapter_set, live = adapter_set_of(model), materialise(model, name)
+    adapter_set = adapter_set_of(model)
+    check(adapter_set, "swap", name)
+    live = materialise(model, name)
+    watch(model, live, state.tensors)
     live.load(state.tensors)
+    adapter_set.settle_buffers()
     live.structure, live.strength = state.structure, state.strength
     live.lineage, live.base = state.lineage, state.base
     adapter_set.states[name] = state.named(name).shared()
@@ -86,40 +97,56 @@ def rows(
         raise InputError(f"repeat={repeat} must be at least 1, and 1 where lengths are given")
     for name in {n for n in names if n is not None}:
         materialise(model, name)
-    with adapter_set.guard(), _generating(model, adapter_set):
+    with adapter_set.guard():
         before = adapter_set.rows
 
         def end() -> None:
             adapter_set.rows = before
+            if all(block.kind != "rows" for block in adapter_set.blocks):
+                give_generate(model)
+            adapter_set.settle_buffers()
 
+        adapter_set.buffers.of_rows(names)
         adapter_set.rows = Rows(tuple(names), None if lengths is None else tuple(lengths), repeat)
-        with inside(adapter_set.blocks, "rows", end):
+        stay = frozenset(n for n in names if n is not None)
+        with inside(adapter_set.blocks, "rows", end, stay):
+            take_generate(model)
+            adapter_set.settle_buffers()
             yield
 
 
-@contextmanager
-def _generating(model: nn.Module, adapter_set: AdapterSet) -> Iterator[None]:
-    """Around the model's `generate`: it is given the rows that are named, and repeats them."""
+def take_generate(model: nn.Module) -> None:
+    """From now on the model's `generate` is given the rows that are named, and repeats them."""
     inner = getattr(model, "generate", None)
-    if inner is None:
-        yield
+    if inner is None or _ours(inner):
         return
-
-    @functools.wraps(inner)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        if adapter_set.rows is not None and (x := batch(args, kwargs)) is not None:
-            adapter_set.rows.check(len(x), adapter_set.several)
-        before, adapter_set.several = adapter_set.several, True
-        try:
-            return inner(*args, **kwargs)
-        finally:
-            adapter_set.several = before
-
     own = model.__dict__
-    hidden = {"generate": own["generate"]} if "generate" in own else {}
-    own["generate"] = generate
-    try:
-        yield
-    finally:
+    if "generate" in own:
+        own[GENERATE] = own["generate"]
+    own["generate"] = functools.partial(_generate, model)
+
+
+def give_generate(model: nn.Module) -> None:
+    """Put back what `take_generate` took."""
+    own = model.__dict__
+    if _ours(own.get("generate")):
         del own["generate"]
-        own.update(hidden)
+        if GENERATE in own:
+            own["generate"] = own.pop(GENERATE)
+
+
+def _ours(generate: Any) -> bool:
+    return isinstance(generate, functools.partial) and generate.func is _generate
+
+
+def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    adapter_set = adapter_set_of(model)
+    if adapter_set.rows is not None and (x := batch(args, kwargs)) is not None:
+        adapter_set.rows.check(len(x), adapter_set.several)
+    before, adapter_set.several = adapter_set.several, True
+    try:
+        own: Any = model.__dict__.get(GENERATE)
+        inner: Any = getattr(type(model), "generate", None)
+        return own(*args, **kwargs) if own else inner(model, *args, **kwargs)
+    finally:
+        adapter_set.several = before

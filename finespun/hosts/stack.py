@@ -11,10 +11,18 @@ Kind = Literal["rows", "disabled"]
 
 
 class Block:
-    """One `rows` or `disabled` block that the model is inside of, and how it is ended."""
+    """One `rows` or `disabled` block that the model is inside of, and how it is ended. `names` are
+    adapters that serve in it or after it: they must stay. `aside` are weights that its end puts
+    back."""
 
-    def __init__(self, kind: Kind, end: Callable[[], None]) -> None:
-        self.kind, self.end, self.left = kind, end, False
+    def __init__(
+        self,
+        kind: Kind,
+        end: Callable[[], None],
+        names: frozenset[str] = frozenset(),
+        aside: tuple[dict[str, Any], ...] = (),
+    ) -> None:
+        self.kind, self.end, self.names, self.aside, self.left = kind, end, names, aside, False
 
 
 class Blocks(list[Block]):
@@ -28,9 +36,15 @@ class Blocks(list[Block]):
 
 
 @contextmanager
-def inside(blocks: Blocks, kind: Kind, end: Callable[[], None]) -> Iterator[None]:
+def inside(
+    blocks: Blocks,
+    kind: Kind,
+    end: Callable[[], None],
+    names: frozenset[str] = frozenset(),
+    aside: tuple[dict[str, Any], ...] = (),
+) -> Iterator[None]:
     """A block of the stack; `end` puts back what stood before it, once those inside are left."""
-    block = Block(kind, end)
+    block = Block(kind, end, names, aside)
     blocks.append(block)
     try:
         yield

@@ -12,7 +12,7 @@ from finespun.adapter import Adapter, load
 from finespun.errors import FileError, InputError
 from finespun.files import Saved
 from finespun.files.overwrite import HEAD, INDEX, SHARDS
-from finespun.hosts.targets import OWN
+from finespun.hosts.plain import plain_state
 from finespun.lifecycle.stored import StoredWeights, source_name
 from finespun.models.quiet import quiet
 from finespun.models.zoo import POOLING_FILE, find_model
@@ -69,7 +69,7 @@ def merge(
     files.refuse_to_lose(out, "model", overwrite)
     held, tokenizer = on_base(Path(adapter), model)
     held.merge(undo="none")
-    state = whole_state(held)
+    state = plain_state(held.model)
     body, notes, head = held.model, list[str](), dict[str, Tensor]()
     if isinstance(body, models.MeanPooledClassifier):
         head = {k: v.contiguous() for k, v in state.items() if k.startswith("classifier.")}
@@ -100,18 +100,6 @@ def _drop_older(folder: Path, new: set[Path]) -> None:
     for path in [p for pattern in WEIGHT_FILES for p in folder.glob(pattern)]:
         if path.relative_to(folder) not in new:
             path.unlink()
-
-
-def whole_state(adapter: Adapter) -> dict[str, Tensor]:
-    """The model's state without adapters' own modules, trained copies in place of originals."""
-    state = {
-        key: value.detach()
-        for key, value in adapter.model.state_dict().items()
-        if not any(part in OWN for part in key.split("."))
-    }
-    for name, module in adapter.attached.copies.items():
-        state |= {f"{name}.{key}": value.detach() for key, value in module.state_dict().items()}
-    return state
 
 
 def _tied(model: nn.Module) -> bool:

@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from finespun.errors import StateError
 from finespun.hosts.adapter_set import AdapterSet, Rows
 from finespun.hosts.layers.layer import plain_class
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 class CopyHost:
@@ -47,7 +50,18 @@ class CopyHost:
                 f"adapters {', '.join(map(repr, mine))} each have their own {self.name!r}: "
                 "activate one of them, or give each row its own with rows()"
             )
-        return copies[mine[0]](*args, **kwargs) if mine else base(*args, **kwargs)
+        if not mine:
+            return base(*args, **kwargs)
+        return self._own(copies[mine[0]], *args, **kwargs)
+
+    def _own(self, twin: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What a copy makes of its inputs; one of more precision than the module is shown and gives
+        tensors as the module would."""
+        narrow, wide = _precision(self.layer), _precision(twin)
+        if narrow == wide or narrow not in HALVES:
+            return twin(*args, **kwargs)
+        inputs = _cast((args, kwargs), narrow, wide)
+        return _cast(twin(*inputs[0], **inputs[1]), wide, narrow)
 
     def _by_rows(
         self, base: Any, copies: nn.ModuleDict, rows: Rows, x: Tensor, *args: Any, **kwargs: Any
@@ -59,7 +73,7 @@ class CopyHost:
         for name, numbers in rows.index(x.shape[0], self.name, x.device):
             if name not in copies:
                 continue
-            part = copies[name](x.index_select(0, numbers), *args, **kwargs)
+            part = self._own(copies[name], x.index_select(0, numbers), *args, **kwargs)
             if part.shape[1:] != y.shape[1:]:
                 raise StateError(
                     f"rows cannot be mixed: with {name!r}, {self.name!r} gives "
@@ -67,3 +81,21 @@ class CopyHost:
                 )
             y = y.index_copy(0, numbers, part.to(y.dtype))
         return y.view(shape) if packed else y
+
+
+def widened(module: nn.Module) -> nn.Module:
+    """The module in float32 where it is of half precision, in which it would not train: a step of
+    an optimiser is smaller than what the dtype tells apart, its squared gradients underflow."""
+    with torch.no_grad():
+        return module._apply(lambda t: t.float() if t.dtype in HALVES else t)
+
+
+def _precision(module: nn.Module) -> torch.dtype:
+    """The dtype of the first floating parameter, which is the module's own where copies stand
+    beside it."""
+    found = (p.dtype for p in module.parameters() if p.is_floating_point())
+    return next(found, torch.float32)
+
+
+def _cast(tree: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    return tree_map(lambda t: t.to(new) if isinstance(t, Tensor) and t.dtype == old else t, tree)

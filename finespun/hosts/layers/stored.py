@@ -95,7 +95,7 @@ class StoredLayer:
 
     def _kept(self) -> Kept | None:
         """What a merge kept of this layer."""
-        if self.adapter_set.merged and self.adapter_set.kept is None:
+        if self.adapter_set.for_good:
             raise StateError(f"{self.name!r} was merged with undo='none': its base weight is gone")
         return (self.adapter_set.kept or {}).get(self.name)
 
