@@ -117,7 +117,7 @@ class Buffers:
 
     def aside(self) -> dict[Place, str]:
         """The choice of nobody: the base's values stand, and what moves them is forgotten."""
-        if self.holders and NOBODY not in self.own:
+        if self.holders:
             self._read()
             self.own[NOBODY] = _copies(self.base)
         return dict.fromkeys(self.base, NOBODY)
