@@ -281,7 +281,8 @@ def _unlock() -> None:
     LOCK = Lock()
 
 
-os.register_at_fork(after_in_child=_unlock)
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_unlock)
 
 
 def adapter_set_of(model: nn.Module) -> AdapterSet:
