@@ -64,7 +64,7 @@ full: static docs ## test, whole tables and long fuzzing; kept in docs/results/f
 times: $(READY) ## seconds of the last tests by folder, beside their budgets
 	@$(BIN)/python tests/times.py
 
-format: $(READY) ## mend what ruff can mend
+format: $(READY) ## fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

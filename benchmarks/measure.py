@@ -190,7 +190,7 @@ def timed(
 
 
 def fixed_product() -> float:
-    """Seconds of the product that tells how steady the machine is."""
+    """Seconds of the product that shows how steady the machine is."""
     a, b = torch.ones(512, 768), torch.ones(768, 768)
     return _seconds(lambda: a @ b, 4)
 

@@ -15,7 +15,7 @@ VOCABULARY = 1000
 
 
 def llama(width: int, layers: int) -> LlamaModel:
-    """A random Llama body in float32; the same numbers for the same shape."""
+    """A random Llama body in float32; the same values for the same shape."""
     torch.manual_seed(0)
     return LlamaModel(
         LlamaConfig(

@@ -1,7 +1,7 @@
 """What a layer costs beside its products: forward and backward of one adapted linear layer.
 
 Over the bare node of the graph, which makes the same three products and five in the backward pass
-and looks at nothing, and against PEFT's LoRA layer with the same numbers.
+and looks at nothing, and against PEFT's LoRA layer with the same parameters.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,7 +60,7 @@ def layer_of(
 
 
 def peft_of(width: int, rank: int, numbers: list[nn.Parameter]) -> Any:
-    """PEFT's layer with the same numbers."""
+    """PEFT's layer with the same parameters."""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["layer"])
     model = get_peft_model(One(width), config).train()
     inner: Any = model.base_model.model.layer

@@ -185,7 +185,7 @@ def told(dtype: torch.dtype, found: Timed) -> list[Line]:
 
 
 def native() -> bool:
-    """Whether this processor multiplies in bfloat16; False where it is not told."""
+    """Whether this processor multiplies in bfloat16; False where that is unknown."""
     info = Path("/proc/cpuinfo")
     flags = info.read_text(encoding="utf-8").split() if info.exists() else []
     return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -83,7 +83,7 @@ def load(
     """Load an adapter that Finespun, PEFT, diffusers or kohya's scripts wrote, and activate it.
 
     `name` replaces the name it was saved under; `trainable` lets it be trained further, else its
-    parameters are frozen. `force` loads on another base, `strict=False` passes over unknown keys;
+    parameters are frozen. `force` loads on another base, `strict=False` skips unknown keys;
     both warn of what they passed over. `part` says which part of a pipeline the model is ("unet",
     "text_encoder", ...) where a file holds several that fit it. Raises FileError, BaseMismatch,
     TargetError or PlanError naming every file, key or site that is wrong, and leaves the model
@@ -250,7 +250,7 @@ class Adapter:
         `allow_full=False` leaves trained modules out; `per_module_rank` gives every layer its own
         rank, which PEFT alone reads; `portable=False` writes all that PEFT alone reads: DoRA as it
         is, embeddings, convolutions, biases, trained tokens. `part` names the part of a pipeline
-        ("unet", ...) where the model's class does not tell. Printing the result tells all.
+        ("unet", ...) where the model's class does not show it. Printing the result shows all.
         """
         done = files.export(
             self.model,

@@ -59,6 +59,15 @@ class TrainingError(FinespunError, RuntimeError):
     exit_code = 4
 
 
+def an(noun: str) -> str:
+    """A noun with its indefinite article.
+
+    >>> an("embedding"), an("linear layer")
+    ('an embedding', 'a linear layer')
+    """
+    return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"
+
+
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     """A phrase that names the closest valid spellings, for the end of an error message.
 

@@ -15,7 +15,7 @@ OPTIONS = "--headless --no-sandbox --disable-gpu --disable-background-networking
 
 
 class Tab:
-    """One page: its size, scripts run in it, keys pressed, what a screen reader is told."""
+    """One page: its size, scripts run in it, keys pressed, what a screen reader reads out."""
 
     def __init__(self, reads: int, writes: int, url: str) -> None:
         self.reads, self.writes, self.rest, self.count = reads, writes, b"", 0

@@ -80,7 +80,7 @@ CLAIMS = (
     ),
     Claim("a run repeats bit for bit", ("test_device.py::test_a_run_repeats_bit_for_bit",)),
     Claim(
-        "a dry run waits for the GPU, and foretells its memory within a factor of 2",
+        "a dry run waits for the GPU, and predicts its memory within a factor of 2",
         (
             "test_device.py::test_an_estimate_waits_for_a_gpu",
             "test_device.py::test_a_real_run_holds_the_memory_that_was_estimated",

@@ -4,7 +4,7 @@ whole and needs nothing from elsewhere.
 The blocks of a page run in order in one folder that holds a copy of `examples`, as a reader would
 run them. `sh` and `python` blocks run; a `text` block right below is what they print (`...` stands
 for anything); a block with a title is a file; `yaml` must be a recipe. Comments right above a block
-change that, each said to the reader of the source:
+change that, each readable in the source:
 
     <!-- slow -->              the page runs with the slow tests
     <!-- in tests: A => B -->  A, which must occur, is replaced by B before it runs

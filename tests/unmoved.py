@@ -1,4 +1,4 @@
-"""Proof that a change moved no bits: training before and after it ends with the same numbers.
+"""Proof that a change moved no bits: training before and after it ends with the same parameters.
 
 `python tests/unmoved.py [REVISION] [--quick]` trains every case of the suite, and one real recipe
 unless `--quick`, in a worktree of REVISION and in the tree this file lies in, each in a process of

@@ -67,7 +67,7 @@ def draw(path: Path) -> None:
         if k + 1 < TERMS:
             word(ax, x + 14.6, 46.9, "+", 14)
 
-    word(ax, 2, 37.2, "the same numbers rearranged: one thin matrix product", 13, **left)
+    word(ax, 2, 37.2, "the same values rearranged: one thin matrix product", 13, **left)
     grid(ax, R, 4.5, 34, 1.25, top_A)
     word(ax, 9.5, 16.8, "R(A)  (r1·p1 × r2·p2)")
     word(ax, 20, 26.5, "=", 16)

@@ -1,6 +1,6 @@
 """What every structure can do, found out by doing it; run, it writes docs/capabilities.md.
 
-Every check works on a model of one layer, compares numbers, and fails loudly where they are
+Every check works on a model of one layer, compares values, and fails loudly where they are
 wrong. A refusal, which is an error of Finespun's own, becomes the cell's reason.
 """
 
@@ -324,7 +324,7 @@ def page(table: dict[str, dict[str, str]]) -> str:
 HEAD = """# What each method can do
 
 Written by `docs/hooks/capabilities.py`, which tries every cell on a model of one layer and compares
-the numbers: outputs, gradients, files. A number stands for a refusal and leads to its reason.
+the values: outputs, gradients, files. A number stands for a refusal and leads to its reason.
 
 - **linear** to **block**: the layers that it adapts. *fused slice* is one part of a fused
   projection, *4-bit* a layer in bitsandbytes' NF4, *block* a whole block.
@@ -333,7 +333,7 @@ the numbers: outputs, gradients, files. A number stands for a refusal and leads 
 - **mixed rows**: another adapter for each row. **weighted sum**: two adapters active at once.
 - **merge, unmerge**: into the weight, and back bit for bit.
 - **as a LoRA**: the rank at which a LoRA folder holds the update exactly, for the small settings
-  tried here; *nearest* means the best approximation, with its error told.
+  tried here; *nearest* means the best approximation, with its error reported.
 - **push, pull**: the derivative of the update and its transpose.
 - **compiled**: forward and backward in one graph of `torch.compile`.
 - **per-sample**: Opacus finds every row's own gradient. **DDP**: two processes train as one.

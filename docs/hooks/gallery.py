@@ -43,7 +43,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def about(folder: Path) -> str:
     """What one folder is, in one line."""
     if not (folder / LOG).is_file():
-        return "a bench, with intervals and the rates that were tried."
+        return "a bench, with intervals and the learning rates that were tried."
     result = Result.read(folder)
     metric, after = next(iter(result.after.items()))
     before = result.before[metric]

@@ -133,7 +133,7 @@ class Updates(_Weighted[_Source]):
         return self._derived(small)
 
     def errors(self, rank: int) -> dict[str, float]:
-        """‖ΔW' − ΔW‖ / ‖ΔW‖ at every site after `squeeze(rank)`, told by singular values alone."""
+        """‖ΔW' − ΔW‖ / ‖ΔW‖ at every site after `squeeze(rank)`, from singular values alone."""
         return {name: self[name].error(rank) for name in self}
 
     def project(self, onto: "Updates") -> "Updates":

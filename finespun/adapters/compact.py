@@ -16,7 +16,7 @@ Compacted = tuple[Structure, Plan, dict[str, Delta]]
 def compact(structure: Structure, plan: Plan, deltas: Mapping[str, Delta]) -> Compacted:
     """The same updates without dead parameters and gates: in the structure's own form where every
     site has one, else as LoRAs of each site's own rank, dead ranks removed. Sites whose update is
-    dead, or whose own form has no number left, go, unless another bypass begins or ends there.
+    dead, or whose own form has no parameter left, go, unless another bypass begins or ends there.
     Nothing changes where nothing was switched off or gated."""
     if not any(d.dead or d.masks() or d.gating is not None for d in deltas.values()):
         return structure, plan, dict(deltas)

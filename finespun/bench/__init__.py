@@ -1,4 +1,4 @@
-"""Comparisons: members at equal budgets, each at its own best rate, over seeds."""
+"""Comparisons: members at equal budgets, each at its own best learning rate, over seeds."""
 
 from finespun.bench.budget import fit
 from finespun.bench.run import Bench

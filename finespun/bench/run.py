@@ -1,4 +1,5 @@
-"""A bench from file to table: members fitted, rates searched, all seeds trained, all written."""
+"""A bench from file to table: members fitted, learning rates searched, all
+seeds trained, all written."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ Teller = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Contender:
-    """A member at one size; `recipe` has everything but its rate and its seed."""
+    """A member at one size; `recipe` has everything but its learning rate and its seed."""
 
     name: str
     recipe: Recipe
@@ -42,7 +43,7 @@ class Contender:
     lr_power: float = 0.0
 
     def trial(self, lr: float, seed: int, epochs: int, held: float | None = None) -> Trial:
-        """The trial at one rate and seed; `held`: measured on that share of the training rows."""
+        """The trial at one learning rate and seed; `held`: measured on that share of the rows."""
         training = self.recipe.training.model_copy(
             update={"lr": lr, "seed": seed, "epochs": epochs}
         )
@@ -54,11 +55,11 @@ class Contender:
 class Bench:
     """Carries out a spec: what is in `results.jsonl` of its folder already is not run again.
 
-    `tell` hears one line for every trial.
+    `report` receives one line for every trial.
     """
 
-    def __init__(self, spec: BenchSpec, command: str, tell: Teller = lambda line: None) -> None:
-        self.spec, self.command, self.tell = spec, command, tell
+    def __init__(self, spec: BenchSpec, command: str, report: Teller = lambda line: None) -> None:
+        self.spec, self.command, self.report = spec, command, report
         self.folder = Path(spec.output).expanduser()
         self.workbench = Workbench()
         self.results = Results(self.folder)
@@ -138,7 +139,7 @@ class Bench:
         return found
 
     def choices(self, contenders: Sequence[Contender]) -> dict[str, Choice]:
-        """Everyone's rate: searched first, then carried over by r·(parameters / own)^p."""
+        """Everyone's learning rate: searched first, then carried over by r·(parameters / own)^p."""
         found = {one.name: self.search(one) for one in contenders if one.lr_of is None}
         counts = {one.name: one.num_parameters for one in contenders}
         for one in contenders:
@@ -170,7 +171,7 @@ class Bench:
         return name
 
     def search(self, one: Contender) -> Choice:
-        """The contender's rate, by the spec's search, or as it is given."""
+        """The contender's learning rate, by the spec's search, or as it is given."""
         if one.lr is not None:
             return Choice(one.lr, (one.lr,), False)
         search = self.spec.search
@@ -191,7 +192,7 @@ class Bench:
             self.results.add(trial, outcome, about)
         else:
             outcome = known
-        self.tell(self.line(trial, outcome, known is not None))
+        self.report(self.line(trial, outcome, known is not None))
         return outcome
 
     def line(self, trial: Trial, outcome: Outcome, known: bool) -> str:
@@ -203,12 +204,12 @@ class Bench:
         when = "known already" if known else f"{outcome.seconds:.1f} s"
         plural = "" if training.epochs == 1 else "s"
         return (
-            f"{trial.member}, {stage}, rate {trial.recipe.lr:g}, "
+            f"{trial.member}, {stage}, learning rate {trial.recipe.lr:g}, "
             f"{training.epochs} epoch{plural}: {what} ({when})"
         )
 
     def row(self, one: Contender, choice: Choice, outcomes: list[Outcome]) -> Row:
-        """The contender's row, from one outcome a seed; none if every rate diverged."""
+        """The contender's row, from one outcome a seed; none if every learning rate diverged."""
 
         def mean(name: str) -> float:
             values = [getattr(outcome, name) for outcome in outcomes]
@@ -242,8 +243,8 @@ def must_carry(contenders: Sequence[Contender]) -> None:
             continue
         if one.lr_of not in sources:
             raise InputError(
-                f"{one.name!r} takes the rate of {one.lr_of!r}, which no member with a rate or a "
-                f"search is called; {nearest(one.lr_of, sources)}"
+                f"{one.name!r} takes the learning rate of {one.lr_of!r}, which no member "
+                f"with an lr or a search is called; {nearest(one.lr_of, sources)}"
             )
         for other in (one, sources[one.lr_of]) if one.lr_power else ():
             why = "trains no parameters but the head's" if not other.num_parameters else ""
@@ -252,5 +253,5 @@ def must_carry(contenders: Sequence[Contender]) -> None:
             if why:
                 raise InputError(
                     f"lr_power = {one.lr_power:g} of {one.name!r} scales by parameters, but "
-                    f"{other.name!r} {why}; leave lr_power out, or give {one.name!r} a rate"
+                    f"{other.name!r} {why}; leave lr_power out, or give {one.name!r} an lr"
                 )

@@ -1,4 +1,4 @@
-"""Finding a member's rate: successive halving, then a look beyond the edges of the grid."""
+"""Finding a member's learning rate: successive halving, then a look beyond the grid."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,8 +14,8 @@ Measure = Callable[[float, int], Score | None]
 
 @dataclass(frozen=True)
 class Choice:
-    """The best rate, None when every rate diverged; all rates tried; whether the best one is the
-    lowest or the highest of them, so that a better one may lie outside."""
+    """The best learning rate, None when all diverged; those tried; whether the best is
+    the lowest or the highest of them, so that a better one may lie outside."""
 
     lr: float | None
     lrs: tuple[float, ...]
@@ -25,13 +25,13 @@ class Choice:
 def choose_lr(
     lrs: Sequence[float], rungs: Sequence[int], keep: float, extend: bool, measure: Measure
 ) -> Choice:
-    """The rate with the highest score after `rungs[-1]` epochs.
+    """The learning rate with the highest score after `rungs[-1]` epochs.
 
     `measure(lr, epochs)` gives a score, larger is better, or None for a run that diverged. All
-    rates run for `rungs[0]` epochs and the best ⌈keep·n⌉ go on to the next rung. Short runs like
-    high rates, so in the end the neighbours of the best rate are trained whole too, until it beats
-    both. With `extend`, a best rate at an edge of the grid is followed outwards by the grid's own
-    ratio, at most `MOST_EXTENSIONS` times.
+    learning rates run for `rungs[0]` epochs and the best ⌈keep·n⌉ go on to the next rung. Short
+    runs favour high ones, so in the end the neighbours of the best one are trained whole too, until
+    it beats both. With `extend`, a best one at an edge of the grid is followed outwards by the
+    grid's ratio, at most `MOST_EXTENSIONS` times.
     """
     grid = sorted(lrs)
     alive: list[float] = list(grid)
@@ -59,6 +59,6 @@ def _best(scores: dict[float, Score | None]) -> float | None:
 
 
 def _outside(grid: Sequence[float], edge: float) -> float:
-    """One step beyond an edge of an increasing grid, by the ratio of the last two rates there."""
+    """One step beyond an edge of an increasing grid, by the ratio of the last two there."""
     inner = grid[1] if edge == grid[0] else grid[-2]
     return rounded(edge * edge / inner)

@@ -1,4 +1,4 @@
-"""A bench file: what all members share, the members, the rates, the seeds, and how to search."""
+"""A bench file: what all members share, the members, learning rates, seeds, and how to search."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ class Grid(Section):
 
 
 def read_rates(value: Any) -> tuple[float, ...]:
-    """Increasing rates, from a list or from `{low, high, count}`; three digits each.
+    """Increasing learning rates, from a list or from `{low, high, count}`; three digits each.
 
     Raises InputError where fewer than three different ones are left: with two, each is an edge.
     """
@@ -46,23 +46,25 @@ def read_rates(value: Any) -> tuple[float, ...]:
         ratio = (grid.high / grid.low) ** (1 / (grid.count - 1))
         value = [grid.low * ratio**i for i in range(grid.count)]
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise InputError(f"{value!r} is neither a list of rates nor low, high and count")
+        raise InputError(f"{value!r} is neither a list of learning rates nor low, high and count")
     for lr in value:
         if isinstance(lr, bool) or not isinstance(lr, int | float) or lr <= 0:
-            raise InputError(f"{lr!r} is no rate; it is a number above 0, for example 1e-3")
+            raise InputError(
+                f"{lr!r} is no learning rate; it is a number above 0, for example 1e-3"
+            )
     lrs = tuple(sorted({rounded(lr) for lr in value}))
     if len(lrs) < FEWEST_LRS:
         raise InputError(
-            f"{len(lrs)} rates are too few: the best must have a neighbour on both sides; "
+            f"{len(lrs)} learning rates are too few: the best must have a neighbour on both sides; "
             f"try {', '.join(f'{lrs[0] * 3**i:.3g}' for i in (-1, 0, 1))}"
             if lrs
-            else "no rates; try [3e-4, 1e-3, 3e-3, 1e-2]"
+            else "no learning rates; try [3e-4, 1e-3, 3e-3, 1e-2]"
         )
     return lrs
 
 
 def rounded(lr: float) -> float:
-    """Three digits, so that a rate prints as what it is."""
+    """Three digits, so that a learning rate prints as what it is."""
     return float(f"{lr:.3g}")
 
 
@@ -90,13 +92,13 @@ class Member(Chosen):
     lrs: LearningRates | None = Field(None, description="null: the bench's")
     lr: float | None = Field(None, gt=0, description="known from elsewhere; no search")
     lr_of: str | None = Field(
-        None, description="a member with a rate or a search, whose rate is taken; no search"
+        None, description="a member with an lr or a search, whose lr is taken; no search"
     )
     lr_power: float = Field(
         0.0,
         ge=-MOST_POWER,
         le=MOST_POWER,
-        description="p: the rate of `lr_of` is multiplied by (its parameters / these)^p; "
+        description="p: the lr of `lr_of` is multiplied by (its parameters / these)^p; "
         "parameters are those trained in the layers, which without an allocation are known before",
     )
     _given: frozenset[str] = PrivateAttr(frozenset())
@@ -123,7 +125,7 @@ class Member(Chosen):
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} exclude each other; leave one in")
         if member.lr_of is None and "lr_power" in values:
-            raise InputError("lr_power needs lr_of, the member whose rate it scales")
+            raise InputError("lr_power needs lr_of, the member whose learning rate it scales")
         options = values.get("structure")
         if isinstance(options, Mapping):
             aliases = type(member.structure).aliases
@@ -153,9 +155,9 @@ def read_members(value: Any) -> tuple[Member, ...]:
 
 
 class Search(Section):
-    """How the rate of each member is found: successive halving on one seed.
+    """How the learning rate of each member is found: successive halving on one seed.
 
-    Every rate trains for `epochs[0]` epochs, the best share `keep` for `epochs[1]`, and so on; the
+    Each one trains for `epochs[0]` epochs, the best share `keep` for `epochs[1]`, and so on; the
     survivors, and then the neighbours of the best, for the recipe's own number. What decides is
     the metric on a share `rows` of the training rows, which these runs leave out: rows held out
     for the result are never looked at.
@@ -175,7 +177,7 @@ def keys_of(section: Any) -> Mapping[str, Any]:
 
 
 class BenchSpec(Document):
-    """A comparison, whole. Every member is trained at its own best rate with every seed.
+    """A comparison, whole. Every member is trained at its own best learning rate with every seed.
 
     A seed sets the head's start, the structure's draw, the order of rows and dropout.
     """
@@ -187,7 +189,9 @@ class BenchSpec(Document):
     lrs: LearningRates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
     search: Search = Search()
-    extend: bool = Field(True, description="a best rate at an edge of its grid widens the grid")
+    extend: bool = Field(
+        True, description="a best learning rate at an edge of its grid widens the grid"
+    )
     metric: str | None = Field(None, description="null: accuracy for classes, pearson for numbers")
     output: str = Field("out/bench", min_length=1, description="the folder that the bench writes")
 

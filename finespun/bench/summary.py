@@ -15,7 +15,7 @@ LEVEL = 0.95
 class Row:
     """One member at one size. `scores`: the metric for every seed, None where the run diverged.
     `seconds` and `cpu_seconds`: mean over the seeds, in training steps and of the whole process.
-    `lr_of`: the row whose rate was carried over to this one."""
+    `lr_of`: the row whose learning rate was carried over to this one."""
 
     name: str
     structure: Structure
@@ -81,12 +81,13 @@ class Summary:
         edges = [row for row in self.rows if row.at_edge and row.lr_of is None]
         if edges:
             told = "; ".join(map(self._edge, edges))
-            return f"no ranking: the best rate lies at the edge of its grid ({told}); widen lrs"
+            why = "the best learning rate lies at the edge of its grid"
+            return f"no ranking: {why} ({told}); widen lrs"
         failed = [row.name for row in self.rows if row.mean is None]
         return f"no ranking: runs diverged ({', '.join(failed)})" if failed else None
 
     def _edge(self, row: Row) -> str:
-        """A best rate, its grid, and the rows that it was carried over to."""
+        """A best learning rate, its grid, and the rows that it was carried over to."""
         text = f"{row.name}: {row.lr:g} of {row.lrs[0]:g} to {row.lrs[-1]:g}"
         followers = [other.name for other in self.rows if other.lr_of == row.name]
         return text + (f", carried over to {', '.join(followers)}" if followers else "")

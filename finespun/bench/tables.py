@@ -53,7 +53,7 @@ def remarks(summary: Summary) -> list[str]:
         told.append(
             f"At {gap.budget:,} parameters: {gap.first} − {gap.second} = {gap.mean:+.4f}"
             + ("" if gap.half is None else f" ± {gap.half:.4f}")
-            + (", paired by seed" if sure else ", paired by seed: not told apart")
+            + (", paired by seed" if sure else ", paired by seed: not distinguishable")
         )
     if summary.refusal is not None:
         told.append(summary.refusal[0].upper() + summary.refusal[1:] + ".")

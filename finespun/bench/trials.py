@@ -118,7 +118,7 @@ class Results:
             except (ValueError, KeyError, TypeError) as error:
                 raise FileError(
                     f"{str(self.path)!r}, line {number} is not a trial that can be read ({error}); "
-                    "mend or delete the line"
+                    "repair or delete the line"
                 ) from error
         if rest:
             os.truncate(self.path, len((whole + newline).encode()))

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code; what the user did wrong is told in one line."""
+    """Run one command and return its exit code; what the user did wrong is reported in one line."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = warned

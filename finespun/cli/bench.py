@@ -1,4 +1,4 @@
-"""`finespun bench`: compare members at their own best rates."""
+"""`finespun bench`: compare members at their own best learning rates."""
 
 import json
 import shlex
@@ -21,10 +21,10 @@ def command(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the table alone.")] = False,
 ) -> None:
-    """Sweep rates and seeds and compare: every member at its own best rate, with intervals.
+    """Sweep learning rates and seeds and compare members, each at its own best, with intervals.
 
     Trials that results.jsonl in the output folder holds are not run again, so an interrupted bench
-    goes on where it stood. Exit code 5: done, but a best rate lies at the edge of its grid or a run
+    goes on where it stood. Exit code 5: done, but a best one lies at the edge of its grid or a run
     diverged, so there is no ranking.
     """
     import scipy.stats  # noqa: F401  # missing, it is told now and not after the last trial

@@ -44,7 +44,7 @@ def command(
 
 
 def all_facts(adapter: str, model: str | None, as_json: bool) -> dict[str, Any]:
-    """Name -> value of all that the files tell, with those of the base in folder `model`."""
+    """Name -> value of everything that the files give, with those of the base in folder `model`."""
     from finespun.files import read_adapter
     from finespun.lifecycle.stored import StoredWeights
 
@@ -55,14 +55,14 @@ def all_facts(adapter: str, model: str | None, as_json: bool) -> dict[str, Any]:
 
 
 def facts_without_model(told: "FileSummary") -> dict[str, Any]:
-    """Name -> value of what a folder of PEFT's tells that needs its model to be read."""
+    """Name -> value of what a PEFT folder shows that needs its model to be read."""
 
     def shapes(tensors: Mapping[str, "Tensor"]) -> list[str]:
         return [f"{n} {' x '.join(map(str, t.shape))}" for n, t in sorted(tensors.items())]
 
     read = "" if told.kind is None else f", read as {told.kind}"
     note = (
-        "its layers' sizes are the model's: --model tells all, as do fs.load(model, folder) and "
+        "its layers' sizes are the model's: --model shows all, as do fs.load(model, folder) and "
         "finespun convert with --model"
     )
     found = {
@@ -104,7 +104,7 @@ def printable(text: str) -> str:
 
 
 def facts(saved: "Saved") -> dict[str, Any]:
-    """Name -> value of all that a person may want to know."""
+    """Name -> value of all that a person may need."""
     state, plan = saved.state, saved.state.plan
     found = {
         "name": state.name,

@@ -1,4 +1,4 @@
-"""What is said where a package is not installed that one of the extras brings."""
+"""The message where a package of one of the extras is not installed."""
 
 EXTRAS = {
     "click": "cli",

@@ -25,7 +25,7 @@ def command(
         bool, typer.Option("--overwrite", help="Replace a file that exists.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="With --out: tell the file as one JSON object.")
+        bool, typer.Option("--json", help="With --out: report the file as one JSON object.")
     ] = False,
 ) -> None:
     """Print the JSON schema of recipes or bench files, every method and its options included.

@@ -1,4 +1,5 @@
-"""What a method owes and what it may ask: sites, plans, structures, deltas and their calculus."""
+"""What a method must provide and what it may use: sites, plans, structures, deltas and
+their calculus."""
 
 from finespun.contract.allocation import ALLOCATIONS, Allocation
 from finespun.contract.axis import AxisValue, Dynamics, Initializer, Objective, hooks_of

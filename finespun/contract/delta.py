@@ -60,7 +60,7 @@ class Delta(Wrapped):
 
     def held(self, name: str, like: Tensor) -> Tensor:
         """A tensor given to `hold`, on the device and, unless it holds integers, in the dtype of
-        another; it stays so."""
+        another; it is kept there."""
         tensor: Tensor = self.__dict__["_held"][name]
         dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
         if tensor.device != like.device or tensor.dtype != dtype:
@@ -169,7 +169,7 @@ class Delta(Wrapped):
         return fitting.fit(self, update, covariance)
 
     def predicted(self, update: LowRank) -> float | None:
-        """The error of `assign` where singular values tell it beforehand."""
+        """The error of `assign` where singular values give it in advance."""
         return None
 
     def products(self) -> list[Product]:

@@ -1,4 +1,4 @@
-"""A method of one axis: hyper-parameters under a name, as recipes and files tell them."""
+"""A method of one axis: hyper-parameters under a name, as recipes and files state them."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping

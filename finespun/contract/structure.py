@@ -165,7 +165,7 @@ class Structure(Method):
     # --- counts: the one source of every figure in docs, command line and reports ----------------
     def num_parameters(self, shape: SiteShape, choice: Choice = UNCHOSEN) -> int:
         """Trained parameters at one site, in closed form."""
-        raise NotImplementedError(f"{type(self).__name__} must count its numbers")
+        raise NotImplementedError(f"{type(self).__name__} must count its parameters")
 
     def num_shared_parameters(self, plan: Plan) -> int:
         """Trained parameters in the bank."""

@@ -97,7 +97,7 @@ def _watched(known: Mapping[str, nn.Module], means: Means) -> Iterator[Means]:
 
 def _own(host: Host, mean: Tensor) -> Tensor:
     """What a reader takes, as its block's other layers have it: fewer values than query heads are
-    told unit by unit."""
+    reported unit by unit."""
     sizes = host.shape.out_features, host.shape.in_features
     if len(mean) in sizes or host.coupling is None:
         return mean

@@ -108,7 +108,7 @@ def _adder(users: Sequence[Host], sums: dict[str, Tensor]) -> Add:
 
 
 def _alias(layer: Any, add: Add) -> Callable[[], None]:
-    """Another parameter on the same numbers takes the weight's place: the original, its flags and
+    """Another parameter on the same storage takes the weight's place: the original, its flags and
     its other users see nothing."""
     original = layer._parameters["weight"]
     alias = nn.Parameter(original.data)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finespun.errors import StateError
+from finespun.errors import StateError, an
 from finespun.hosts import Host, adapter_set_of, hosts_of, merge, unmerge
 from finespun.hosts.adapter_set import Patch
 from finespun.kernels.entries import Entries, entries_gradient, write_entries
@@ -33,7 +33,7 @@ def in_place(model: nn.Module, name: str) -> Iterator[None]:
     hosts = list(hosts_of(model, name).values())
     for host in hosts:
         if not host.featured or name in host.slots.overlays:
-            what = "has an overlay" if host.featured else f"is a {host.kind}"
+            what = "has an overlay" if host.featured else f"is {an(host.kind)}"
             raise StateError(f"{host.name!r} {what}: it cannot be trained in place")
     merge(model, {name: 1.0}, undo="entries")
     for host in hosts:

@@ -1,4 +1,4 @@
-"""What methods want to see of the base before training, measured in one pass over some batches."""
+"""What methods need to see of the base before training, measured in one pass over some batches."""
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -28,7 +28,7 @@ class Look:
         self.found, self.seconds = dict(found), seconds
 
     def scores(self, structure: Structure) -> Scores | None:
-        """What this structure chooses or starts by, every site's; None where it wants nothing."""
+        """What this structure chooses or starts by, every site's; None where it needs nothing."""
         wanted = sorted(structure.needs & MEASURED)
         return self.found[wanted[0]] if wanted else None
 

@@ -34,7 +34,7 @@ class Unmeasured:
 
 
 class Prepared:
-    """The hooks of one run after `prepare`, in their order, with what they want trained.
+    """The hooks of one run after `prepare`, in their order, with what they need trained.
 
     `contract.Setup` for them; then `optimizer` or `groups` make what the driver watches.
     """
@@ -67,7 +67,7 @@ class Prepared:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the run. Raises InputError where nobody said so."""
+        """Optimiser steps of the run. Raises InputError where they are not given."""
         if self._steps is None:
             raise InputError("these hooks need to know how long the run is: pass steps=")
         return self._steps
@@ -144,7 +144,7 @@ def _stepper(values: Sequence[AxisValue | TrainingHooks]) -> Dynamics | None:
     found = [v for v in values if isinstance(v, AxisValue) and Need.STEPPER in v.needs]
     if len(found) > 1:
         names = " and ".join(v.kind for v in found)
-        raise InputError(f"{names} each want to be the optimiser; leave one of them out")
+        raise InputError(f"{names} are each an optimiser; leave one of them out")
     if found and not isinstance(found[0], Dynamics):
         raise InputError(f"{found[0].kind} is no dynamics: only these can be the optimiser")
     return found[0] if found else None  # type: ignore[return-value]

@@ -35,7 +35,7 @@ class Desk:
         return deltas[site]
 
     def host(self, site: str) -> Host:
-        """What speaks for the layer there. Raises StateError where the delta sits in no model."""
+        """The layer's host there. Raises StateError where the delta sits in no model."""
         host = self.delta(site).site
         if not isinstance(host, Host):
             raise StateError(f"{site!r} is no layer of a model: nothing can hang there")

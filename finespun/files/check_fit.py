@@ -50,7 +50,7 @@ MOST_KNOWN = 16  # forms of a model
 
 def register_saved(model: nn.Module, saved: Saved, force: bool = False) -> list[str]:
     """Make an adapter that was read from files known to the model: only its bytes are held until it
-    is activated. Returns notes for a person to hear.
+    is activated. Returns notes for the user.
 
     Raises FileError naming every missing, unknown or ill-shaped tensor, TargetError or PlanError
     where the model lacks a site, BaseMismatch for another base unless `force`. The model is then
@@ -70,7 +70,7 @@ def register_saved(model: nn.Module, saved: Saved, force: bool = False) -> list[
 
 
 def settle(model: nn.Module, state: AdapterState) -> AdapterState:
-    """The adapter with the model's sizes at sites whose size their file does not tell: trained rows
+    """The adapter with the model's sizes at sites whose size their file does not give: trained rows
     of a table, at all uses of it, and biases without a LoRA beside them. Where such a bias belongs
     to no layer that can be adapted (a norm's), it holds a copy of its module. Raises
     TargetError."""

@@ -60,12 +60,12 @@ def read_adapter(
 
 @contextmanager
 def offering_lenience(strict: bool) -> Iterator[None]:
-    """Where a caller may say strict=False, and it would help, a note on the error tells so."""
+    """Where a caller may say strict=False, and it would help, a note on the error says so."""
     try:
         yield
     except StrictError as error:
         if strict:
-            error.add_note("strict=False passes over it")
+            error.add_note("strict=False skips it")
         raise
 
 

@@ -3,7 +3,7 @@
 The portable profile: every scale folded into B and lora_alpha = r, one rank for all sites (zeros
 fill up), plain keys, float32. Then PEFT, vLLM, SGLang, LoRAX, llama.cpp and diffusers, which differ
 in how they read alpha and patterns, all compute ΔW = B A. A rank for each site, in rank_pattern and
-an equal alpha_pattern, is for PEFT alone: vLLM passes over patterns without a word. So is the full
+an equal alpha_pattern, is for PEFT alone: vLLM silently ignores patterns. So is the full
 form (`portable=False`): DoRA, embeddings, convolutions, biases, trained rows of tables.
 """
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from finespun.adapters.lineage import Lineage, lineage_of
 from finespun.contract import Delta
-from finespun.errors import InputError, nearest
+from finespun.errors import InputError, an, nearest
 from finespun.files.diffusion.write import write_adapter
 from finespun.files.native import checked
 from finespun.files.peft.full_form import FullForm, check_tied, full_form
@@ -32,7 +32,7 @@ from finespun.linalg import LowRank
 ONLY_PEFT = "in PEFT's own form, which most servers read in part or not at all"
 Format = Literal["peft", "diffusers", "kohya"]
 FORMATS: tuple[str, ...] = get_args(Format)
-SERVED_RANK = 16  # the most that vLLM serves unless told otherwise
+SERVED_RANK = 16  # the most that vLLM serves unless given otherwise
 TASKS = (
     ("ForSequenceClassification", "SEQ_CLS", ("classifier", "score")),
     ("ForTokenClassification", "TOKEN_CLS", ("classifier", "score")),
@@ -155,7 +155,7 @@ def _updates(adapter: Attached, portable: bool, kinds: Sequence[str]) -> dict[st
         if not delta.mergeable or (portable and site.shape.kind not in kinds):
             way = "; portable=False writes it, for PEFT alone" if delta.mergeable else ""
             raise InputError(
-                f"{name!r} is a {site.shape.kind}: a portable LoRA speaks of linear layers only"
+                f"{name!r} is {an(site.shape.kind)}: a portable LoRA holds linear layers only"
                 + (", or in this format of convolutions" if "conv" in kinds else "")
                 + way
             )
@@ -309,7 +309,7 @@ def _notes(
 ) -> tuple[str, ...]:
     notes = []
     if patterns:
-        notes.append("every layer has its own rank, which PEFT reads and most servers pass over")
+        notes.append("every layer has its own rank, which PEFT reads and most servers ignore")
     if rank > SERVED_RANK:
         notes.append(
             f"rank {rank}: vLLM serves at most {SERVED_RANK} unless max_lora_rank is raised"

@@ -44,7 +44,7 @@ def save(
     """Write adapter `name` of the model to a folder, whole or not at all; returns adapter.json.
     `lineage` takes the place of the adapter's own.
 
-    Raises StateError for numbers that are NaN, infinite or sharded away, FileError where the folder
+    Raises StateError for values that are NaN, infinite or sharded away, FileError where the folder
     cannot be written.
     """
     state = state_of(model, name)
@@ -53,7 +53,7 @@ def save(
 
 def state_of(model: nn.Module, name: str, copy: bool = False) -> AdapterState:
     """An adapter of the model as a state with the fingerprint of its base; its tensors are those of
-    live modules unless `copy`. Raises StateError for numbers that are NaN, infinite or sharded
+    live modules unless `copy`. Raises StateError for values that are NaN, infinite or sharded
     away."""
     held = adapter_set_of(model)[name]
     if isinstance(held, Attached):
@@ -147,7 +147,7 @@ def plan_from_json(content: Any, strict: bool = True, notes: list[str] | None = 
     choices = an_object(content["choices"], "plan.choices")
     for name in choices:
         if name not in names:
-            raise FileError(f"plan.choices speaks of {name!r}, no site; {nearest(name, names)}")
+            raise FileError(f"plan.choices names {name!r}, no site; {nearest(name, names)}")
         an_object(choices[name], f"plan.choices.{name}")
     return Plan(sites, choices, an_object(content["shared"], "plan.shared"))
 

@@ -1,4 +1,4 @@
-"""What reading an adapter's files gives: its state, and what is told of it."""
+"""What reading an adapter's files gives: its state, and what is known about it."""
 
 import dataclasses
 import re
@@ -14,10 +14,10 @@ from finespun.storage.atomic import located
 
 @dataclass(frozen=True)
 class Saved:
-    """An adapter read from files: its state, which no model knows yet, and what is told of it.
+    """An adapter read from files: its state, in no model yet, and what is known about it.
 
-    `notes` are things that a person should hear; `sha256` is that of the file of tensors;
-    `repeated` are numbers of the base, by name, that lie in the file as well.
+    `notes` are things that the user should know; `sha256` is that of the file of tensors;
+    `repeated` are tensors of the base, by name, that lie in the file as well.
     """
 
     state: AdapterState
@@ -33,5 +33,5 @@ class Saved:
 
 
 def named_after(place: str | Path) -> str:
-    """The name of an adapter whose file tells none: that of its folder or file."""
+    """The name of an adapter whose file has none: that of its folder or file."""
     return re.sub(r"[.:/]", "-", located(place).name) or "default"

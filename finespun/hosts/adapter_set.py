@@ -78,12 +78,12 @@ class Rows:
         if self.lengths is not None and count != sum(self.lengths):
             raise StateError(
                 f"{module!r} was given {count} positions while rows() has lengths for "
-                f"{sum(self.lengths)}: they cannot be told apart here"
+                f"{sum(self.lengths)}: they cannot be distinguished here"
             )
         if not self.names or (count % len(self.names) and self.lengths is None):
             raise StateError(
                 f"{module!r} was given {count} rows while rows() names {len(self.names)}: "
-                "they cannot be told apart here"
+                "they cannot be distinguished here"
             )
         lengths = self.lengths or (count // len(self.names),) * len(self.names)
         numbers: dict[str, list[Tensor]] = {}

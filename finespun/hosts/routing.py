@@ -85,7 +85,7 @@ def rows(
     A batch has as many rows as there are names, or `repeat` times as many where each name serves
     that many in turn; `generate` repeats rows by itself, for beams or several answers. With
     `lengths`, names[i] serves the next lengths[i] positions of a packed batch instead. Another
-    number of rows or positions raises StateError, and so does a layer that cannot tell them apart.
+    number of rows or positions raises StateError, and so does a layer that cannot distinguish them.
     """
     adapter_set = adapter_set_of(model)
     check(adapter_set, "rows")

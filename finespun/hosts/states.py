@@ -1,7 +1,7 @@
 """The states of an adapted model: what each call makes of it, and what is refused where, as tables.
 
 A model is merged or not, and stands inside any number of `rows` and `disabled` blocks, which are a
-stack. `check` looks at the table before anything is changed; all that it does not name is lawful.
+stack. `check` looks at the table before anything is changed; all that it does not name is allowed.
 """
 
 from collections.abc import Collection

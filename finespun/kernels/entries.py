@@ -156,7 +156,7 @@ def _compressed(starts: Tensor, places: Tensor, v: Tensor, shape: tuple[int, int
 
 @lru_cache(maxsize=1)
 def _accept() -> None:
-    """Torch says once that compressed rows are in beta: it is said here, to nobody."""
+    """Torch says once that compressed rows are in beta: it is raised and silenced here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         none = torch.zeros(1, dtype=torch.int64)

@@ -88,7 +88,7 @@ def kron_sum_many(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
 def kron_sum3(P: Tensor, Q: Tensor, T: Tensor) -> Tensor:
     """Σ_k P_k ⊗ Q_k ⊗ T_k: (..., S, a, i), (..., S, b, j), (..., S, c, l) -> (..., a·b·c, i·j·l).
 
-    The two smaller factors are multiplied term by term, the largest, of m numbers a term, comes in
+    The two smaller factors are multiplied term by term, the largest, of m values per term, comes in
     by a GEMM of inner size S: beside the result only S/m of its size is held.
     Raises InputError when the factors disagree on S.
     """

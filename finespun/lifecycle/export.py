@@ -31,7 +31,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written: the class that loads it again, its parameters, and things worth hearing."""
+    """What was written: the class that loads it again, its parameters, and things worth knowing."""
 
     folder: Path
     architecture: str

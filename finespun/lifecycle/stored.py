@@ -152,7 +152,7 @@ class StoredSite:
             )
         if ":" in self.shape.name:
             raise InputError(
-                f"{self.shape.name!r} is a slice of a weight, which files alone do not tell apart; "
+                f"{self.shape.name!r} is a slice of a weight, not distinguished by files alone; "
                 "load the adapter on its model and export it from there"
             )
         return self.base
@@ -164,7 +164,7 @@ def deltas_of(state: AdapterState, base: StoredWeights | None = None) -> Deltas:
 
 
 def source_name(folder: Path) -> tuple[str, str | None]:
-    """Base model's name and task that a PEFT config in the folder tells, else ("", None)."""
+    """Base model's name and task that a PEFT config in the folder gives, else ("", None)."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         return "", None

@@ -40,7 +40,7 @@ class KronShape:
 
     @property
     def numbers(self) -> int:
-        """Stored numbers of one term: r1·p1 + r2·p2."""
+        """Stored values of one term: r1·p1 + r2·p2."""
         return self.r1 * self.p1 + self.r2 * self.p2
 
 
@@ -68,7 +68,7 @@ class KronShape3:
 
     @property
     def numbers(self) -> int:
-        """Stored numbers of one term: r1·p1 + r2·p2 + r3·p3."""
+        """Stored values of one term: r1·p1 + r2·p2 + r3·p3."""
         return self.r1 * self.p1 + self.r2 * self.p2 + self.r3 * self.p3
 
 
@@ -97,7 +97,7 @@ def choose_factors(
     prefer_unequal: bool = False,
     rank_split: tuple[int, int] | None = None,
 ) -> KronShape:
-    """The split of rank r and dimension n that stores the fewest numbers a term.
+    """The split of rank r and dimension n that stores the fewest values per term.
 
     Minimises r1·p1 + r2·p2, which is at least 2·√(r·n), over r1·r2 = r and p1·p2 = n. If the best
     exact split is more than 10 % above that bound, p1·p2 may exceed n by max(1, 2 % of n); pad
@@ -130,7 +130,7 @@ def choose_sides(
     r: int, n_in: int, n_out: int, splits: Iterable[tuple[int, ...]] = ()
 ) -> tuple[list[int], list[int], list[int]]:
     """(ranks, input sizes, output sizes) of the factors of A (r, n_in) and B (n_out, r) that share
-    one split of the rank and store the fewest numbers a term together.
+    one split of the rank and store the fewest values per term together.
 
     `splits` are the splits to choose from, of two numbers or three; none given means all of two.
     Raises InputError as `choose_factors` does.
@@ -150,7 +150,7 @@ def _sizes(r: int, n: int, split: tuple[int, ...]) -> list[int]:
 
 
 def _padded(r1: int, r2: int, n: int, limit: int) -> Iterator[KronShape]:
-    """Splits p1, p2 = ⌈n/p1⌉ of allowed waste, each of at most as many numbers as those before."""
+    """Splits p1, p2 = ⌈n/p1⌉ of allowed waste, each of at most as many values as those before."""
     allowed = max(1, int(WASTE * n))
     p1 = 1
     while r1 * p1 < limit:
@@ -166,11 +166,11 @@ def _padded(r1: int, r2: int, n: int, limit: int) -> Iterator[KronShape]:
 def choose_factors3(
     r: int, n: int, *, rank_split: tuple[int, int, int] | None = None
 ) -> KronShape3:
-    """The split into three factors that stores the fewest numbers a term.
+    """The split into three factors that stores the fewest values per term.
 
     Minimises r1·p1 + r2·p2 + r3·p3, at least 3·(r·n)^(1/3), with the padding rule of
     `choose_factors`; ties go to the smallest largest r, then to the most even p.
-    Worked: n = 4096 = 16³, r = 8 = 2³ stores 96 numbers a term. `rank_split` fixes (r1, r2, r3).
+    Worked: n = 4096 = 16³, r = 8 = 2³ stores 96 values per term. `rank_split` fixes (r1, r2, r3).
     Raises InputError on sizes below 1 and on a split whose product is not r.
     """
     _check_sizes(r, n)

@@ -47,7 +47,7 @@ def _chosen_rank(σ: Tensor, rank: int | None, energy: float | None, most: int) 
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """M = B·A with A (r, in) and B (out, r); nothing but `dense` ever holds out x in numbers.
+    """M = B·A with A (r, in) and B (out, r); nothing but `dense` ever holds out x in values.
 
     Any scale of an adapter is folded into B by the caller. Raises InputError when A and B disagree
     on r.

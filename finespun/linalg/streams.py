@@ -142,7 +142,7 @@ def permutation(key: Key, n: int) -> Tensor:
 
 
 def choice(key: Key, n: int, k: int) -> Tensor:
-    """k different numbers of 0..n−1 in random order, int64 (k,).
+    """k distinct integers of 0..n−1 in random order, int64 (k,).
 
     Up to half of them: the first k different values of `integers(key, ·, n)`, so a smaller choice
     is the start of a larger one; above: the start of `permutation(key, n)`.

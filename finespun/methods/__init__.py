@@ -1,1 +1,1 @@
-"""All methods, an axis a folder: mathematics that knows no model, file or run."""
+"""All methods, an axis a folder: mathematics, independent of models, files and runs."""

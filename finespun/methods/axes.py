@@ -83,7 +83,7 @@ def make(kind: str, axis: str, **options: Any) -> Any:
 
 
 def make(kind: str, axis: str = "structure", **options: Any) -> Any:
-    """A method by name, with its options as recipes and files tell them. Raises InputError.
+    """A method by name, with its options as recipes and files state them. Raises InputError.
 
     >>> make("lora", rank=4).options()["rank"]
     4

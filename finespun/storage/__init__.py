@@ -1,1 +1,1 @@
-"""Folders written whole or not at all, and the one door for reading what is untrusted."""
+"""Folders written whole or not at all, and the one place that reads untrusted input."""

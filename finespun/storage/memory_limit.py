@@ -1,4 +1,4 @@
-"""A bound on what is built from sizes that a file tells: no file makes us take all the memory."""
+"""A bound on what is built from sizes that a file states: no file makes us take all the memory."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from finespun.errors import FileError
 
 SHARE = 4  # a single tensor may take one part in four of the machine's memory
-UNKNOWN = 8 << 30  # bytes of memory taken for granted where the system does not tell
+UNKNOWN = 8 << 30  # bytes of memory taken for granted where the system gives none
 SMALL = 1 << 24  # numbers: operations whose output must be smaller are not looked at
 _ITEM = 8  # bytes of the largest usual number
 
@@ -57,7 +57,7 @@ class _Bound(TorchDispatchMode):
             if size > self.most:
                 raise FileError(
                     f"{self.where}: a tensor of {size:,} bytes would be made; at most "
-                    f"{self.most:,} are lawful here"
+                    f"{self.most:,} are allowed here"
                 )
         return func(*args, **kwargs)
 

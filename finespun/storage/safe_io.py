@@ -47,7 +47,7 @@ def read_tensors(path: Path, finite: bool = True) -> TensorFile:
 
     Raises FileError, naming file and key, for a truncated file, a header that is too long, twice
     the same key, offsets that overlap or lie outside, an unknown dtype, and, if `finite`, for NaN
-    or infinite numbers.
+    or infinite values.
     """
     with _opened(path) as (file, size):
         metadata = _check_header(path, file, size)
@@ -198,7 +198,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def _check_header(path: Path, file: BinaryIO, size: int) -> dict[str, str]:
-    """The metadata, once every entry is found lawful and the sizes add up to that of the file."""
+    """The metadata, once every entry is found valid and the sizes add up to that of the file."""
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
         raise FileError(f"{path} is truncated or no safetensors file ({size:,} bytes)")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finespun.errors import FileError, InputError
+from finespun.errors import FileError, InputError, an
 from finespun.storage.atomic import located, put_aside, remove_folder, settled, whole_folder
 from finespun.storage.safe_io import (
     check_dense,
@@ -158,7 +158,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         items = [_encode(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
     raise InputError(
-        f"{path} is a {type(value).__name__}, which a checkpoint cannot hold: only dicts, lists, "
+        f"{path} is {an(type(value).__name__)}, which a checkpoint cannot hold: only dicts, lists, "
         "numbers, text, tensors and arrays"
     )
 

@@ -83,7 +83,7 @@ class Estimate:
 def estimate(
     recipe: Recipe, reporter: Reporter | None = None, clock: Clock = time.perf_counter
 ) -> Estimate:
-    """Look at a recipe without carrying it out; `clock` tells seconds. Raises what `run` would
+    """Look at a recipe without carrying it out; `clock` returns seconds. Raises what `run` would
     raise up to its first step, except for the output folder, which is not touched."""
     check_installed(recipe.trackers)
     with surroundings(recipe):
@@ -135,7 +135,7 @@ def _few(job: Job, rows: Sequence[int]) -> list[int]:
 
 def _activations(job: Job) -> int:
     """Bytes that a batch of the longest rows holds, one short row among them so that there is
-    padding. Three small batches tell how they grow: with rows, and with their square where a batch
+    padding. Three small batches show how they grow: with rows, and with their square where a batch
     is one row. A batch that needs no more than `WHOLE` is then measured whole, since a structure
     may multiply large batches in another way."""
     lengths = job.train.lengths
@@ -193,7 +193,7 @@ def tried(
     tokens: Encoded, batches: Sequence[list[int]], seconds: Callable[[list[int]], float]
 ) -> float:
     """Seconds of all `batches`, from some that are spread evenly from the smallest to the largest,
-    scaled by their tokens. The smallest warms up; the middle one tells how many others there is
+    scaled by their tokens. The smallest warms up; the middle one shows how many others there is
     `PATIENCE` for."""
 
     def size(rows: list[int]) -> int:

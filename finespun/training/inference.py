@@ -32,7 +32,7 @@ class Trained:
         """Load the base model that the recipe names, and the adapter in `folder`: the output of a
         run, or a folder that was made of one by `convert` or `export`.
 
-        Raises FileError where there is no adapter, or nothing tells which recipe made it.
+        Raises FileError where there is no adapter, or nothing records which recipe made it.
         """
         recipe, task = origin(folder)
         model = task.load(recipe.model, recipe.training.seed)

@@ -154,7 +154,7 @@ class Loop:
         lr = self.optimizer.param_groups[0]["lr"]
         kept = f"the checkpoint of step {self.saved} is kept" if self.saved >= 0 else ""
         raise TrainingError(
-            f"the {what} is {value} in step {step} of {self.steps} at rate {lr:.3g}; "
+            f"the {what} is {value} in step {step} of {self.steps} at learning rate {lr:.3g}; "
             f"try training.lr={self.lr / 3:.1g} or a longer training.warmup_share"
             + (f" ({kept})" if kept else "")
         )
@@ -213,7 +213,7 @@ def steps_of(batches: int, training: Training) -> int:
 
 
 def lr_factor(step: int, steps: int, training: Training) -> float:
-    """The share of the peak rate in step `step` (from 0): a linear rise over the warm-up, then
+    """The share of the peak learning rate in `step` (from 0): a linear rise over the warm-up, then
     constant, or falling towards 0 linearly or as half a cosine."""
     warmup = round(training.warmup_share * steps)
     if step < warmup:

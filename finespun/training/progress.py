@@ -1,4 +1,4 @@
-"""How a run tells where it is: a bar on a terminal, JSON lines elsewhere, nothing when quiet."""
+"""How a run reports its progress: a bar on a terminal, JSON lines elsewhere, nothing when quiet."""
 
 import json
 import math
@@ -72,7 +72,7 @@ class JsonLines(Reporter):
     """One JSON object a line on `stream`, for programs and logs.
 
     Steps are thinned to every `every`-th, and the last; 0 means about forty in a run. Of a
-    checkpoint's diagnostics the worst of all layers is told; metrics.jsonl has every layer's.
+    checkpoint's diagnostics the worst of all layers is shown; metrics.jsonl has every layer's.
     """
 
     def __init__(self, stream: IO[str], every: int = 0) -> None:
@@ -92,7 +92,7 @@ class JsonLines(Reporter):
 
 
 class Bar(Reporter):
-    """A progress bar on the terminal: loss, rate, examples a second and the time left."""
+    """A progress bar on the terminal: loss, learning rate, examples a second and the time left."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
@@ -157,7 +157,7 @@ class Log(Reporter):
         return self.path.stat().st_size if self.path.exists() else 0
 
     def past(self) -> list[Record]:
-        """What was told before."""
+        """Events that were reported earlier."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.size else []
         return [json.loads(line) for line in lines]
 

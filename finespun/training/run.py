@@ -199,7 +199,9 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Job:
         notes.append(f"this structure does not start at the base: ‖ΔW‖ up to {moved:.3g}")
     untrained = [n for n in model.fresh if n not in adapter.attached.trained]
     if untrained:
-        notes.append(f"{', '.join(untrained)} starts untrained and stays so: add it to train")
+        notes.append(
+            f"{', '.join(untrained)} starts untrained and remains untrained: add it to train"
+        )
     for note in notes:
         reporter.tell({"event": "note", "text": note})
     job = Job(recipe, task, model, adapter, train, test, seen)

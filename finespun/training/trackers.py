@@ -1,6 +1,6 @@
 """A run followed in other programs: TensorBoard, trackio, W&B, MLflow, each an extra of its own.
 
-metrics.jsonl is always written; a tracker hears the same numbers. Nothing is sent anywhere unless
+metrics.jsonl is always written; a tracker receives the same values. Nothing is sent anywhere unless
 the tracker's own settings (WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, ...) ask for it.
 """
 
@@ -162,7 +162,7 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 class Followers(Reporter):
-    """Hands a run's numbers to its trackers. One that fails is warned of and heard no more: it
+    """Hands a run's figures to its trackers. One that fails is left out with a warning: it
     must not cost the run."""
 
     def __init__(self, names: Sequence[str], subject: Subject) -> None:
@@ -198,7 +198,7 @@ class Followers(Reporter):
 
 @contextmanager
 def followed(recipe: Recipe, past: Iterable[Record] = ()) -> Iterator[Followers]:
-    """The recipe's trackers, open for the length of a run; they hear first what is `past`.
+    """The recipe's trackers, open for the length of a run; they receive the `past` events first.
 
     Raises InputError where one does not start.
     """

@@ -95,10 +95,10 @@ def test_a_bench_file_is_read_whole() -> None:
         ),
         ("members=[{structure: {kind: lora}, num_parameters: [0]}]", "greater than or equal to 1"),
         ("members=[4]", "member 1: 4 needs a structure"),
-        ("lrs=[1e-3, 3e-3]", "2 rates are too few: .* a neighbour on both sides"),
-        ("lrs=[]", "no rates; try"),
+        ("lrs=[1e-3, 3e-3]", "2 learning rates are too few: .* a neighbour on both sides"),
+        ("lrs=[]", "no learning rates; try"),
         ("lrs=[0, 1, 2]", "0 is no rate"),
-        ("lrs=fast", "'fast' is neither a list of rates nor"),
+        ("lrs=fast", "'fast' is neither a list of learning rates nor"),
         ("lrs={low: 1e-3, high: 1e-1}", "count is missing"),
         ("search.epochs=[2]", r"search.epochs = \[2\] must rise and stay below the 2 epochs"),
         ("seeds=[1, 1]", r"seeds = \[1, 1\] repeats a seed"),
@@ -430,7 +430,7 @@ def test_a_rate_carried_over_is_refused_by_the_name_of_its_source() -> None:
     one = row("LoRA r=4", (0.8, 0.8, 0.8), lr=1.5e-2, **same)
     two = row("LoRA r=8", (0.8, 0.8, 0.8), lr=1.06e-2, **same)
     assert summary(source, one, two).refusal == (
-        "no ranking: the best rate lies at the edge of its grid "
+        "no ranking: the best learning rate lies at the edge of its grid "
         "(LoRA r=1: 0.03 of 0.001 to 0.03, carried over to LoRA r=4, LoRA r=8); widen lrs"
     )
 
@@ -447,7 +447,7 @@ def test_a_ranking_only_where_no_best_rate_lies_at_an_edge() -> None:
     assert lost.refusal == "no ranking: runs diverged (LSR r=16)"
     assert "| rank |" in markdown(good)
     assert "| rank |" not in markdown(refused)
-    assert "No ranking: the best rate lies at the edge" in markdown(refused)
+    assert "No ranking: the best learning rate lies at the edge" in markdown(refused)
 
 
 def test_every_form_names_the_command_and_the_values(tmp_path: Path) -> None:

@@ -330,7 +330,7 @@ def test_the_command_prints_the_table_and_refuses_a_ranking_by_its_exit_code(
     assert run(["bench", str(tmp_path / "b.yaml"), *few, "--json"]) == 5
     printed = capsys.readouterr()
     found = json.loads(printed.out)
-    assert found["refusal"].startswith("no ranking: the best rate lies at the edge")
+    assert found["refusal"].startswith("no ranking: the best learning rate lies at the edge")
     assert found["ranking"] == []
     assert found["command"].startswith(f"finespun bench {tmp_path}/b.yaml 'members=[")
     assert printed.err.count("search") == 5  # three rates for one epoch, the best two for both

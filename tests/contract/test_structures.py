@@ -1,4 +1,4 @@
-"""The shared suite, part one: what every structure owes without a model."""
+"""The shared suite, part one: what every structure must provide without a model."""
 
 import copy
 import dataclasses

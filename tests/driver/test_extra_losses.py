@@ -110,7 +110,7 @@ def test_a_stepper_is_the_optimiser_and_schedules_keep_its_factors():
     schedule.step()
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.005, 0.02, 0.01])
     assert all(state["steps"] == 1 for state in optimizer.state.values())
-    with pytest.raises(InputError, match="each want to be the optimiser"):
+    with pytest.raises(InputError, match="are each an optimiser"):
         prepare(model, "default", [Stepper(), Stepper(factor=2.0)])
     other = torch.optim.AdamW(adapter.parameters())
     with pytest.raises(InputError, match="toy_stepper is an optimiser of its own"):

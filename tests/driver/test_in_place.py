@@ -179,7 +179,7 @@ def test_half_a_switch_is_taken_back(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_edit_of_what_is_merged_is_noticed(dtype):
-    """Were the old entries put back, half of the edit would be lost without a word."""
+    """Were the old entries put back, half of the edit would be lost silently."""
     model, adapter = adapted(dtype=dtype)
     adapter.merge(undo="entries")
     last = model.get_parameter(f"{SITES[-1]}.weight")

@@ -177,7 +177,7 @@ def test_what_these_formats_cannot_hold_is_refused(tmp_path):
         adapter.export(tmp_path / "x", part="unet")
     assert not (tmp_path / "x").exists()
     table = fs.adapt(text(), fs.LoRA(rank=2), ["token_embedding"], train_modules=())
-    with pytest.raises(InputError, match=r"is a embedding: .* or in this format of convolutions"):
+    with pytest.raises(InputError, match=r"is an embedding: .* or in this format of convolutions"):
         table.export(tmp_path / "x", format="diffusers")
 
 

@@ -255,7 +255,7 @@ def test_lenient_reading_passes_over_an_unknown_key(tmp_path):
     model = bert()
     with pytest.raises(StrictError, match="from_the_future=True is unknown") as caught:
         fs.load(model, tmp_path / "x")
-    assert caught.value.__notes__ == ["strict=False passes over it"]
+    assert caught.value.__notes__ == ["strict=False skips it"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fs.load(model, tmp_path / "x", strict=False)

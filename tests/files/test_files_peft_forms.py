@@ -271,9 +271,7 @@ def test_strength_is_written_or_refused(tmp_path):
     dora.scale = 0.3
     with pytest.raises(InputError, match=r"'up' is a DoRA of strength 0.3.*adapter.scale = 1.0"):
         dora.export(tmp_path / "y", portable=False)
-    with pytest.raises(
-        InputError, match="a portable LoRA speaks of linear layers only; portable=F"
-    ):
+    with pytest.raises(InputError, match="a portable LoRA holds linear layers only; portable=F"):
         adapter.export(tmp_path / "y")
     tied = fs.adapt(llama(), fs.LoRA(rank=2), ["lm_head"], tie="both")
     for portable in (True, False):

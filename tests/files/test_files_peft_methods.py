@@ -209,7 +209,7 @@ def test_lenience_is_offered_for_what_is_unknown_only(tmp_path):
     changed(tmp_path, new=5)
     with pytest.raises(StrictError, match="new=5 is unknown") as caught:
         fs.load(Net(), tmp_path)
-    assert caught.value.__notes__ == ["strict=False passes over it"]
+    assert caught.value.__notes__ == ["strict=False skips it"]
     model = Net().eval()
     with pytest.warns(UserWarning, match="new=5 is unknown"):
         fs.load(model, tmp_path, strict=False)

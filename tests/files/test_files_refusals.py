@@ -167,7 +167,7 @@ def test_lenient_reading_passes_over_what_is_unknown_and_says_so(saved):
     assert torch.equal(model(batch()), saved[1])
 
 
-LENIENT = "strict=False passes over it"
+LENIENT = "strict=False skips it"
 UNKNOWN = {
     "key": lambda c: c.update(colour="red"),
     "an option": lambda c: c["structure"]["options"].update(shiny=True),

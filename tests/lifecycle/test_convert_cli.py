@@ -317,7 +317,7 @@ def test_ranks_of_their_own_are_for_peft_alone(tmp_path):
     ranks = {p: A.shape[0] for p, (A, _) in pairs(tmp_path / "x").items()}
     assert ranks[first.site.shape.name] == 2
     assert sorted(ranks.values()) == [2, 6, 6, 6]
-    assert "servers pass over" in str(done)
+    assert "servers ignore" in str(done)
     told = config(tmp_path / "x")
     assert told["alpha_pattern"] == told["rank_pattern"]
     assert list(told["rank_pattern"].values()) == [2]

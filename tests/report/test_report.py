@@ -153,7 +153,7 @@ def test_an_update_that_needs_the_base_is_told_so(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, epochs=1)
     assert run(["train", str(recipe), "structure={kind: hira, rank: 2}", "-q"]) == 0
     text, _ = opened(tmp_path / "out")
-    assert "Norms are not told from the files alone" in text
+    assert "Norms cannot be computed from the files alone" in text
     assert "depends on the base weight" in text
 
 

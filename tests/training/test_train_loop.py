@@ -279,7 +279,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(value: float) -> None:
         loop.run()
     told = str(caught.value)
     assert "loss is nan in step 3 of 4" in told
-    assert f"at rate {lr_factor(2, 4, loop.training) * 1e-2:.3g}" in told
+    assert f"at learning rate {lr_factor(2, 4, loop.training) * 1e-2:.3g}" in told
     assert "try training.lr=0.003" in told
     assert "the checkpoint of step 2 is kept" in told
     assert saved == [2]

@@ -1,4 +1,4 @@
-"""How a run tells where it is: JSON lines, the bar, the log file."""
+"""How a run reports its progress: JSON lines, the bar, the log file."""
 
 import io
 import json

@@ -153,7 +153,7 @@ def test_what_a_person_should_know_is_told(recipe: Recipe, tmp_path: Path) -> No
     prepare(recipe.changed(changes), events)
     assert "2 dropped as repeated" in events.notes()
     assert "cut at 6 tokens" in events.notes()
-    assert "classifier starts untrained and stays so" in events.notes()
+    assert "classifier starts untrained and remains untrained" in events.notes()
     official = ["structure={kind: lsr, rank: 4, start: official}"]
     prepare(recipe.changed(official), events)
     assert "does not start at the base: ‖ΔW‖ up to" in events.notes()

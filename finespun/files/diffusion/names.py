@@ -60,7 +60,7 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Unplaced(Saved):
-    """An adapter whose sites have the names of its file. `where` tells the part of the pipeline and
+    """An adapter whose sites have the names of its file. `where` names the part of the pipeline and
     the path in it (for kohya with underscores); `kernels` the (in, k, ...) of convolutions."""
 
     style: Style = "diffusers"
@@ -69,7 +69,7 @@ class Unplaced(Saved):
 
     @property
     def parts(self) -> list[str]:
-        """The parts of the pipeline that the file speaks of, in its order."""
+        """The parts of the pipeline that the file names, in its order."""
         return list(dict.fromkeys(part for part, _ in self.where.values()))
 
 
@@ -106,7 +106,7 @@ def _site(model: nn.Module, name: str) -> list[Host]:
 
 def place_on(saved: Saved, layers: Mapping[str, Layer], part: str | None = None) -> Saved:
     """The adapter with the names that `layers` (a model's) have. Of a file for several parts of a
-    pipeline that part is taken which fits, or the one named; the rest is told in a note.
+    pipeline that part is taken which fits, or the one named; the rest is named in a note.
 
     Raises TargetError naming what the model lacks and the nearest there is, PlanError for another
     size, InputError where two parts fit or `part` is not in the file.
@@ -146,7 +146,7 @@ def stripped(saved: Saved, part: str | None = None) -> Saved:
             "the folder of the part that was trained (model=..., on the command line --model)"
         )
     if part is None and len(saved.parts) > 1:
-        raise InputError(f"the file speaks of {', '.join(saved.parts)}; say which, as part=...")
+        raise InputError(f"the file names {', '.join(saved.parts)}; say which, as part=...")
     names = {raw: path for raw, (own, path) in saved.where.items() if part in (None, own)}
     return _renamed(saved, names, {}, [])
 

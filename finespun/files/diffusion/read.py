@@ -67,7 +67,7 @@ _OLD = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weigh
 
 class Piece(NamedTuple):
     """One layer's parameters as a structure of ours has them. `inner` counts a kernel's parameters
-    too; `kernel` is (in, k, ...) where the file tells it."""
+    too; `kernel` is (in, k, ...) where the file gives it."""
 
     kind: str
     out: int
@@ -137,7 +137,7 @@ def _sort(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         name, leaf = _split(key)
         own = found.setdefault(name.replace(".processor.", "."), {})
         if leaf in own:
-            raise FileError(f"{key!r} says again what another key of {name!r} has said")
+            raise FileError(f"{key!r} repeats what another key of {name!r} gives")
         own[leaf] = tensor.float() if leaf != "alpha" else tensor
     if not found:
         raise FileError("there is no tensor in it")

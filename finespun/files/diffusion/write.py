@@ -84,7 +84,7 @@ def split_name(
     name: str, base: Fingerprint | None, part: str | None, style: Style
 ) -> tuple[str, str]:
     """The part of the pipeline that a layer belongs to, and its path there: the part named, else
-    what the class of the base tells, else the first word of the layer's own name. Raises InputError
+    what the base's class implies, else the first word of the layer's own name. Raises InputError
     where that is not known."""
     known = PARTS if style == "diffusers" else tuple(KOHYA)
     if part is not None:
@@ -179,7 +179,7 @@ def _padded(update: Update) -> tuple[Tensor, Tensor]:
 
 
 def _metadata(updates: list[Update]) -> dict[str, str]:
-    """What PEFT's LoraConfig is told by diffusers, for each part of the pipeline."""
+    """What diffusers passes to PEFT's LoraConfig, for each part of the pipeline."""
     told: dict[str, Any] = {}
     for part in dict.fromkeys(u.part for u in updates):
         own = {u.pattern: u.rank for u in updates if u.part == part}

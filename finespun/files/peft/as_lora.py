@@ -61,7 +61,7 @@ def drawn(model: Any, config: Config, shared: Found) -> dict[str, dict[str, Tens
     in which each of the d parameters of θ stands ⌊D/d⌋ or ⌈D/d⌉ times, D being their count; an
     entry is its number over the root of how often that stands. NumPy's generator shuffles, from
     `proj_seed`: a NumPy with other streams would find other places.
-    Raises FileError without the model itself, where the config does not tell the layers, or is not
+    Raises FileError without the model itself, where the config does not give the layers, or is not
     of these tensors.
     """
     if not isinstance(model, nn.Module):

@@ -1,7 +1,7 @@
 """Reading checkpoints of PEFT's other methods: their own options and tensors, under our names.
 
-Sizes that such a file does not tell are the model's, so its layers are needed: those of the model,
-or what tells of them by name. Methods whose frozen
+Sizes that such a file does not give are the model's, so its layers are needed: those of the model,
+or a mapping that gives them by name. Methods whose frozen
 parameters PEFT draws in its own way are read as the LoRA that they are: VeRA as B' = diag(b)·B,
 A' = diag(d)·A, RandLoRA as its bases side by side, Uni-LoRA as its entries of θ in their places.
 """
@@ -59,7 +59,7 @@ def read_method(
         return None
     if layers is None:
         raise FileError(
-            f"{place}: {kind} is read with its model only, whose layers tell the sizes: name the "
+            f"{place}: {kind} is read with its model only, whose layers give the sizes: name the "
             "base (model=..., on the command line --model), or load it by fs.load(model, folder)"
         )
     held, method = read_tensors(place / TENSORS), METHODS[kind]
@@ -137,7 +137,7 @@ def sort(
 
 def check_options(method: Reading, config: Config, strict: bool) -> list[str]:
     """Raise FileError for options that change what the adapter does and are not read, and if strict
-    for unknown ones; returns notes on what else a person should hear."""
+    for unknown ones; returns notes on what else the user should know."""
     own = {f.name for f in dataclasses.fields(STRUCTURE.find(method.kind))}
     own |= set(STRUCTURE.find(method.kind).aliases)
     passed = {
@@ -215,7 +215,7 @@ def _bank(bank: Bank | None, shared: Found) -> dict[Key, Tensor]:
 
 
 def _choice(made: Structure, host: Site, told: bool) -> dict[str, Any]:
-    """What the plan says of a site beside what the file has told. PEFT's ranks have no limit, ours
+    """What the plan says of a site besides what the file gave. PEFT's ranks have no limit, ours
     have one for new updates."""
     if isinstance(made, Ranked) and (told or type(made).choose is Ranked.choose):
         return {"rank": made.rank, "scale": made.scale}

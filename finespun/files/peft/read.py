@@ -101,7 +101,7 @@ def _plan(
     parts: Parts, config: Mapping[str, Any], notes: list[str]
 ) -> tuple[tuple[SiteShape, ...], dict[str, dict[str, Any]], dict[Key, Tensor]]:
     """Sites, their choices and the tensors of their deltas. A choice that is `open` stands at a
-    site of which the file does not tell the size: `check_fit.settle` asks the model."""
+    site whose size the file does not give: `check_fit.settle` asks the model."""
     sites, choices, tensors = [], {}, dict[Key, Tensor]()
     dotted = _dotted(parts, config)
     for path, pair in parts.pairs.items():
@@ -132,7 +132,7 @@ def _plan(
 
 
 def _check_claims(parts: Parts, config: Mapping[str, Any], notes: list[str]) -> None:
-    """What the config speaks of must be in the file; a bias may be missing, with a note."""
+    """What the config names must be in the file; a bias may be missing, with a note."""
     key = "trainable_token_indices"
     if config.get(key) and not parts.tokens:
         raise FileError(f"the config has {key}={str(config[key])[:60]}, and no such rows are there")

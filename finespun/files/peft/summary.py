@@ -1,4 +1,4 @@
-"""What a folder of PEFT's holds, told without its model, whatever its method."""
+"""What a folder of PEFT's holds, described without its model, whatever its method."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -43,7 +43,7 @@ class Reading:
 
     `change` makes our tensors of a site's, `options` gives options of the whole, `site` those of
     one site by its own tensors, `choice` what its plan says beside them. `fixed` are options with
-    the only values that are read, and why no other is; `unused` are those that the tensors tell;
+    the only values that are read, and why no other is; `unused` are those that the tensors show;
     `notes` say what a person should know of OPTION=VALUE. `factors` reads the method as a LoRA,
     from the site's tensors and those that all share; without these, `needs` says what to do.
     `drawn` makes, for a model, the tensors of sites that a file leaves to PEFT's generator.
@@ -83,7 +83,7 @@ def _shira(found: Found, site: SiteShape, config: Config) -> Found:
 
 
 def _feeds(config: Config, name: str, g: Tensor) -> bool:
-    """Whether a gain acts on the input: then it has one row; a convolution's never tells."""
+    """Whether a gain acts on the input: then it has one row; a convolution's never shows it."""
     told = config.get("feedforward_modules") or []
     if g.dim() == 2:
         return len(g) == 1
@@ -185,7 +185,7 @@ def _loha(found: Found, site: SiteShape, config: Config) -> Options:
 
 
 def _lokr(found: Found, site: SiteShape, config: Config) -> Options:
-    """Where nothing has rank r, only the config tells it."""
+    """Where nothing has rank r, only the config gives it."""
     low = found.get("Q_a", found.get("P_a"))
     ranks = meant(config, site.name)[0]
     return _alpha(ranks[0] if low is None else len(low), site, config)

@@ -2,7 +2,7 @@
 
     y = base(x) + Σ c_i [ drop_i(x) (W_i − W0)ᵀ + (b_i − b0) ],   W_i = map_weight_i(W0)
 
-always from the original W0. The layer knows no method by name: which of the forms that a delta
+always from the original W0. The layer names no method: which of the forms that a delta
 wrote is used, and how, is the table in `hosts/paths.py`.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from finespun.contract import Coupling, Delta
 from finespun.contract.delta import Factors
-from finespun.errors import StateError
+from finespun.errors import StateError, an
 from finespun.hosts import paths
 from finespun.hosts.adapter_set import AdapterSet, Rows
 from finespun.hosts.layers.layer import OWN, plain_class
@@ -29,12 +29,12 @@ LINEAR_FORWARD = nn.Linear.forward
 
 
 class Host(StoredLayer, Slotted):
-    """Where deltas attach at one module; the object beside the layer that speaks for it.
+    """Where deltas attach at one module; the object beside the layer that represents it.
 
     A host is also the Site that its deltas see. Five verbs hide the kind of layer: `weight()` as
     (out, in), `multiply(x, W)`, `down(x, A)`, `up(h, B)` and `write(W)`. `slots` holds gains,
     overlays and mixers by adapter. `featured` says that the last dimension of x and y holds the
-    features, `fusable` that the layer is an nn.Linear as the fused kernel wants it, `sliced` that
+    features, `fusable` that the layer is an nn.Linear as the fused kernel needs it, `sliced` that
     the update reaches some of its outputs.
     """
 
@@ -153,7 +153,7 @@ class Host(StoredLayer, Slotted):
     def _flat(self, x: Tensor, output: bool = False) -> Tensor:
         """Positions first: (..., features) -> (positions, features)."""
         if not self.featured:
-            raise StateError(f"{self.name!r}, a {self.kind}, cannot tell packed positions apart")
+            raise StateError(f"{self.name!r}, {an(self.kind)}, cannot distinguish packed positions")
         return x.reshape(-1, x.shape[-1])
 
     def way(self, delta: Delta, strength: float, x: Tensor, alone: bool = False) -> Way:
@@ -219,7 +219,7 @@ class Host(StoredLayer, Slotted):
     def _refuse(self) -> NoReturn:
         """Raise StateError: hooks sit on an update that cannot be called as a module."""
         if not self.featured:
-            raise StateError(f"hooks on {self.name!r}, a {self.kind}, would see no features")
+            raise StateError(f"hooks on {self.name!r}, {an(self.kind)}, would see no features")
         raise StateError(f"a gain at {self.name!r} needs an update without hooks; remove them")
 
     def _formed(self, delta: Delta) -> Factors | None:

@@ -1,11 +1,11 @@
-"""Which host speaks for which kind of module."""
+"""Which host serves which kind of module."""
 
 from collections.abc import Iterable
 
 from torch import nn
 
 from finespun.contract import Structure
-from finespun.errors import TargetError, nearest
+from finespun.errors import TargetError, an, nearest
 from finespun.hosts.adapter_set import AdapterSet
 from finespun.hosts.coupling import couple
 from finespun.hosts.insertion import host_at
@@ -64,7 +64,7 @@ def _site(
     if structure.site_kind == "block" and not _is_layer(module):
         if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             raise TargetError(
-                f"{name!r} is a {plain_class(module).__name__}, which would run its adapters as "
+                f"{name!r} is {an(plain_class(module).__name__)}, which would run its adapters as "
                 "layers: name the blocks inside it, or wrap it in a module of its own"
             )
         return BlockHost(module, name, adapter_set)

@@ -9,7 +9,7 @@ from finespun.adapters.lineage import lineage_of
 from finespun.adapters.state import AdapterState
 from finespun.contract import SiteShape
 from finespun.contract.structure import TIE
-from finespun.errors import InputError
+from finespun.errors import InputError, an
 from finespun.files import Saved
 from finespun.files.diffusion.names import Style, Unplaced, place_on, stripped
 from finespun.files.diffusion.write import Update, split_name, target, write_diffusion
@@ -23,7 +23,7 @@ def named(
     saved: Saved, base: StoredWeights | None, format: str, part: str | None
 ) -> tuple[Saved, str | None]:
     """The adapter under names that `format` can hold, and the part of a pipeline that it is for,
-    where the file told that. What stays in these formats keeps its names, and all its parts.
+    where the file says so. What stays in these formats keeps its names, and all its parts.
 
     Raises InputError where the base, or the part to take, has to be named.
     """
@@ -31,14 +31,14 @@ def named(
         return saved, part
     if base is None and not saved.state.structure.holds_any:
         raise InputError(
-            f"of a {saved.state.structure.kind} the file does not tell linear layers from "
+            f"of a {saved.state.structure.kind} the file does not distinguish linear layers from "
             "convolutions: name the base's folder (model=..., on the command line --model)"
         )
     kept = format == saved.style or (format == "kohya" and saved.style == "diffusers")
     if kept and base is None and part is None:
         return saved, None
     if part is None and len(saved.parts) > 1:
-        raise InputError(f"the file speaks of {', '.join(saved.parts)}; say which, as part=...")
+        raise InputError(f"the file names {', '.join(saved.parts)}; say which, as part=...")
     whose = part or saved.parts[0] or None
     if base is None:
         return stripped(saved, part), whose
@@ -93,10 +93,10 @@ def write(
 
 def _check(site: SiteShape, kernel: tuple[int, ...]) -> None:
     if site.kind not in ("linear", "conv") or ":" in site.name:
-        what = "a slice of a layer" if ":" in site.name else f"a {site.kind}"
+        what = "a slice of a layer" if ":" in site.name else an(site.kind)
         raise InputError(f"{site.name!r} is {what}, which has no place in this format")
     if site.kind == "conv" and not kernel:
         raise InputError(
-            f"{site.name!r} is a convolution, whose kernel's size only the base tells: name its "
+            f"{site.name!r} is a convolution, whose kernel's size only the base gives: name its "
             "folder (model=..., on the command line --model)"
         )

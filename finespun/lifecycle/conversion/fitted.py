@@ -20,7 +20,7 @@ from finespun.linalg import LowRank
 @dataclass
 class Fitted:
     """What the sites came to: tensors and choices of the new adapter; by site, the error of what
-    was written, the one expected beforehand where something tells it, and the rank of factors."""
+    was written, the one expected in advance where it can be computed, and the rank of factors."""
 
     tensors: dict[Key, Tensor] = field(default_factory=dict)
     choices: dict[str, Mapping[str, Any]] = field(default_factory=dict)

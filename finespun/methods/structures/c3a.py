@@ -32,7 +32,7 @@ class C3A(Structure):
     w (out/b, in/b, b), zero at the start: out·in/b parameters; every block has rank up to b, the
     update up to full. b = `block_size` must divide in and out. Multiplied by real FFTs of length b:
     y_m = irfft(Σ_n rfft(x_n)·conj(rfft(w_mn))) / in. (The library draws w at random; since ΔW is
-    linear in w, that start with its own update taken away is this one.) Divided by `in`, w wants
+    linear in w, that start with its own update taken away is this one.) Divided by `in`, w needs
     learning rates around 1.
     Source: arXiv 2407.19342.
     """

@@ -24,7 +24,7 @@ class DeLoRA(Ranked):
     """ΔW = (λ/r)·Σ_i b_i a_iᵀ / (‖b_i‖·‖a_i‖)·diag(ν);  a_i rows of A (r, in), b_i columns of
     B (out, r), ν_j the norm of column j of W0.
 
-    Good for: long training and high rates: the update cannot outgrow its bound.
+    Good for: long training and high learning rates: the update cannot outgrow its bound.
     Not for: the smallest adapters: it has as many parameters as LoRA.
 
     A, B and λ are trained: r·(in + out) + 1 parameters, rank r. λ starts at alpha, 15 unless given,

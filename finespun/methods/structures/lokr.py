@@ -69,7 +69,7 @@ class LoKr(Ranked):
         return delta
 
     def ranks(self, choice: Mapping[str, Any]) -> tuple[int, int]:
-        """Those of P and Q, 0 for one that is whole; files of others may tell their own."""
+        """Those of P and Q, 0 for one that is whole; files of others may give their own."""
         both = self.decompose_both and self.low(choice["u"])
         return choice["rank"] * both, choice["rank"] * self.low(choice["v"])
 

@@ -51,9 +51,9 @@ class S2FT(Structure):
     block; with `per_layer=False` they are drawn from all blocks together, as in the paper, and some
     layers may get none. `select`: "random" by seed; "weight" by ‖W0‖ of a unit in the layers
     adapted; "activation" by its mean absolute value, "product" by weight times activation and
-    "gradient" by ‖∂L/∂W0‖ of the unit, as scores given to `adapt` tell (recipes measure them).
+    "gradient" by ‖∂L/∂W0‖ of the unit, from the `scores` of `adapt` (recipes measure them).
     `largest=False` takes the smallest instead.
-    `outputs` names layers that are trained by rows though their names do not tell; other unknown
+    `outputs` names layers that are trained by rows though their names do not show it; other unknown
     layers are trained by columns. Source: arXiv 2412.06289.
     """
 

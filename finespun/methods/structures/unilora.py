@@ -118,7 +118,7 @@ class Theta(Bank):
         self.theta = nn.Parameter(theta)
 
     def unfold(self, offset: int = 0, count: int | None = None) -> Tensor:
-        """Entries offset .. offset + count of θ_D = P θ; all of them unless told otherwise."""
+        """Entries offset .. offset + count of θ_D = P θ; all of them unless given otherwise."""
         total, size = self.index.shape
         columns = torch.arange(size, device=self.theta.device)
         uses = total // size + (columns < total % size).to(self.theta.dtype)

@@ -33,7 +33,7 @@ class EntriesDelta(Delta):
 
     @property
     def at(self) -> Entries:
-        """The entries as the products want them, made anew when others are chosen."""
+        """The entries as the products need them, made anew when others are chosen."""
         index, known = self.index, self.__dict__.get("_at", (None, None, -1))
         if known[1] is not index or known[2] != index._version:
             shape = self.site.shape.out_features, self.site.shape.in_features
