@@ -49,13 +49,13 @@ def small():
 class Record:
     """What one adapter is: dense updates, its head, the buffers that it moved, its strength."""
 
-    def __init__(self, model, name, kept=True):
+    def __init__(self, model, name, plain):
         made = fs.Adapter(model, name)
         self.strength, self.kind = made.scale, made.structure.kind
         self.moves = {}
         for site, host in hosts.hosts_of(model, name).items():
             delta = host.delta(name)
-            dense = delta.dense(delta.base_weight() if kept else delta.site.weight() * 0)
+            dense = delta.dense(plain.get_submodule(site).weight.detach())
             self.moves[site] = dense.detach().clone()
         head = made.attached.copies.get("head")
         self.head = None if head is None else copy.deepcopy(head)
@@ -166,7 +166,7 @@ class World:
             stir(made.parameters(), seed=len(self.records) + ord(name))
 
         if self.call(work):
-            self.records[name] = Record(self.model, name)
+            self.records[name] = Record(self.model, name, self.plain)
             self.active = {name: 1.0}
 
     def keep(self, name):
@@ -206,7 +206,7 @@ class World:
     def look(self, *names):
         """Take down what adapters have become."""
         for name in names or self.records:
-            self.records[name] = Record(self.model, name)
+            self.records[name] = Record(self.model, name, self.plain)
 
     def activate(self, weights):
         weights = {n: c for n, c in weights.items() if n in self.records}
@@ -323,10 +323,9 @@ class World:
 
     def follow_frozen(self):
         """Where nothing that acts was ever trained here, a training pass moves the base itself."""
-        with hosts.disabled(self.model):
+        if not self.owned():
             for leaf, value in self.model.norm.named_buffers():
-                if not self.owned():
-                    self.plain.norm._buffers[leaf] = value.clone()
+                self.plain.norm._buffers[leaf] = value.clone()
 
     def owned(self):
         return any(name in adapter_set_of(self.model).buffers.own for name in self.active)

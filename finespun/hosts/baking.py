@@ -136,7 +136,8 @@ def _move(module: nn.Module, twin: nn.Module) -> None:
                 grows = True if old is None else old.requires_grad
                 one._parameters[key] = nn.Parameter(parameter.detach().to(dtype), grows)
         for key, buffer in other._buffers.items():
-            one._buffers[key] = buffer
+            was = one._buffers.get(key)
+            one._buffers[key] = buffer if was is None or buffer is None else buffer.to(was.dtype)
 
 
 def _pairs(module: nn.Module, twin: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
