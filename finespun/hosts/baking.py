@@ -37,7 +37,8 @@ def bake(
 
     `wanted` are names with weights, or names, which keep the weight with which they act; None is
     all that acts now. The base is gone then.
-    Trained modules and buffers are put in whole, whatever the weight, in the dtype of the base.
+    Trained modules and buffers are put in whole, whatever the weight, in the dtype of the base; of
+    what is merged and not active neither acts, so that None leaves them out.
     Raises StateError, with nothing changed, where other adapters would be left behind, an update
     cannot be merged, a weight is quantised, or two adapters have their own of one module.
     """
@@ -55,8 +56,9 @@ def bake(
         asked.append("leaves merged ones out")
     check(adapter_set, "bake", asked=asked, others=others)
     made = [materialise(model, name) for name in weights]
-    copies = _copies(model, made)
-    stands = adapter_set.buffers.choice(weights)
+    whole = dict(adapter_set.active) if wanted is None else weights
+    copies = _copies(model, [one for one in made if one.name in whole])
+    stands = adapter_set.buffers.choice(whole)
     _check_writable(model, weights)
     if weights != merged:
         _fold(model, weights, merged)

@@ -9,7 +9,8 @@ from finespun.hosts.targets import OWN
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict as the plain model would have it: no tensor of adapters, but what is merged is
-    in it whole, with trained modules and moved buffers in the place of the base's own."""
+    in it, and where it is active too, its trained modules and moved buffers in the place of the
+    base's own."""
     state = {
         key: value.detach()
         for key, value in model.state_dict().items()
@@ -18,12 +19,13 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     if "_finespun_adapters" not in model.__dict__:
         return state
     adapter_set = adapter_set_of(model)
-    values = adapter_set.buffers.as_of(adapter_set.merged)
+    whole = [name for name, _ in adapter_set.active if name in adapter_set.merged]
+    values = adapter_set.buffers.as_of(whole)
     for (place, leaf), value in values.items():
         key = leaf if place == ROOT else f"{place}.{leaf}"
         if key in state:
             state[key] = value
-    for name in adapter_set.merged:
+    for name in whole:
         for place, module in adapter_set.attached[name].copies.items():
             for key, value in module.state_dict().items():
                 base = state.get(f"{place}.{key}", value)
