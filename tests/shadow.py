@@ -132,8 +132,8 @@ class World:
                 work()
         except FinespunError as error:
             after = self.snapshot()
-            assert before[0] == after[0], error
-            assert same(before[1], after[1]), error
+            assert before[0] == after[0], error  # noqa: PT017
+            assert same(before[1], after[1]), error  # noqa: PT017
             self.refused += 1
             return False
         finally:
@@ -334,7 +334,7 @@ class World:
         try:
             loss.backward()
         except StateError as error:
-            assert "merged" in str(error)
+            assert "merged" in str(error)  # noqa: PT017
             assert self.merged
             return
         with torch.no_grad():

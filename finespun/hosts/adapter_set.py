@@ -179,7 +179,7 @@ class AdapterSet:
                 self.owner = (owner, depth - 1) if depth > 1 else None
 
     def _elsewhere(self, me: int) -> bool:
-        """Whether another thread runs the model: passes that ended without a word, by an interrupt
+        """Whether another thread runs the model: passes that ended silently, by an interrupt
         or because a fork left their thread behind, are struck off."""
         others = self.running.keys() - {me}
         stacks = sys._current_frames() if others else {}

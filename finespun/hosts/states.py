@@ -44,7 +44,7 @@ State = Literal[
 
 @dataclass(frozen=True)
 class Move:
-    """What a lawful call makes of the model."""
+    """What an allowed call makes of the model."""
 
     call: Call
     after: str

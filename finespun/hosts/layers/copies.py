@@ -85,7 +85,7 @@ class CopyHost:
 
 def widened(module: nn.Module) -> nn.Module:
     """The module in float32 where it is of half precision, in which it would not train: a step of
-    an optimiser is smaller than what the dtype tells apart, its squared gradients underflow."""
+    an optimiser is smaller than the dtype can represent, its squared gradients underflow."""
     with torch.no_grad():
         return module._apply(lambda t: t.float() if t.dtype in HALVES else t)
 
