@@ -98,8 +98,8 @@ def _check_writable(model: nn.Module, weights: Mapping[str, float]) -> None:
     for name, host in hosts_of(model).items():
         if not host.writable and any(adapter in host.held() for adapter in weights):
             raise StateError(
-                f"{name!r} is quantised and would remain quantised in a plain model: load the base in full "
-                "precision to bake adapters into it"
+                f"{name!r} is quantised and would remain quantised in a plain model: load the base "
+                "in full precision to bake adapters into it"
             )
 
 
