@@ -25,7 +25,7 @@ from finespun.contract import fitting
 from finespun.contract.bank import Bank
 from finespun.contract.beside import Beside
 from finespun.contract.groups import Group
-from finespun.contract.products import Product, products_of
+from finespun.contract.products import Product, products_of, why_none
 from finespun.contract.roles import role_of
 from finespun.contract.row_form import RowForm
 from finespun.contract.wrapping import Factors, Wrapped
@@ -173,9 +173,16 @@ class Delta(Wrapped):
         return None
 
     def products(self) -> list[Product]:
-        """What is bilinear in the update, as views of its parameters (`contract.products`); [] for
-        three factors, shared factors and no factors."""
+        """What is bilinear in the update, as views of its parameters (`contract.products`); where
+        nothing is, [], and `products_reason` says why."""
         return products_of(self)
+
+    @property
+    def products_reason(self) -> str:
+        """Why there are no `products`; empty where there are, and for a dead update."""
+        if self.dead or self.products():
+            return ""
+        return f"{self.site.shape.name!r} ({type(self).__name__}) has no products: {why_none(self)}"
 
     def row_form(self) -> RowForm | None:
         """The adapted layer at strength 1 as gains and a low-rank product, or None: ΔW is dense,

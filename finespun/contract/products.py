@@ -14,10 +14,16 @@ products after the rearrangement of Van Loan and Pitsianis (`kernels.kron.kron_r
 
 Between them stand gate, exact start and c, which are in neither: ΔW = c · (B diag(g) A − ..) of the
 trimmed A and B, linear in each P.
+
+Others have products below their update too, and ΔW is affine in each P (of DoRA, to first order:
+its lengths are constants): the cells of MELoRA and GraLoRA; both sides of LoHa; B A of HiRA, DoRA
+and Block-LoRA's input layout; vec(P) vec(Q)ᵀ of KronA, and of LoKr the sides that have factors.
+Several products may view parts of one parameter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -74,3 +80,27 @@ def _parameter(delta: Wrapped, side: Tensor) -> nn.Parameter | None:
     """The delta's own parameter that is, or is viewed by, a side."""
     own = delta.trained_parameters()
     return next((p for p in own if side is p or side._base is p), None)
+
+
+def cells(
+    left: Callable[[int], Tensor],
+    right: Callable[[int], Tensor],
+    gates: Sequence[Tensor | None],
+    scale: float,
+) -> list[Product]:
+    """A product for each gate, of views that are told which of them they are."""
+    return [
+        Product.of(partial(left, i), partial(right, i), scale, gate) for i, gate in enumerate(gates)
+    ]
+
+
+def why_none(delta: Wrapped) -> str:
+    """Why an update has no products."""
+    bank = delta.bank
+    if bank is not None and any(p.requires_grad for p in bank.parameters()):
+        return "it trains tensors that other layers share"
+    if len(list(delta.trained_parameters())) < 2:
+        return "it trains one tensor, of which it is linear, or none"
+    if delta.gating is not None:
+        return "its gate stands inside of what would be a product"
+    return "no two tensors that it trains are by themselves the sides of a product"

@@ -88,6 +88,8 @@ def offers(structure: Structure) -> frozenset[Need]:
     found = set()
     if "low_rank" in delta.written:
         found |= {Need.FACTORS, Need.GATES}
+    if delta.products():
+        found.add(Need.PRODUCTS)
     return frozenset(found)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from suite import INNER, WIDTH, draw, every, relative, stir
+from suite import CASES, INNER, WIDTH, draw, every, relative, stir
 
 import finespun as fs
 from finespun.contract import RowForm, TensorSite, module_group
@@ -14,9 +14,15 @@ from finespun.methods.structures.lor2c import End
 from finespun.methods.structures.pieces.extras import BiasDelta
 
 WIDE = torch.float64
-PRODUCTS = {  # kind of case -> how many; all others have none
-    **dict.fromkeys(("lora", "lora-rslora", "bypass", "block_lora", "lor2c"), 1),
-    **dict.fromkeys(("lsr", "lsr-formed", "lsr-factorised", "lsr-official", "lsr-shadow"), 2),
+WHOLE = ("lora", "lora-rslora", "bypass", "block_lora", "lor2c")  # ΔW is their one product
+SIDES = ("lsr", "lsr-formed", "lsr-factorised", "lsr-official", "lsr-shadow")
+PRODUCTS = {  # name of a case -> how many; all others have none
+    **dict.fromkeys(WHOLE, 1),
+    **dict.fromkeys(SIDES, 2),
+    **dict.fromkeys(("dora-through", "hira-own", "block_lora-input"), 1),
+    **dict.fromkeys(("loha", "loha-dense", "melora"), 2),
+    **dict.fromkeys(("krona", "lokr", "lokr-both", "lokr-full"), 1),
+    **{"gralora": 4, "gralora-hybrid": 17},
 }
 GAINED = {"dora-through", "ia3-own", "ia3-input"}
 
@@ -70,11 +76,15 @@ def factored(case):
 
 
 def bilinear(case):
-    return PRODUCTS.get(case.name, 0) == 1
+    return case.name in WHOLE
 
 
 def separable(case):
-    return PRODUCTS.get(case.name, 0) == 2
+    return case.name in SIDES
+
+
+def producing(case):
+    return case.name in PRODUCTS
 
 
 def same(got, expected):
@@ -84,8 +94,87 @@ def same(got, expected):
 # --- products --------------------------------------------------------------------------------
 @every()
 def test_what_is_bilinear_has_products_and_nothing_else(case):
-    found = ready(case).products()
+    delta = ready(case)
+    found = delta.products()
     assert len(found) == PRODUCTS.get(case.name, 0)
+    assert bool(delta.products_reason) == (not found)
+    if not found:
+        assert "'site'" in delta.products_reason
+        assert type(delta).__name__ in delta.products_reason
+
+
+@every(producing)
+@pytest.mark.parametrize("start", [False, True])
+def test_an_update_knows_the_sides_of_a_product_by_their_product_alone(case, start):
+    """(L M)(M⁻¹ R) is L R: to every part of the update that has its products, sides are free."""
+    delta = ready(case, start)
+    for at, product in enumerate(delta.products()):
+        k, L, R = product.L.shape[1], product.L.clone(), product.R.clone()
+        M = torch.eye(k, dtype=WIDE) + 0.3 * draw(k, k, seed=20 + at, dtype=WIDE)
+        before = update(delta).detach()
+        with torch.no_grad():
+            product.left().copy_(L @ M)
+            product.right().copy_(torch.linalg.solve(M, R))
+        assert relative(product.left(), L) > 1e-3
+        same(update(delta).detach(), before)
+
+
+@every(producing)
+@pytest.mark.parametrize("start", [False, True])
+def test_an_update_is_affine_in_each_of_its_products(case, start):
+    """Its gradients at the sides are s·G Rᵀ and s·Lᵀ G of one G: the slope at the product."""
+    delta = ready(case, start)
+    M = draw(*update(delta).shape, seed=4, dtype=WIDE)
+    for product in delta.products():
+        before = (update(delta) * M).sum()
+        left, right = slopes(delta, before, product)
+        assert left.norm() > 0
+        same(product.L.mT @ left, right @ product.R.mT)
+        if case.constant:
+            continue
+        step = draw(*product.L.shape, seed=8, dtype=WIDE)
+        with torch.no_grad():
+            product.left().add_(step)
+        same((update(delta) * M).sum(), before + (left * step).sum())
+
+
+def slopes(delta, loss, product):
+    """The gradients at the two sides, read through their views."""
+    own = list(delta.trained_parameters())
+    found, kept = torch.autograd.grad(loss, own), [p.detach().clone() for p in own]
+    with torch.no_grad():
+        for parameter, gradient in zip(own, found):
+            parameter.copy_(gradient)
+        sides = product.left().clone(), product.right().clone()
+        for parameter, value in zip(own, kept):
+            parameter.copy_(value)
+    return sides
+
+
+CELLS = {  # name of a case -> place in the update of the products, in order
+    "melora": [(slice(20 * i, 20 * i + 20), slice(12 * i, 12 * i + 12)) for i in range(2)],
+    "gralora": [
+        (slice(20 * j, 20 * j + 20), slice(12 * n, 12 * n + 12)) for n in range(2) for j in range(2)
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("gate", [False, True])
+def test_cells_are_the_products_at_their_places(name, gate):
+    (case,) = (c for c in CASES if c.name == name)
+    delta = gated(ready(case)) if gate else ready(case)
+    built = torch.zeros_like(update(delta))
+    for at, product in zip(CELLS[name], delta.products(), strict=True):
+        built[at] += product.scale * product.L @ product.R
+    same(built, update(delta).detach())
+
+
+@every(lambda case: case.name.startswith(("loha", "lokr")) and factored(case))
+def test_a_gate_inside_of_a_product_leaves_none(case):
+    delta = gated(ready(case))
+    assert delta.products() == []
+    assert "gate" in delta.products_reason
 
 
 @every(bilinear)
@@ -177,7 +266,7 @@ def test_a_dead_update_has_no_products_and_an_empty_form(case):
     delta.switch_off(module_group(delta))
     assert delta.products() == []
     assert delta.row_form() == RowForm()
-    assert delta.row_form_reason == ""
+    assert delta.row_form_reason == delta.products_reason == ""
     assert torch.count_nonzero(delta.row_norms()) == 0
 
 

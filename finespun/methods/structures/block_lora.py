@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
+from finespun.contract.products import Product
 from finespun.contract.site import Site, SiteShape
 from finespun.contract.structure import (
     UNCHOSEN,
@@ -110,6 +111,13 @@ class BlockLoRADelta(Delta):
         if self.layout == "literal":
             return self.A, self.B.sum(0)
         return self.A.repeat(1, self.blocks) if self.layout == "input" else self.A, self.B
+
+    def products(self) -> list[Product]:
+        """B·A, whose copies stand side by side where the input is cut. The blocks of the literal
+        layout have none, as they share one A."""
+        if self.layout != "input" or self.dead:
+            return super().products()
+        return [Product.of(lambda: self.B, lambda: self.A, self.scale, self.gating)]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.layout != "input" or self.adjusted:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from finespun.contract.beside import Beside
 from finespun.contract.delta import Bank, Base, Delta
+from finespun.contract.products import Product
 from finespun.contract.row_form import RowForm
 from finespun.contract.site import Site, SiteShape
 from finespun.contract.structure import (
@@ -93,6 +94,10 @@ class DoRADelta(Delta):
         plain = y if b0 is None else y - b0
         change = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B) * self.scale
         return y + ((gain - 1) * plain + gain * change).to(y.dtype)
+
+    def products(self) -> list[Product]:
+        """c·B·A, which is added to W0; m is in none."""
+        return [] if self.dead else [Product.of(lambda: self.B, lambda: self.A, self.scale)]
 
     def written_beside(self) -> Beside:
         factors = LowRank(self.A.detach(), self.B.detach() * self.scale)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
+from finespun.contract.products import Product, cells
 from finespun.contract.site import Site, SiteShape
 from finespun.contract.structure import (
     UNCHOSEN,
@@ -108,6 +109,24 @@ class GraLoRADelta(Delta):
         if not self.hybrid:
             return A, B
         return torch.cat([A, self.A_hybrid]), torch.cat([B, self.B_hybrid], dim=1)
+
+    def products(self) -> list[Product]:
+        """B_jn·A_jn of every cell, those of the first input block first, and the hybrid's."""
+        if self.dead:
+            return []
+        k, t, gate = self.k, self.A.shape[1] // self.k, self.gating
+
+        def left(i: int) -> Tensor:
+            n, j = divmod(i, k)
+            return self.B_hybrid if n == k else self.B[j, :, n * t : (n + 1) * t]
+
+        def right(i: int) -> Tensor:
+            n, j = divmod(i, k)
+            return self.A_hybrid if n == k else self.A[n, j * t : (j + 1) * t]
+
+        sizes = [t] * (k * k) + [self.hybrid] * bool(self.hybrid)
+        gates = [None] * len(sizes) if gate is None else list(gate.split(sizes))
+        return cells(left, right, gates, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.adjusted or self.k == 1:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta
+from finespun.contract.products import Product
 from finespun.contract.site import Site, SiteShape
 from finespun.contract.structure import (
     UNCHOSEN,
@@ -60,6 +61,10 @@ class HiRADelta(Delta):
         self.scale = scale
         self.A = nn.Parameter(torch.zeros(rank, inner, device=device))
         self.B = nn.Parameter(torch.zeros(out, rank, device=device))
+
+    def products(self) -> list[Product]:
+        """c·B·A, which W0 multiplies."""
+        return [] if self.dead else [Product.of(lambda: self.B, lambda: self.A, self.scale)]
 
     def delta(self, w0: Tensor) -> Tensor:
         return w0 * (self.B @ (self.A * self.scale))

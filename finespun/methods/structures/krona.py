@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta
+from finespun.contract.products import Product
 from finespun.contract.site import Site, SiteShape
 from finespun.contract.structure import (
     UNCHOSEN,
@@ -89,6 +90,12 @@ class KronADelta(Delta):
         self.scale = scale
         self.P = nn.Parameter(torch.zeros(p_out, p_in, device=site.device))
         self.Q = nn.Parameter(torch.zeros(rows, columns, device=site.device))
+
+    def products(self) -> list[Product]:
+        """vec(P) vec(Q)ᵀ, of inner size 1: the rearranged update."""
+        if self.dead:
+            return []
+        return [Product.of(lambda: self.P.view(-1, 1), lambda: self.Q.view(1, -1), self.scale)]
 
     def delta(self, w0: Tensor) -> Tensor:
         return torch.kron(self.P * self.scale, self.Q)

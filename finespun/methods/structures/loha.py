@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
+from finespun.contract.products import Product
 from finespun.contract.site import Site, SiteShape
 from finespun.contract.structure import (
     UNCHOSEN,
@@ -79,6 +80,15 @@ class LoHaDelta(Delta):
             up = torch.zeros(site.shape.out_features, rank, device=site.device)
             self.register_parameter(f"A{side}", nn.Parameter(down))
             self.register_parameter(f"B{side}", nn.Parameter(up))
+
+    def products(self) -> list[Product]:
+        """B1·A1 and B2·A2, whose entries are multiplied; none behind a gate."""
+        if self.dead or self.gating is not None:
+            return []
+        return [
+            Product.of(lambda: self.B1, lambda: self.A1),
+            Product.of(lambda: self.B2, lambda: self.A2),
+        ]
 
     def delta(self, w0: Tensor) -> Tensor:
         return self.scale * (self.B1 @ self.A1) * (self.B2 @ self.A2)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
+from finespun.contract.products import Product
 from finespun.contract.site import Site, SiteShape
 from finespun.contract.structure import (
     UNCHOSEN,
@@ -121,6 +123,21 @@ class LoKrDelta(Delta):
 
     def delta(self, w0: Tensor) -> Tensor:
         return torch.kron(self.factor("P") * self.scale, self.factor("Q"))
+
+    def products(self) -> list[Product]:
+        """P_b·P_a and Q_b·Q_a, those that have factors; of whole P and Q, vec(P) vec(Q)ᵀ; none
+        behind a gate."""
+        if self.dead or self.gating is not None:
+            return []
+        own = self._parameters
+        if "P" in own and "Q" in own:
+            P, Q = self.get_parameter("P"), self.get_parameter("Q")
+            return [Product.of(lambda: P.view(-1, 1), lambda: Q.view(1, -1), self.scale)]
+        return [
+            Product.of(partial(self.get_parameter, f"{n}_b"), partial(self.get_parameter, f"{n}_a"))
+            for n in "PQ"
+            if n not in own
+        ]
 
     def product(self, x: Tensor) -> Tensor:
         P, Q = self.factor("P"), self.factor("Q")

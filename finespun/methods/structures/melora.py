@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from finespun.contract.delta import Bank, Delta, Factors
+from finespun.contract.products import Product, cells
 from finespun.contract.site import Site, SiteShape
 from finespun.contract.structure import (
     UNCHOSEN,
@@ -75,6 +76,14 @@ class MELoRADelta(Delta):
 
     def low_rank(self) -> Factors:
         return torch.block_diag(*self.A), torch.block_diag(*self.B)
+
+    def products(self) -> list[Product]:
+        """B_i·A_i of every block."""
+        if self.dead:
+            return []
+        n, thin, gate = *self.A.shape[:2], self.gating
+        gates = [None] * n if gate is None else list(gate.split(thin))
+        return cells(lambda i: self.B[i], lambda i: self.A[i], gates, self.scale)
 
     def product(self, x: Tensor) -> Tensor:
         slices = x.to(self.A.dtype).reshape(-1, len(self.A), self.A.shape[-1]).transpose(0, 1)
