@@ -10,6 +10,8 @@ from finespun.methods.index import NAMES as METHODS
 
 if TYPE_CHECKING:
     from finespun.adapter import Adapter, adapt, load
+    from finespun.adapters.arithmetic import Parameters, Updates
+    from finespun.adapters.state import AdapterState
     from finespun.contract import Structure
     from finespun.errors import FinespunError
     from finespun.hosts import activate, bake, disabled, evict, merge, rows, unmerge
@@ -25,9 +27,12 @@ __all__ = [
     "LSR",
     "STRUCTURES",
     "Adapter",
+    "AdapterState",
     "FinespunError",
     "LoRA",
+    "Parameters",
     "Structure",
+    "Updates",
     "activate",
     "adapt",
     "bake",
@@ -42,6 +47,8 @@ __all__ = [
 ]
 _NAMES = {
     "adapter": ("Adapter", "adapt", "load"),
+    "adapters.arithmetic": ("Parameters", "Updates"),
+    "adapters.state": ("AdapterState",),
     "contract": ("Structure",),
     "errors": ("FinespunError",),
     "hosts": ("activate", "bake", "disabled", "evict", "merge", "rows", "unmerge"),

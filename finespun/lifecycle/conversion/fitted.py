@@ -13,8 +13,10 @@ from finespun.adapters.keys import Key, of_bank, of_site
 from finespun.contract import Delta, Structure
 from finespun.contract.fitting import distance, fit_all
 from finespun.contract.need import MEASURED
-from finespun.errors import InputError
+from finespun.errors import InputError, nearest
 from finespun.linalg import LowRank
+from finespun.methods.axes import AXES
+from finespun.methods.composition import instead
 
 
 @dataclass
@@ -76,10 +78,15 @@ def as_structure(deltas: Deltas, form: Structure, refine: int) -> Fitted:
     model at work shows.
     """
     if form.site_kind != "linear":
-        raise InputError(f"a {form.kind} goes around blocks: it is no update of a weight")
-    if form.needs & MEASURED:
         raise InputError(
-            f"{form} chooses by what is measured on a model and data: choose another way here"
+            f"a {form.kind} goes around blocks: it is no update of a weight; "
+            f"{nearest(form.kind, able())}"
+        )
+    for need in sorted(form.needs & MEASURED):
+        other = instead(form, need) or f"; {nearest(form.kind, able())}"
+        raise InputError(
+            f"a {form.kind} that chooses by {need} of a model on data cannot be made from files"
+            f"{other}"
         )
     sites = [deltas.site_of(shape) for shape in deltas.sites.values()]
     plan = form.plan(sites)
@@ -103,6 +110,12 @@ def as_structure(deltas: Deltas, form: Structure, refine: int) -> Fitted:
     if bank is not None:
         out.tensors |= of_bank({k: t.detach() for k, t in bank.state_dict().items()})
     return out
+
+
+def able() -> list[str]:
+    """Kinds of structures that take over an update by their defaults."""
+    known = sorted(AXES["structure"].known.items())
+    return [k for k, cls in known if cls.site_kind == "linear" and not cls().needs & MEASURED]
 
 
 def _together(
