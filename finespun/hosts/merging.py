@@ -23,7 +23,7 @@ Undo = Literal["memory", "entries", "none"]
 
 @alone
 def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") -> int:
-    """W ← W0 + Σ c_i (W_i − W0), computed in float32 and rounded once; returns the bytes kept.
+    """W ← W0 + Σ c_i (W_i − W0), in float32 at least, rounded once; returns the bytes kept.
 
     undo="memory" writes into new tensors and keeps the old by pointer; undo="entries", for updates
     of few entries (SHiRA), writes these alone, in place, and keeps what stood there: both ways cost
@@ -251,7 +251,8 @@ def _fold(
         if not plain:
             host.write(W)
         return
-    total = weight if plain and weight.dtype == torch.float32 else weight.float()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total = weight if plain and weight.dtype == wide else weight.to(wide)
     own = plain and total is weight
     for delta, c in active:
         pair = delta.factors()
@@ -261,13 +262,14 @@ def _fold(
             change = delta.dense(delta.base_weight())
             if not in_place:
                 _check_finite(host.name, change)
+            change = change.to(wide)
             total = total.add_(change, alpha=c) if own else total.add(change, alpha=c)
         else:
             add = total.addmm_ if own else total.addmm
-            total = add(pair[1], pair[0], alpha=delta.scale * c)
+            total = add(pair[1].to(wide), pair[0].to(wide), alpha=delta.scale * c)
         own = own or total is not weight
     moves = [m * c for delta, c in active if (m := delta.bias_change()) is not None]
-    moved = None if not moves or bias is None else (bias.float() + sum(moves)).to(bias.dtype)
+    moved = None if not moves or bias is None else (bias.to(wide) + sum(moves)).to(bias.dtype)
     if plain:
         if total is not weight:
             weight.copy_(total)

@@ -103,9 +103,10 @@ def test_a_buffer_goes_with_its_adapter(kind, tmp_path):
     assert torch.equal(other(x), y)
     loaded.detach()
     assert same(bytes_of(other), bytes_of(plain))
-    for copied in (
-        (copy.deepcopy(model), pickle.loads(pickle.dumps(model))) if kind[0] != "s" else ()
-    ):
+    copies = [copy.deepcopy(model)]
+    if kind != "spectral norm":  # torch pickles no parametrized module
+        copies.append(pickle.loads(pickle.dumps(model)))
+    for copied in copies:
         assert torch.equal(copied(x), y)
         fs.Adapter(copied, "default").detach()
         assert same(bytes_of(copied), bytes_of(plain))
