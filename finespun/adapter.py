@@ -43,7 +43,7 @@ def adapt(
     other parameter of the model is frozen until `detach`. Raises TargetError, PlanError or
     InputError; the model stays as it was.
     """
-    _check_model(model)
+    hosts.check_model(model)
     if not isinstance(structure, Structure):
         raise InputError(f"structure={structure!r} must be an instance such as fs.LSR(rank=4)")
     if tie not in (None, "both"):
@@ -89,7 +89,7 @@ def load(
     TargetError or PlanError naming every file, key or site that is wrong, and leaves the model
     untouched.
     """
-    _check_model(model)
+    hosts.check_model(model)
     saved = files.read_for(model, folder, strict, part).named(name)
     notes = files.register_saved(model, saved, force)
     name = saved.state.name
@@ -107,11 +107,6 @@ def load(
     for note in notes:
         warnings.warn(f"{folder}: {note}", stacklevel=2)
     return adapter
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise InputError(f"the model comes first, an nn.Module, not a {type(model).__name__}")
 
 
 class Adapter:

@@ -296,6 +296,13 @@ class Driver:
                 "make the optimiser by its optimizer(lr), and pass what prepare returned as hooks="
             )
         inside = {id(p) for p in self.parameters()}
+        own = [p for p in self.view.parameters() if p.requires_grad]
+        if own and not any(id(p) in inside for p in own):
+            raise InputError(
+                f"the optimiser trains none of the {len(own)} parameter tensors of "
+                f"{self.view.name!r}: was it made before the adapter? Make it of "
+                "adapter.parameters()"
+            )
         missing = [p for p in self.prepared.owned if p.requires_grad and id(p) not in inside]
         if missing:
             raise InputError(

@@ -24,6 +24,11 @@ class FirstStep:
         """A step is about to be done. Raises TrainingError naming layers that never ran."""
         if self.done or all(group["lr"] == 0 for group in optimizer.param_groups):
             return
+        self.check()
+        self.before = [p.detach().clone() for p in self._trained()]
+
+    def check(self) -> None:
+        """Raise TrainingError naming layers that never ran."""
         idle = [h.name for h in self.hosts if not h.ran]
         if idle and not torch.compiler.is_compiling():
             shown = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
@@ -31,7 +36,6 @@ class FirstStep:
                 f"{len(idle)} of {len(self.hosts)} layers never ran before the first step: "
                 f"{shown}; the model does not call them, leave them out of the targets"
             )
-        self.before = [p.detach().clone() for p in self._trained()]
 
     def ends(self) -> None:
         """The step is done: warn of layers that did not move."""

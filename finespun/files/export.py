@@ -7,7 +7,6 @@ an equal alpha_pattern, is for PEFT alone: vLLM silently ignores patterns. So is
 form (`portable=False`): DoRA, embeddings, convolutions, biases, trained rows of tables.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ from finespun.errors import InputError, an, nearest
 from finespun.files.diffusion.write import write_adapter
 from finespun.files.native import checked
 from finespun.files.peft.full_form import FullForm, check_tied, full_form
+from finespun.files.peft.naming import module_name, target_modules
+from finespun.files.peft.root import root_of
 from finespun.files.peft.write import lora_config, tokens_config, write_lora
 from finespun.hosts import Attached, fingerprint, materialise, modules, plain_class
 from finespun.hosts.layers.slices import SliceHost
@@ -104,7 +105,7 @@ def export(
     names = list(modules(model))
     form = FullForm()
     if not portable:
-        form = full_form(model, adapter, lambda n: _module_name(n, (), names))
+        form = full_form(model, adapter, lambda n: module_name(n, (), names))
     updates = _updates(adapter, portable, ("linear",) if format == "peft" else ("linear", "conv"))
     if not updates and not form.tensors:
         raise InputError(f"{name!r} changes no weight: there is nothing a LoRA could hold")
@@ -115,18 +116,45 @@ def export(
     _check_errors(errors, falling, max_error, form)
     own = tuple(n for n in adapter.trained if n not in form.dropped)
     trained, dropped = (own, ()) if allow_full else ((), own)
-    whole = {f"{n}.{k}": v for n in trained for k, v in adapter.copies[n].state_dict().items()}
     lineage = lineage or adapter.lineage or lineage_of(adapter.structure)
     worst = max(errors.values(), default=0.0)
     if format != "peft":
         path = write_adapter(model, adapter, updates, ranks, folder, format, part, lineage, worst)
         return Exported(path, chosen, errors, trained, dropped, ())
-    config = _config(model, ranks, trained, form)
-    base = fingerprint(model, adapter.trained)
-    write_lora(folder, name, updates, config, whole, base, lineage, worst, form)
+    _check_root(model, adapter, portable)
+    _write_peft(model, adapter, folder, updates, ranks, trained, form, lineage, worst)
     several = len(set(ranks.values())) > 1
     notes = _notes(chosen, trained, dropped, several) if portable else (ONLY_PEFT,)
     return Exported(Path(folder), chosen, errors, trained, dropped, notes)
+
+
+def _check_root(model: nn.Module, adapter: Attached, portable: bool) -> None:
+    if root_of(model, (*adapter.deltas, *adapter.trained)).prefix and not portable:
+        raise InputError(
+            f"portable=False speaks of layers by their names in {plain_class(model).__name__}: "
+            "adapt its transformers_model instead, or leave portable out"
+        )
+
+
+def _write_peft(
+    model: nn.Module,
+    adapter: Attached,
+    folder: str | Path,
+    updates: Mapping[str, LowRank],
+    ranks: Mapping[str, int],
+    trained: Sequence[str],
+    form: FullForm,
+    lineage: Lineage,
+    worst: float,
+) -> None:
+    """Write the folder with the names that modules have for PEFT's loaders."""
+    root = root_of(model, (*adapter.deltas, *adapter.trained))
+    own = {root.name(n): adapter.copies[n].state_dict() for n in trained}
+    whole = {f"{n}.{k}": tensor for n, state in own.items() for k, tensor in state.items()}
+    config = _config(root.model, {root.name(n): r for n, r in ranks.items()}, tuple(own), form)
+    base = fingerprint(root.model, [root.name(n) for n in adapter.trained])
+    named = {root.name(n): update for n, update in updates.items()}
+    write_lora(folder, adapter.name, named, config, whole, base, lineage, worst, form)
 
 
 def _check_format(
@@ -269,30 +297,13 @@ def _config(
         return tokens_config(form.config["token_indices"], tables, source)
     told = lora_config(
         ranks,
-        _target_modules(sites, list(known), trained),
-        [_module_name(n, trained, list(known)) for n in trained],
+        target_modules(sites, list(known), trained),
+        [module_name(n, trained, list(known)) for n in trained],
         source,
         _task(model, list(known), trained),
         any(plain_class(known[s]).__name__ == "Conv1D" for s in sites),
     )
     return {**told, **form.config}
-
-
-def _target_modules(sites: list[str], known: list[str], trained: tuple[str, ...]) -> Any:
-    """Leaf names where they mean these sites and no others, else whole names, else a pattern."""
-    others = [n for n in known if n not in sites and not inside(n, trained)]
-    leaves = sorted({s.rpartition(".")[2] for s in sites})
-    for names in (leaves, sorted(sites)):
-        if not any(o == n or o.endswith("." + n) for o in others for n in names):
-            return names
-    return "|".join(re.escape(s) for s in sorted(sites))
-
-
-def _module_name(name: str, trained: tuple[str, ...], known: list[str]) -> str:
-    """PEFT takes every module whose path ends with the name, so that "classifier" would take
-    "pre_classifier" too: then the path from PEFT's own root is given."""
-    twins = [n for n in known if n.endswith(name) and n != name and not inside(n, trained)]
-    return f"model.{name}" if twins else name
 
 
 def _task(model: nn.Module, known: list[str], trained: tuple[str, ...]) -> str | None:

@@ -14,6 +14,7 @@ from finespun.hosts.attach import (
 from finespun.hosts.attached import Attached
 from finespun.hosts.baking import bake, detach
 from finespun.hosts.fingerprint import check_base, fingerprint
+from finespun.hosts.foreign import check_model
 from finespun.hosts.freezing import freeze_others, give_back
 from finespun.hosts.gathering import gathered
 from finespun.hosts.insertion import insert_delta, remove_delta
@@ -42,6 +43,7 @@ __all__ = [
     "bake",
     "check",
     "check_base",
+    "check_model",
     "compact",
     "detach",
     "disabled",

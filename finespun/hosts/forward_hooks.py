@@ -14,6 +14,8 @@ from finespun.errors import StateError
 from finespun.hosts.adapter_set import AdapterSet, Patch, adapter_set_of
 from finespun.hosts.attached import Attached
 from finespun.hosts.factor_cache import FactorCache
+from finespun.hosts.foreign import refuse_frozen_by_peft
+from finespun.hosts.freezing import in_training, was_trainable
 from finespun.hosts.insertion import all_hosts
 from finespun.hosts.layers.copies import CopyHost
 from finespun.hosts.states import check
@@ -29,6 +31,8 @@ def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     if not torch.compiler.is_compiling():
         adapter_set.enter()
         for adapter in _unwatched(model, adapter_set):
+            if was_trainable(model, adapter) and not in_training(model):
+                refuse_frozen_by_peft(model, adapter.name)
             for _, host in _places(model, adapter):
                 host.ran = False
     if adapter_set.rows is not None and (x := batch(args, kwargs)) is not None:

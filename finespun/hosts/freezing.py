@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from finespun.hosts.adapter_set import AdapterSet
+from finespun.hosts.attached import Attached
+from finespun.hosts.stale import note_frozen
 
 RECORD = "_finespun_frozen"
 
@@ -18,6 +20,11 @@ def in_training(model: nn.Module) -> list[str]:
     return [made.name for made in acting if any(p.requires_grad for p in made.parameters())]
 
 
+def was_trainable(model: nn.Module, adapter: Attached) -> bool:
+    """Whether the adapter was made trainable in this model, whatever was frozen since."""
+    return adapter.name in model.__dict__.get(RECORD, {})
+
+
 def freeze_others(model: nn.Module, name: str, mine: Iterable[nn.Parameter]) -> None:
     """Freeze every parameter of the model that is not among `mine`, those of adapter `name`, and
     keep a record of what could be trained before."""
@@ -27,6 +34,7 @@ def freeze_others(model: nn.Module, name: str, mine: Iterable[nn.Parameter]) -> 
         if parameter.requires_grad and id(parameter) not in own:
             parameter.requires_grad_(False)
             frozen.append(parameter)
+            note_frozen(parameter, name)
 
 
 def give_back(model: nn.Module, name: str, others: Mapping[str, Iterable[nn.Parameter]]) -> None:
