@@ -239,20 +239,16 @@ class Stepper(Dynamics):
     def hooks(self):
         return TrainingHooks()
 
-    def optimizer(self, adapter, lr, weight_decay):
+    def optimizer(self, adapter, groups, lr):
         up = {id(p) for d in adapter.deltas.values() for n, p in d.named_parameters() if n == "B"}
-        mine = adapter.parameters()
-        return SignDescent(
-            [
-                {"params": [p for p in mine if id(p) not in up]},
-                {
-                    "params": [p for p in mine if id(p) in up],
-                    "lr": lr * self.factor,
-                    "lr_factor": self.factor,
-                },
-            ],
-            lr,
-        )
+        made = []
+        for group in groups:
+            for fast in (False, True):
+                mine = [p for p in group["params"] if (id(p) in up) == fast]
+                factor = group.get("lr_factor", 1.0) * (self.factor if fast else 1.0)
+                if mine:
+                    made.append({"params": mine, "lr": lr * factor, "lr_factor": factor})
+        return SignDescent(made, lr)
 
 
 def value_of(axis, name, log):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -45,9 +46,12 @@ class Dynamics(AxisValue):
 
     axis = "dynamics"
 
-    def optimizer(self, adapter: AdapterView, lr: float, weight_decay: float) -> Optimizer | None:
-        """The optimiser of all that the adapter trains, where this is one (Need.STEPPER): its state
-        in `optimizer.state`, groups that ask for lr = f · the run's carry "lr_factor": f."""
+    def optimizer(
+        self, adapter: AdapterView, groups: list[dict[str, Any]], lr: float
+    ) -> Optimizer | None:
+        """The optimiser of all that is trained, where this is one (Need.STEPPER), on groups that
+        know who decays and whose lr is f · the run's ("lr_factor": f): those of modules trained
+        whole, and parameters of hooks, are among them. State is kept in `optimizer.state`."""
         return None
 
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from finespun.contract.wrapping import Wrapped
@@ -45,6 +46,23 @@ class Product:
     left: Callable[[], Tensor]
     right: Callable[[], Tensor]
     gate: Tensor | None = None
+
+    def sides(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The parameters that the two sides are, or view."""
+        return _owner(self.left()), _owner(self.right())
+
+    def gradients(self) -> tuple[Tensor, Tensor] | None:
+        """The gradients of left (m, k) and right (k, n), views of the parameters' `.grad`: what is
+        written to them is what an optimiser sees. None where one has none."""
+        found = []
+        for view, owner in zip((self.left(), self.right()), self.sides()):
+            if owner.grad is None:
+                return None
+            if owner.grad.stride() != owner.stride():
+                owner.grad = torch.empty_like(owner).copy_(owner.grad)
+            at = owner.grad.storage_offset() + view.storage_offset() - owner.storage_offset()
+            found.append(owner.grad.as_strided(view.size(), view.stride(), at))
+        return found[0], found[1]
 
     @classmethod
     def of(
@@ -74,6 +92,13 @@ def products_of(delta: Wrapped) -> list[Product]:
         return delta.low_rank()[which]  # type: ignore[index]
 
     return [Product.of(lambda: side(1), lambda: side(0), delta.scale, delta.gating)]
+
+
+def _owner(view: Tensor) -> nn.Parameter:
+    """The parameter that a side is, or views."""
+    owner = view if view._base is None else view._base
+    assert isinstance(owner, nn.Parameter), "a side views a parameter"
+    return owner
 
 
 def _parameter(delta: Wrapped, side: Tensor) -> nn.Parameter | None:

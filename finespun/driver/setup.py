@@ -88,21 +88,12 @@ class Prepared:
         """The stepper's optimiser, or AdamW. Parameters that hooks own join it."""
         if self.stepper is None:
             return adamw(self.groups(lr, weight_decay), lr)
-        made = self.stepper.optimizer(self.adapter, lr, weight_decay)
+        made = self.stepper.optimizer(self.adapter, self.groups(lr, weight_decay), lr)
         if not isinstance(made, Optimizer):
             raise InputError(
                 f"{self.stepper.kind} says that it steps itself, but makes a {type(made).__name__}"
                 ", no torch Optimizer"
             )
-        inside = {id(p) for group in made.param_groups for p in group["params"]}
-        rest = {id(p): p for p in self.owned if id(p) not in inside}
-        if rest:
-            wishes = [
-                wish._replace(parameters=[p for p in wish.parameters if id(p) in rest])
-                for wish in self.wishes
-            ]
-            for group in param_groups(list(rest.values()), wishes, lr, weight_decay):
-                made.add_param_group(group)
         self.made = made
         return made
 

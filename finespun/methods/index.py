@@ -4,6 +4,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from finespun.methods.allocation.merge_inject import MergeInject as MergeInject
+    from finespun.methods.dynamics.allora import ALLoRA as ALLoRA
+    from finespun.methods.dynamics.ggpo import GGPO as GGPO
+    from finespun.methods.dynamics.lora_fa import LoRAFA as LoRAFA
+    from finespun.methods.dynamics.lora_plus import LoRAPlus as LoRAPlus
+    from finespun.methods.dynamics.lora_pro import LoRAPro as LoRAPro
+    from finespun.methods.dynamics.mgpo import MGPO as MGPO
+    from finespun.methods.dynamics.muon import Muon as Muon
+    from finespun.methods.dynamics.riemannian import Riemannian as Riemannian
+    from finespun.methods.objectives.ba_lora import BALoRA as BALoRA
+    from finespun.methods.objectives.glad import GLAD as GLAD
     from finespun.methods.structures.block_lora import BlockLoRA as BlockLoRA
     from finespun.methods.structures.boft import BOFT as BOFT
     from finespun.methods.structures.c3a import C3A as C3A
@@ -38,12 +48,16 @@ if TYPE_CHECKING:
     from finespun.methods.structures.vera import VeRA as VeRA
 
 NAMES = {
+    "ALLoRA": "finespun.methods.dynamics.allora",
+    "BALoRA": "finespun.methods.objectives.ba_lora",
     "BOFT": "finespun.methods.structures.boft",
     "BlockLoRA": "finespun.methods.structures.block_lora",
     "C3A": "finespun.methods.structures.c3a",
     "DeLoRA": "finespun.methods.structures.delora",
     "DoRA": "finespun.methods.structures.dora",
     "FourierFT": "finespun.methods.structures.fourierft",
+    "GGPO": "finespun.methods.dynamics.ggpo",
+    "GLAD": "finespun.methods.objectives.glad",
     "GraLoRA": "finespun.methods.structures.gralora",
     "HiRA": "finespun.methods.structures.hira",
     "IA3": "finespun.methods.structures.ia3",
@@ -54,14 +68,20 @@ NAMES = {
     "LoKr": "finespun.methods.structures.lokr",
     "LoR2C": "finespun.methods.structures.lor2c",
     "LoRA": "finespun.methods.structures.lora",
+    "LoRAFA": "finespun.methods.dynamics.lora_fa",
+    "LoRAPlus": "finespun.methods.dynamics.lora_plus",
+    "LoRAPro": "finespun.methods.dynamics.lora_pro",
     "LoRAXS": "finespun.methods.structures.lora_xs",
     "MELoRA": "finespun.methods.structures.melora",
+    "MGPO": "finespun.methods.dynamics.mgpo",
     "MergeInject": "finespun.methods.allocation.merge_inject",
     "MiSS": "finespun.methods.structures.miss",
     "MoRA": "finespun.methods.structures.mora",
+    "Muon": "finespun.methods.dynamics.muon",
     "NOLA": "finespun.methods.structures.nola",
     "OFT": "finespun.methods.structures.oft",
     "RandLoRA": "finespun.methods.structures.randlora",
+    "Riemannian": "finespun.methods.dynamics.riemannian",
     "S2FT": "finespun.methods.structures.s2ft",
     "S2LoRA": "finespun.methods.structures.s2_lora",
     "SHiRA": "finespun.methods.structures.shira",

@@ -1,0 +1,1 @@
+"""What several dynamics are made of."""
