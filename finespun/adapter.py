@@ -5,15 +5,17 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal, Never
+from typing import Any, Literal, Never
 
 from torch import Tensor, nn
 
 from finespun import files, hosts
 from finespun.adapters.lineage import Lineage
 from finespun.adapters.state import AdapterState
-from finespun.contract import Delta, Scores, Structure, calculus
+from finespun.contract import Delta, Initializer, Scores, Structure, calculus
 from finespun.deprecated import renamed
+from finespun.driver import start
+from finespun.driver.gradients import Loss
 from finespun.errors import InputError, StateError, TargetError
 from finespun.hosts.targets import Targets, inside
 from finespun.linalg import LowRank
@@ -32,6 +34,9 @@ def adapt(
     layers: Iterable[int] | None = None,
     tie: Literal["both"] | None = None,
     modules_to_save: Sequence[str] | None = None,
+    initializer: Initializer | None = None,
+    batches: Iterable[Any] = (),
+    loss: Loss | None = None,
 ) -> "Adapter":
     """Attach a new trainable adapter; the model stays the object and the class it was.
 
@@ -39,9 +44,10 @@ def adapt(
     alone: only modules are trained. `train_modules` (PEFT's `modules_to_save`): modules of which
     the adapter trains its own copy; None means the task head that the model's class announces.
     Where a target shares its weight with another module, the update acts at the target alone, or
-    with tie="both" at both uses. `exact_start` makes a start that is not zero equal the base. Every
-    other parameter of the model is frozen until `detach`. Raises TargetError, PlanError or
-    InputError; the model stays as it was.
+    with tie="both" at both uses. `exact_start` makes a start that is not zero equal the base.
+    `initializer` says where the update starts; what it looks at is measured on `batches`, in eval
+    mode, by `loss(model, batch)` (that which the model returns). Every other parameter of the model
+    is frozen until `detach`. Raises TargetError, PlanError or InputError; nothing has changed then.
     """
     hosts.check_model(model)
     if not isinstance(structure, Structure):
@@ -68,6 +74,14 @@ def adapt(
             delta.keep_start()
     adapter.make_trainable()
     hosts.activate(model, name)
+    if initializer is not None:
+        try:
+            told = start(model, name, initializer, batches, loss, files.sources, structure.seed)
+        except BaseException:
+            adapter.detach()
+            raise
+        for text in told:
+            warnings.warn(text, stacklevel=3)  # the caller of `renamed`
     return adapter
 
 
@@ -271,17 +285,7 @@ class Adapter:
         compilation. Raises InputError where the two differ in form, BaseMismatch for another base
         unless `force`, StateError while this adapter is merged; nothing has changed then.
         """
-        saved = files.read_for(self.model, folder, strict)
-        hosts.check(hosts.adapter_set_of(self.model), "swap", self.name)
-        theirs, mine = files.settle(self.model, saved.state), self.attached
-        if theirs.base is not None:
-            hosts.check_base(theirs.base, self.model, force)
-        made = theirs.structure.kind, theirs.plan, theirs.trained
-        if made != (mine.structure.kind, mine.plan, mine.trained):
-            raise InputError(
-                f"{folder} holds {theirs.structure} on {len(theirs.plan.sites)} sites, whose form "
-                f"is not that of {self.name!r}; load it under a name of its own instead"
-            )
+        theirs = files.alike(self.model, self.name, folder, force, strict)
         hosts.swap(self.model, self.name, theirs)
         return self
 

@@ -35,9 +35,17 @@ class AxisValue(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Initializer(AxisValue):
-    """Where an update starts."""
+    """Where an update starts.
+
+    `folder` is what another adapter, or the weights before quantisation, are read from where the
+    value needs these (Need.UPDATES, Need.WEIGHTS).
+    """
 
     axis = "initializer"
+
+    @property
+    def folder(self) -> str:
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,6 +168,16 @@ class Delta(Wrapped):
         """
         return fitting.fit(self, update, covariance)
 
+    def take_factors(self, A: Tensor, B: Tensor, apart: bool = False, refine: int = 0) -> float:
+        """Begin with A (r, in) and B (out, r), scale not included, and return the relative error
+        ‖B̂ Â − B A‖ / ‖B A‖; B = 0 sets A alone.
+
+        A form of other factors becomes the nearest of their product (`assign`), or, where it has
+        two sides of its own, takes the r directions up to a rotation: (Q A, B Qᵀ), or with `apart`
+        (Q A, B Q'), which keeps AᵀA and B Bᵀ. `refine` as in `assign`.
+        """
+        return self.assign(LowRank(A, B * self.scale), refine=refine)
+
     def predicted(self, update: LowRank) -> float | None:
         """The error of `assign` where singular values give it in advance."""
         return None

@@ -11,6 +11,7 @@ from finespun.contract.delta import Bank, Delta
 from finespun.contract.groups import Group
 from finespun.contract.need import Need as Need
 from finespun.contract.structure import Plan, Structure
+from finespun.linalg import LowRank
 
 if TYPE_CHECKING:
     from finespun.contract.mixing import Mixing
@@ -82,6 +83,18 @@ class Measured(Protocol):
 
     def covariance(self, site: str) -> Tensor:
         """E[x xᵀ] (in, in) of what the site reads, not centred."""
+
+    def mean(self, site: str) -> Tensor:
+        """E[x] (in,) of what the site reads."""
+
+    def loss(self) -> float:
+        """The mean loss of the rows that were looked at, with the adapter as it is now."""
+
+    def update(self, site: str) -> LowRank:
+        """ΔW of another adapter, strength included."""
+
+    def weight(self, site: str) -> Tensor:
+        """W0 (out, in) as it was before it was quantised."""
 
 
 class Setup(Protocol):

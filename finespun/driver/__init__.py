@@ -12,6 +12,7 @@ from finespun.driver.look import (
 )
 from finespun.driver.moments import Moments
 from finespun.driver.setup import Prepared, check, prepare
+from finespun.driver.starting import start
 
 __all__ = [
     "Driver",
@@ -27,5 +28,6 @@ __all__ = [
     "param_groups",
     "prepare",
     "set_lr",
+    "start",
     "start_from_gradients",
 ]

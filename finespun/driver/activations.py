@@ -1,24 +1,32 @@
 """What layers read, before training: how active its features are, and how they vary together."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from finespun.contract.need import Need
+from finespun.driver.reducing import reduced
 from finespun.errors import InputError
 from finespun.hosts import Host, modules
 from finespun.hosts.coupling import family
 
 Of = Callable[[Tensor], Tensor]
+Masks = Callable[[Any], Tensor | None]
 
 
 class Means:
-    """Mean of a function of the rows that modules read, by a pre-hook on each module."""
+    """Mean of a function of the rows that modules read, by a pre-hook on each module. Of inputs of
+    the shape of `mask` (batch, tokens) only the marked rows count; while `paused` none do."""
+
+    mask: Tensor | None = None
+    paused = False
 
     def __init__(self, readers: Mapping[str, str], of: Of) -> None:
         self.readers, self.of = readers, of  # site -> the module whose inputs tell
+        self.device = torch.device("cpu")
         self.sums: dict[str, Tensor] = {}
         self.counts = dict.fromkeys(readers.values(), 0)
 
@@ -27,8 +35,13 @@ class Means:
 
         @torch.no_grad()
         def before(layer: nn.Module, args: Any) -> None:
-            x = args[0].detach().flatten(0, -2)
+            if self.paused:
+                return
+            x = args[0].detach()
+            marked = self.mask is not None and self.mask.shape == x.shape[:-1]
+            x = x[self.mask.to(x.device)] if marked and self.mask is not None else x.flatten(0, -2)
             x = x.to(torch.promote_types(x.dtype, torch.float32))
+            self.device = x.device
             self.sums[name] = self.of(x) + self.sums.get(name, 0.0)
             self.counts[name] += len(x)
 
@@ -36,12 +49,14 @@ class Means:
 
     def means(self) -> dict[str, Tensor]:
         """Site -> mean over all rows. Raises InputError for a module that never ran."""
-        for name, count in self.counts.items():
+        means = {}
+        for name, own in self.counts.items():
+            count = float(reduced(torch.tensor(float(own), dtype=torch.float64), self.device))
             if not count:
                 raise InputError(
                     f"{name!r} never ran: give batches, and a call that runs the model"
                 )
-        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+            means[name] = reduced(self.sums[name], self.device) / count
         return {site: means[reader] for site, reader in self.readers.items()}
 
 
@@ -69,17 +84,39 @@ def watch_activations(model: nn.Module, hosts: Mapping[str, Host]) -> Iterator[M
         yield found
 
 
+INPUTS: Mapping[Need, Of] = {
+    Need.COVARIANCE: lambda x: x.mT @ x,
+    Need.MEANS: lambda x: x.sum(0),
+}
+
+
 @contextmanager
-def watch_covariances(model: nn.Module, hosts: Mapping[str, Host]) -> Iterator[Means]:
-    """E[x xᵀ] (in, in) of what these sites read. Raises InputError for layers whose inputs are no
-    rows of features: tables, convolutions, blocks."""
-    for name, host in hosts.items():
+def watch_inputs(
+    model: nn.Module, hosts: Mapping[str, Host], needs: Collection[Need]
+) -> Iterator[dict[Need, Means]]:
+    """E[x xᵀ] (in, in) and E[x] (in,) of what these sites read, as far as they are needed. Raises
+    InputError for layers whose inputs are no rows of features: tables, convolutions, blocks."""
+    wanted = [need for need in INPUTS if need in needs]
+    for name, host in hosts.items() if wanted else ():
         if host.shape.kind != "linear":
             raise InputError(
-                f"{name!r} is of kind {host.shape.kind}: covariances are of linear ones"
+                f"{name!r} is of kind {host.shape.kind}: the {wanted[0]} is of linear ones"
             )
-    with _watched(modules(model), Means({n: n for n in hosts}, lambda x: x.mT @ x)) as found:
+    found = {need: Means({n: n for n in hosts}, INPUTS[need]) for need in wanted}
+    with ExitStack() as undo:
+        for means in found.values():
+            undo.enter_context(_watched(modules(model), means))
         yield found
+
+
+def trained_tokens(batch: Any) -> Tensor | None:
+    """Which tokens (batch, tokens) of a batch are trained, or else no padding; None: not told."""
+    if not isinstance(batch, Mapping):
+        return None
+    labels, attended = batch.get("labels"), batch.get("attention_mask")
+    if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
+        return labels != -100
+    return attended.bool() if isinstance(attended, Tensor) and attended.dim() == 2 else None
 
 
 @contextmanager

@@ -7,19 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finespun.driver.reducing import reduced
 from finespun.errors import InputError, TrainingError
 from finespun.hosts import Host
 from finespun.hosts.layers.quantised import quantised
+from finespun.linalg import LowRank
 
 Loss = Callable[[nn.Module, Any], Tensor | tuple[Tensor, float]]
 Add = Callable[[Tensor], None]
+Told = Callable[[Tensor, Tensor], None]
 
 
-class GradientSums:
+class Sums:
     """Σ w·∇L_b of every site, one batch after another."""
 
-    def __init__(self, sums: dict[str, Tensor]) -> None:
-        self.sums, self.total = sums, 0.0
+    def __init__(self, sums: dict[str, Tensor], device: torch.device) -> None:
+        self.sums, self.device, self.total = sums, device, 0.0
 
     def add(self, found: Tensor | tuple[Tensor, float]) -> None:
         """Go backwards from a batch's mean loss, or from (mean loss, weight). Raises InputError for
@@ -29,17 +32,21 @@ class GradientSums:
         (value * weight).backward()
         self.total += weight
 
-    def means(self) -> dict[str, Tensor]:
-        """Σ w·∇L_b / Σ w. Raises InputError where there was no batch."""
-        if not self.total:
+    def turn(self) -> None:
+        """A pass over all batches is over."""
+
+    def means(self) -> Mapping[str, Tensor | LowRank]:
+        """Σ w·∇L_b / Σ w over the rows of all ranks. Raises InputError where there was no batch."""
+        total = float(reduced(torch.tensor(self.total, dtype=torch.float64), self.device))
+        if not total:
             raise InputError("no batches to estimate gradients from; give at least one")
-        return {name: added.div_(self.total) for name, added in self.sums.items()}
+        return {n: reduced(added, self.device).div_(total) for n, added in self.sums.items()}
 
 
 @contextmanager
 def watch_gradients(
     model: nn.Module, hosts: Mapping[str, Host], device: torch.device | str
-) -> Iterator[GradientSums]:
+) -> Iterator[Sums]:
     """Add up the gradients of these sites' weights on `device`, in float32 at least; each is let go
     before the next one is formed, and no parameter of the model asks for one. Raises InputError for
     blocks."""
@@ -47,8 +54,8 @@ def watch_gradients(
         if host.shape.kind == "block":
             raise InputError(f"{name!r} is a block: it has no weight to look at the gradient of")
     sums = {name: _zeros(host, device) for name, host in hosts.items()}
-    with _frozen(model), _watched(list(hosts.values()), sums):
-        yield GradientSums(sums)
+    with frozen(model), _watched(list(hosts.values()), sums):
+        yield Sums(sums, next(model.parameters()).device)
 
 
 def _check(value: Any, weight: Any) -> None:
@@ -69,7 +76,7 @@ def _zeros(host: Host, device: torch.device | str) -> Tensor:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter of the model asks for a gradient."""
     asking = [p for p in model.parameters() if p.requires_grad]
     for parameter in asking:
@@ -90,8 +97,8 @@ def _watched(hosts: Sequence[Host], sums: dict[str, Tensor]) -> Iterator[None]:
     undo: list[Callable[[], None]] = []
     try:
         for users in layers.values():
-            watch = _tap if quantised(users[0].layer) else _alias
-            undo.append(watch(users[0].layer, _adder(users, sums)))
+            layer, add = users[0].layer, _adder(users, sums)
+            undo.append(tap(layer, _formed(add)) if quantised(layer) else _alias(layer, add))
         yield
     finally:
         for step in undo:
@@ -127,30 +134,36 @@ def _alias(layer: Any, add: Add) -> Callable[[], None]:
     return undo
 
 
-def _tap(layer: nn.Module, add: Add) -> Callable[[], None]:
-    """A quantised weight has no gradient: δᵀ x of the layer's output is that of what it stands
-    for."""
+def _formed(add: Add) -> Told:
+    """δᵀ x, the gradient of the weight, formed and added."""
+    return lambda x, delta: add(delta.mT @ x)
+
+
+def tap(layer: nn.Module, told: Told) -> Callable[[], None]:
+    """Tell x (rows, in) and δ (rows, out), the gradient of the output, of every pass through a
+    layer, in float32 at least. A quantised weight has no gradient: δᵀ x is that of what it stands
+    for. Returns how to stop."""
     anchor = torch.zeros((), requires_grad=True)
 
     def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        tapped: Tensor = _Tap.apply(output, args[0], anchor, add)  # type: ignore[no-untyped-call]
+        tapped: Tensor = _Tap.apply(output, args[0], anchor, told)  # type: ignore[no-untyped-call]
         return tapped
 
     return layer.register_forward_hook(after).remove
 
 
 class _Tap(torch.autograd.Function):
-    """The identity, whose backward adds δᵀ x (out, in); `anchor` makes it part of a graph."""
+    """The identity, whose backward tells x and δ; `anchor` makes it part of a graph."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, add: Add) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, told: Told) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.add = add
+        ctx.told = told
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         dtype = torch.promote_types(delta.dtype, torch.float32)
-        ctx.add(delta.flatten(0, -2).to(dtype).mT @ x.flatten(0, -2).to(dtype))
+        ctx.told(x.flatten(0, -2).to(dtype), delta.flatten(0, -2).to(dtype))
         return delta, None, None, None

@@ -3,18 +3,26 @@
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from finespun.contract import Scores, Structure
 from finespun.contract.need import MEASURED, Need
-from finespun.driver.activations import watch_activations, watch_covariances
-from finespun.driver.gradients import GradientSums, Loss, watch_gradients
+from finespun.driver.activations import Masks, watch_activations, watch_inputs
+from finespun.driver.gradients import Loss, Sums, watch_gradients
+from finespun.driver.reducing import reduced
+from finespun.driver.sketch import watch_sketches
 from finespun.errors import InputError
 from finespun.hosts import disabled, materialise
 from finespun.hosts import sites as sites_of
+from finespun.hosts.modes import evaluating
+from finespun.linalg import LowRank
+
+Seen = Tensor | LowRank
 
 
 class Look:
@@ -24,13 +32,20 @@ class Look:
     structure's plan.
     """
 
-    def __init__(self, found: Mapping[Need, dict[str, Tensor]], seconds: float = 0.0) -> None:
-        self.found, self.seconds = dict(found), seconds
+    def __init__(
+        self,
+        found: Mapping[Need, dict[str, Seen]],
+        seconds: float = 0.0,
+        again: Callable[[], float] | None = None,
+    ) -> None:
+        self.found, self.seconds, self.again = dict(found), seconds, again
 
     def scores(self, structure: Structure) -> Scores | None:
         """What this structure chooses or starts by, every site's; None where it needs nothing."""
         wanted = sorted(structure.needs & MEASURED)
-        return self.found[wanted[0]] if wanted else None
+        if not wanted:
+            return None
+        return {n: _dense(t) for n, t in self.found[wanted[0]].items()}
 
     def keep(self, needs: Collection[Need]) -> None:
         """Let go of what nobody needs any more."""
@@ -38,17 +53,36 @@ class Look:
 
     def gradient(self, site: str) -> Tensor:
         """∂L/∂W0 (out, in). Raises InputError where it was not measured, or was handed out."""
-        return self._take(Need.GRADIENTS, site)
+        return _dense(self._take(Need.GRADIENTS, site))
 
     def activation(self, site: str) -> Tensor:
         """Mean |h| of what the site reads or writes, (features,)."""
-        return self._take(Need.ACTIVATIONS, site)
+        return _dense(self._take(Need.ACTIVATIONS, site))
 
     def covariance(self, site: str) -> Tensor:
         """E[x xᵀ] (in, in) of what the site reads, not centred."""
-        return self._take(Need.COVARIANCE, site)
+        return _dense(self._take(Need.COVARIANCE, site))
 
-    def _take(self, need: Need, site: str) -> Tensor:
+    def mean(self, site: str) -> Tensor:
+        """E[x] (in,) of what the site reads."""
+        return _dense(self._take(Need.MEANS, site))
+
+    def weight(self, site: str) -> Tensor:
+        """W0 (out, in) as it was before it was quantised."""
+        return _dense(self._take(Need.WEIGHTS, site))
+
+    def update(self, site: str) -> LowRank:
+        """ΔW of another adapter."""
+        found = self._take(Need.UPDATES, site)
+        return found if isinstance(found, LowRank) else LowRank.from_dense(found)
+
+    def loss(self) -> float:
+        """The mean loss of the rows looked at, with the adapter as it is now."""
+        if self.again is None:
+            raise InputError(f"no {Need.LOSS} was measured: name Need.LOSS in `needs`")
+        return self.again()
+
+    def _take(self, need: Need, site: str) -> Seen:
         if need not in self.found:
             raise InputError(f"no {need} were measured: name Need.{need.name} in `needs`")
         if site not in self.found[need]:
@@ -63,33 +97,75 @@ def measure(
     batches: Iterable[Any],
     loss: Loss,
     device: torch.device | str = "cpu",
+    masks: Masks | None = None,
+    sketch: int | None = None,
 ) -> Look:
-    """Measure what `needs` asks for (gradients, activations, covariance) at the sites called so.
+    """Measure what `needs` asks for (gradients, activations, covariance, means, loss) at the sites
+    called so.
 
     The model is its base meanwhile, in the mode that it is in, and goes once over the batches;
     `loss(model, batch)` is as for `estimate_gradients`, and is called without gradients where none
-    are needed. Raises what `estimate_gradients` and `mean_activations` raise.
+    are needed. Covariance and means are over the tokens that `masks(batch)` marks (all, without).
+    With `sketch` a gradient is known by its main `sketch` directions alone, from two passes, and
+    nothing of size out x in is held for it. Where torch.distributed runs, every rank calls this
+    with rows of its own, and all get the figures of all rows. Raises what `estimate_gradients` and
+    `mean_activations` raise.
     """
     started, hosts = time.perf_counter(), sites_of(model, names, Structure())
-    watching: dict[Need, Callable[[], dict[str, Tensor]]] = {}
+    if sketch is not None or Need.LOSS in needs:
+        batches = list(batches)
+    watching: dict[Need, Callable[[], Mapping[str, Seen]]] = {}
+    passes = 1
     with ExitStack() as undo:
         if "_finespun_adapters" in model.__dict__:
             undo.enter_context(disabled(model))
-        sums: GradientSums | None = None
+        sums: Sums | None = None
         if Need.ACTIVATIONS in needs:
             watching[Need.ACTIVATIONS] = undo.enter_context(watch_activations(model, hosts)).means
-        if Need.COVARIANCE in needs:
-            watching[Need.COVARIANCE] = undo.enter_context(watch_covariances(model, hosts)).means
-        if Need.GRADIENTS in needs:
+        inputs = undo.enter_context(watch_inputs(model, hosts, needs))
+        watching |= {need: means.means for need, means in inputs.items()}
+        if Need.GRADIENTS in needs and sketch is not None:
+            sums = undo.enter_context(watch_sketches(model, hosts, sketch))
+            passes = 2
+        elif Need.GRADIENTS in needs:
             sums = undo.enter_context(watch_gradients(model, hosts, device))
+        if sums is not None:
             watching[Need.GRADIENTS] = sums.means
         undo.enter_context(torch.set_grad_enabled(sums is not None))
-        for batch in batches:
-            value = loss(model, batch)
+        for turn in range(passes):
+            for batch in batches if watching or passes > 1 else ():
+                for means in inputs.values():
+                    means.mask = None if masks is None or turn else masks(batch)
+                    means.paused = turn > 0
+                value = loss(model, batch)
+                if sums is not None:
+                    sums.add(value)
             if sums is not None:
-                sums.add(value)
-    found = {need: means() for need, means in watching.items()}
-    return Look(found, time.perf_counter() - started)
+                sums.turn()
+    found = {need: dict(means()) for need, means in watching.items()}
+    again = partial(_loss, model, batches, loss) if Need.LOSS in needs else None
+    return Look(found, time.perf_counter() - started, again)
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float:
+    """The mean loss of batches in eval mode, adapters as they are, over all ranks."""
+    total, weights = 0.0, 0.0
+    with evaluating(model):
+        for batch in batches:
+            found = loss(model, batch)
+            value, weight = found if isinstance(found, tuple) else (found, 1.0)
+            total, weights = total + float(value) * weight, weights + weight
+    both = torch.tensor([total, weights], dtype=torch.float64)
+    if dist.is_initialized():
+        both = reduced(both, next(model.parameters()).device)
+    if not both[1]:
+        raise InputError("no batches to take the loss of; give at least one")
+    return float(both[0] / both[1])
+
+
+def _dense(seen: Seen) -> Tensor:
+    return seen.dense() if isinstance(seen, LowRank) else seen
 
 
 def estimate_gradients(
@@ -111,7 +187,8 @@ def estimate_gradients(
     does not depend on the weights, TrainingError where it is not finite.
     Source: arXiv 2407.05000 (LoRA-GA).
     """
-    return measure(model, sites, {Need.GRADIENTS}, batches, loss, device).found[Need.GRADIENTS]
+    found = measure(model, sites, {Need.GRADIENTS}, batches, loss, device)
+    return {name: found.gradient(name) for name in list(found.found[Need.GRADIENTS])}
 
 
 def mean_activations(
@@ -127,7 +204,8 @@ def mean_activations(
     `call(model, batch)` runs the model, which is its base meanwhile, in the mode that it is in.
     Raises TargetError for unknown sites, InputError for a layer that never ran.
     """
-    return measure(model, sites, {Need.ACTIVATIONS}, batches, call).found[Need.ACTIVATIONS]
+    found = measure(model, sites, {Need.ACTIVATIONS}, batches, call)
+    return {name: found.activation(name) for name in list(found.found[Need.ACTIVATIONS])}
 
 
 def start_from_gradients(model: nn.Module, name: str, batches: Iterable[Any], loss: Loss) -> None:

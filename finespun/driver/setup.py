@@ -18,6 +18,7 @@ from finespun.contract import (
 from finespun.driver.groups import adamw, param_groups
 from finespun.errors import InputError
 from finespun.hosts import View
+from finespun.linalg import LowRank
 
 
 class Unmeasured:
@@ -31,6 +32,18 @@ class Unmeasured:
 
     def covariance(self, site: str) -> Tensor:
         raise InputError(_unmeasured("covariance", site))
+
+    def mean(self, site: str) -> Tensor:
+        raise InputError(_unmeasured("mean input", site))
+
+    def loss(self) -> float:
+        raise InputError(_unmeasured("loss", "the first rows"))
+
+    def update(self, site: str) -> LowRank:
+        raise InputError(_unmeasured("update of another adapter", site))
+
+    def weight(self, site: str) -> Tensor:
+        raise InputError(_unmeasured("weight before quantisation", site))
 
 
 class Prepared:

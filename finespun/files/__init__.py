@@ -10,6 +10,7 @@ from finespun.files.overwrite import refuse_to_lose
 from finespun.files.peft.summary import FileSummary, summarise
 from finespun.files.peft.write import lora_config, write_lora
 from finespun.files.saved import Saved
+from finespun.files.sources import alike, sources
 from finespun.hosts import check_base, fingerprint
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Lineage",
     "Parent",
     "Saved",
+    "alike",
     "check_base",
     "check_fit",
     "check_source",
@@ -34,6 +36,7 @@ __all__ = [
     "register_saved",
     "save",
     "settle",
+    "sources",
     "state_of",
     "summarise",
     "write",

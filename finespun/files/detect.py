@@ -54,7 +54,8 @@ def read_adapter(
     if (place / native.CONFIG).is_file():
         return native.read(place, strict)
     if (place / peft.CONFIG).is_file():
-        return read_method(place, layers, strict) or peft.read_peft(place, strict)
+        base = layers if isinstance(layers, nn.Module) else None
+        return read_method(place, layers, strict) or peft.read_peft(place, strict, base)
     return diffusion.read_diffusion(place / diffusion.WEIGHTS, strict)
 
 

@@ -20,6 +20,7 @@ from finespun.storage.blame import finite_number
 from finespun.storage.patterns import check_pattern
 
 STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+FROM_WEIGHT = ("pissa", "olora")  # what follows from the base's weight alone
 BIASES = ("none", "all", "lora_only")
 USED = frozenset(
     [
@@ -93,9 +94,11 @@ class Pair:
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
 
-def check_config(config: Mapping[str, Any], strict: bool, notes: list[str]) -> None:
+def check_config(
+    config: Mapping[str, Any], strict: bool, notes: list[str], based: bool = False
+) -> None:
     """Raise FileError for a config that says what is not read; unless strict, what is unknown
-    becomes a note."""
+    becomes a note. With `based` the base is at hand, and starts that follow from it are read."""
     kind = config.get("peft_type")
     if kind not in ("LORA", "TRAINABLE_TOKENS"):
         raise FileError(f"peft_type is {str(kind)[:60]!r}, not 'LORA' or 'TRAINABLE_TOKENS'")
@@ -108,10 +111,11 @@ def check_config(config: Mapping[str, Any], strict: bool, notes: list[str]) -> N
             + "; merge it in PEFT, or save it without"
         )  # fmt: skip
     start = config.get("init_lora_weights", True)
-    if start not in STARTS:
+    if start not in STARTS and not (based and start in FROM_WEIGHT):
+        way = "load it onto its base with fs.load, or " if start in FROM_WEIGHT else ""
         raise FileError(
-            f"init_lora_weights={start!r} changes the base's own weights when PEFT loads it; save "
-            "it from PEFT with path_initial_model_for_weight_conversion"
+            f"init_lora_weights={start!r} changes the base's own weights when PEFT loads it; "
+            f"{way}save it from PEFT with path_initial_model_for_weight_conversion"
         )
     known = {*(USED if kind == "LORA" else TOKENS_USED), *PASSED, *REFUSED}
     for key, value in config.items():

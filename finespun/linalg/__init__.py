@@ -13,7 +13,7 @@ from .kronecker import (
 )
 from .lowrank import SVD, LowRank
 from .rsvd import randomized_svd, randomized_svd_of
-from .separable import Separable, nearest_separable, predicted_error
+from .separable import Separable, nearest_separable, nearest_sides, predicted_error
 
 __all__ = [
     "SVD",
@@ -27,6 +27,7 @@ __all__ = [
     "condition",
     "nearest_kronecker_sum",
     "nearest_separable",
+    "nearest_sides",
     "predicted_error",
     "randomized_svd",
     "randomized_svd_of",

@@ -15,6 +15,7 @@ from finespun.linalg.kronecker import nearest_kronecker_sum
 from finespun.linalg.lowrank import LowRank
 
 Pair = tuple[Tensor, Tensor]
+ROUNDS = 12
 
 
 class Separable(NamedTuple):
@@ -55,6 +56,54 @@ def _starts(target: LowRank, rank: int) -> list[LowRank]:
     """Factors of the target that may be projected."""
     balanced = target.squeeze(min(rank, target.rank))
     return [balanced, target] if target.rank == rank else [balanced]
+
+
+def nearest_sides(
+    A: Tensor,
+    B: Tensor,
+    ranks: Sequence[int],
+    down: Sequence[int],
+    up: Sequence[int],
+    terms: Sequence[int],
+    apart: bool = False,
+    refine: int = 0,
+    rounds: int = ROUNDS,
+) -> Separable:
+    """Kronecker sums Â and B̂ nearest to A (r, in) and B (out, r), where the r directions may be
+    turned by an orthogonal Q, which leaves B A.
+
+    min ‖Â − Q A‖² + ‖B̂ − B Qᵀ‖², the nearest sums and Q = polar(Â Aᵀ + B̂ᵀ B) in turn, so that the
+    error never rises. With `apart` Q of A and of B are two, which leaves AᵀA and B Bᵀ, and each sum
+    is brought to the norm of what it stands for. `refine` as in `nearest_separable`. The error is
+    that of the product, ‖B̂ Â − B A‖ / ‖B A‖. Computed in float64.
+    """
+    A, B = A.double(), B.double()
+    Q = [torch.eye(len(A), dtype=A.dtype, device=A.device)] * 2
+    for _ in range(rounds):
+        left, right = _fit(Q[0] @ A, terms[0], ranks, down), _fit(B @ Q[1].mT, terms[1], up, ranks)
+        turned = _cut(left, A) @ A.mT, _cut(right, B).mT @ B
+        Q = [polar(t) for t in turned] if apart else [polar(turned[0] + turned[1])] * 2
+    if apart:
+        left, right = _sized(left, A), _sized(right, B)
+    return _refine(LowRank(A, B), left, right, refine)
+
+
+def _cut(pair: Pair, like: Tensor) -> Tensor:
+    """The sum without its padding."""
+    return kron_sum(*pair)[: like.shape[0], : like.shape[1]]
+
+
+def _sized(pair: Pair, like: Tensor) -> Pair:
+    """The sum at the norm of what it stands for."""
+    size = torch.linalg.vector_norm(_cut(pair, like))
+    root = (torch.linalg.vector_norm(like) / size).sqrt() if size > 0 else size
+    return pair[0] * root, pair[1] * root
+
+
+def polar(M: Tensor) -> Tensor:
+    """The orthogonal matrix nearest to M."""
+    U, _, Vh = torch.linalg.svd(M)
+    return U @ Vh
 
 
 def predicted_error(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from finespun.contract.delta import Delta
 from finespun.contract.method import Method
 from finespun.contract.need import OFFERED, SINGLE, Need
 from finespun.contract.site import TensorSite
@@ -90,6 +91,8 @@ def offers(structure: Structure) -> frozenset[Need]:
         found |= {Need.FACTORS, Need.GATES}
     if delta.products():
         found.add(Need.PRODUCTS)
+    if type(delta).take_factors is not Delta.take_factors:
+        found.add(Need.SIDES)
     return frozenset(found)
 
 

@@ -12,6 +12,16 @@ if TYPE_CHECKING:
     from finespun.methods.dynamics.mgpo import MGPO as MGPO
     from finespun.methods.dynamics.muon import Muon as Muon
     from finespun.methods.dynamics.riemannian import Riemannian as Riemannian
+    from finespun.methods.initializers.corda import CorDA as CorDA
+    from finespun.methods.initializers.eva import EVA as EVA
+    from finespun.methods.initializers.from_adapter import FromAdapter as FromAdapter
+    from finespun.methods.initializers.loftq import LoftQ as LoftQ
+    from finespun.methods.initializers.lora_ga import LoRAGA as LoRAGA
+    from finespun.methods.initializers.lora_sb import LoRASB as LoRASB
+    from finespun.methods.initializers.milora import MiLoRA as MiLoRA
+    from finespun.methods.initializers.olora import OLoRA as OLoRA
+    from finespun.methods.initializers.orthogonal import Orthogonal as Orthogonal
+    from finespun.methods.initializers.pissa import PiSSA as PiSSA
     from finespun.methods.objectives.ba_lora import BALoRA as BALoRA
     from finespun.methods.objectives.glad import GLAD as GLAD
     from finespun.methods.structures.block_lora import BlockLoRA as BlockLoRA
@@ -53,9 +63,12 @@ NAMES = {
     "BOFT": "finespun.methods.structures.boft",
     "BlockLoRA": "finespun.methods.structures.block_lora",
     "C3A": "finespun.methods.structures.c3a",
+    "CorDA": "finespun.methods.initializers.corda",
     "DeLoRA": "finespun.methods.structures.delora",
     "DoRA": "finespun.methods.structures.dora",
+    "EVA": "finespun.methods.initializers.eva",
     "FourierFT": "finespun.methods.structures.fourierft",
+    "FromAdapter": "finespun.methods.initializers.from_adapter",
     "GGPO": "finespun.methods.dynamics.ggpo",
     "GLAD": "finespun.methods.objectives.glad",
     "GraLoRA": "finespun.methods.structures.gralora",
@@ -69,17 +82,24 @@ NAMES = {
     "LoR2C": "finespun.methods.structures.lor2c",
     "LoRA": "finespun.methods.structures.lora",
     "LoRAFA": "finespun.methods.dynamics.lora_fa",
+    "LoRAGA": "finespun.methods.initializers.lora_ga",
     "LoRAPlus": "finespun.methods.dynamics.lora_plus",
     "LoRAPro": "finespun.methods.dynamics.lora_pro",
+    "LoRASB": "finespun.methods.initializers.lora_sb",
     "LoRAXS": "finespun.methods.structures.lora_xs",
+    "LoftQ": "finespun.methods.initializers.loftq",
     "MELoRA": "finespun.methods.structures.melora",
     "MGPO": "finespun.methods.dynamics.mgpo",
     "MergeInject": "finespun.methods.allocation.merge_inject",
+    "MiLoRA": "finespun.methods.initializers.milora",
     "MiSS": "finespun.methods.structures.miss",
     "MoRA": "finespun.methods.structures.mora",
     "Muon": "finespun.methods.dynamics.muon",
     "NOLA": "finespun.methods.structures.nola",
     "OFT": "finespun.methods.structures.oft",
+    "OLoRA": "finespun.methods.initializers.olora",
+    "Orthogonal": "finespun.methods.initializers.orthogonal",
+    "PiSSA": "finespun.methods.initializers.pissa",
     "RandLoRA": "finespun.methods.structures.randlora",
     "Riemannian": "finespun.methods.dynamics.riemannian",
     "S2FT": "finespun.methods.structures.s2ft",

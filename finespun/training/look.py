@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from finespun import hosts
+from finespun import files, hosts
 from finespun.contract.need import MEASURED
 from finespun.driver import Look, measure
+from finespun.driver.activations import trained_tokens
+from finespun.driver.starting import FROM_FILES
 from finespun.models import Loaded
 from finespun.recipes.recipe import Recipe
 from finespun.tasks.batches import Batches
@@ -24,8 +26,15 @@ def look(recipe: Recipe, task: Task[Any, Any], text: Loaded, rows: Encoded) -> L
     names = hosts.find(text.model, recipe.targets) if needs else []
     if not names:
         return Look({need: {} for need in needs})
-    batches = first_batches(recipe, task, text, rows)
-    return measure(text.model.eval(), names, needs, batches, weighed(task))
+    batches = first_batches(recipe, task, text, rows) if needs - FROM_FILES else iter(())
+    loss = weighed(task)
+    seen = measure(
+        text.model.eval(), names, needs - FROM_FILES, batches, loss, masks=trained_tokens
+    )
+    if recipe.initializer is not None:
+        read = files.sources(text.model, names, recipe.initializer)
+        seen.found |= {need: dict(one) for need, one in read.items()}
+    return seen
 
 
 def first_batches(

@@ -99,6 +99,8 @@ class Loop:
         if not self.driver.open:
             raise StateError("this loop has run: make another one, and load_state_dict to go on")
         self.reporter.tell({"event": "start", "steps": self.steps, "done": self.step})
+        for text in () if self.step else self.driver.news():
+            self.reporter.tell({"event": "note", "text": text})
         every = self.training.checkpoint_every or self.steps_per_epoch
         with self.driver, train_mode(self.adapter), caught_interrupt() as interrupted:
             while self.batches.position.epoch < self.training.epochs:

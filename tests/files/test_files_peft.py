@@ -149,7 +149,12 @@ REFUSALS = {
     "type": ({"peft_type": "XLORA"}, "peft_type is 'XLORA'"),
     "loftq": ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' changes the base"),
     "corda": ({"init_lora_weights": "corda"}, "init_lora_weights='corda' changes the base"),
-    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base"),
+    "pissa": (
+        {"init_lora_weights": "pissa_niter_4"},
+        "init_lora_weights='pissa_niter_4' changes the base's own weights when PEFT loads it; "
+        "save it from PEFT with path_initial_model_for_weight_conversion",
+    ),
+    "lora_ga": ({"init_lora_weights": "lora_ga"}, "path_initial_model_for_weight_conversion"),
     "unknown": ({"use_drora": True}, "use_drora=True is unknown; nearest: 'use_dora'"),
     "rank": ({"r": 3}, "while the config gives it rank 3"),
     "no rank": ({"r": 0}, "rank=0"),

@@ -92,7 +92,7 @@ def test_what_does_not_go_together_is_told_with_what_would():
 @pytest.mark.parametrize("kind", sorted(AXES["structure"].known))
 def test_what_a_structure_offers_is_what_its_updates_have(kind):
     found = offers(fs.make(kind))
-    assert found <= {"factors", "gates", "products"}
+    assert found <= {"factors", "gates", "products", "two sides"}
     paired = {"block_lora", "dora", "gralora", "hira", "krona", "loha", "lokr", "lor2c", "lora"}
     assert ("products" in found) == (kind in paired | {"lsr", "melora"})
 

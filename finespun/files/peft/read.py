@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from finespun.adapters.fingerprint import Fingerprint
 from finespun.adapters.keys import Key, of_module, of_site
@@ -19,8 +19,9 @@ from finespun.adapters.lineage import Lineage
 from finespun.adapters.state import AdapterState
 from finespun.contract import Plan, SiteShape, Structure
 from finespun.errors import FileError, nearest
-from finespun.files.lora import check_config, meant, settle_pair
+from finespun.files.lora import FROM_WEIGHT, check_config, meant, settle_pair
 from finespun.files.peft.keys import Parts, sort
+from finespun.files.peft.starts import starts
 from finespun.files.saved import Saved, named_after
 from finespun.methods.axes import make
 from finespun.methods.structures.lora import LoRA
@@ -31,18 +32,19 @@ from finespun.storage.safe_io import TensorFile, read_json, read_tensors
 CONFIG, TENSORS, SIDE = "adapter_config.json", "adapter_model.safetensors", "finespun.json"
 
 
-def read_peft(folder: str | Path, strict: bool = True) -> Saved:
+def read_peft(folder: str | Path, strict: bool = True, model: nn.Module | None = None) -> Saved:
     """A PEFT folder as a state with a `LoRA`, `DoRA` or `Tokens` structure, named after the
     folder.
 
-    With `strict` off, unknown keys of the config become notes. Raises FileError naming what is
+    With `strict` off, unknown keys of the config become notes. With the base, `model`, starts that
+    follow from its weights (PiSSA's, OLoRA's) are found again. Raises FileError naming what is
     damaged, missing or not read.
     """
     place = settled(folder)
     config = read_json(place / CONFIG)
     notes: list[str] = []
     with blame(place / CONFIG):
-        check_config(config, strict, notes)
+        check_config(config, strict, notes, based=model is not None)
         made = _structure(config)
     if not (place / TENSORS).exists() and (place / "adapter_model.bin").exists():
         raise FileError(
@@ -55,13 +57,16 @@ def read_peft(folder: str | Path, strict: bool = True) -> Saved:
         bias, dora = config.get("bias", "none") != "none", bool(config.get("use_dora"))
         parts = sort(held.tensors, saved, bias, dora)
         sites, choices, tensors = _plan(parts, config, notes)
+        plan, start = Plan(sites, choices), config.get("init_lora_weights", True)
+        if model is not None and start in FROM_WEIGHT:
+            tensors |= starts(model, start, made, plan, notes)
     for module, whole in parts.whole.items():
         tensors |= of_module(module, whole)
     name, base, lineage = _beside(place, held, notes)
     state = AdapterState.pack(
         name or named_after(folder),
         made,
-        Plan(sites, choices),
+        plan,
         tensors,
         trained=tuple(parts.whole),
         lineage=lineage,

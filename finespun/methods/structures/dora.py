@@ -78,6 +78,14 @@ class DoRADelta(Delta):
         self.B = nn.Parameter(torch.zeros(out, rank, device=device))
         self.m = nn.Parameter(torch.zeros(out, device=device))
 
+    def take_factors(self, A: Tensor, B: Tensor, apart: bool = False, refine: int = 0) -> float:
+        """As the direction's; the magnitudes stay."""
+        if A.shape != self.A.shape:
+            return super().take_factors(A, B, apart, refine)
+        self.A.data.copy_(A)
+        self.B.data.copy_(B)
+        return 0.0
+
     def norm(self, w0: Tensor) -> Tensor:
         """‖V‖ of every row, (out,), a constant to the gradient; never zero."""
         V = torch.addmm(w0, self.B.detach(), self.A.detach(), alpha=self.scale)

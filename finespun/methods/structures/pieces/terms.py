@@ -12,7 +12,14 @@ from finespun.contract.groups import Group
 from finespun.contract.products import Product
 from finespun.contract.site import Site
 from finespun.errors import InputError
-from finespun.linalg import LowRank, condition, nearest_separable, predicted_error, rebalance
+from finespun.linalg import (
+    LowRank,
+    condition,
+    nearest_separable,
+    nearest_sides,
+    predicted_error,
+    rebalance,
+)
 
 SIDES = ("A", "B")
 
@@ -106,6 +113,24 @@ class Terms(Delta):
         whole = LowRank.from_dense(update) if isinstance(update, Tensor) else update
         error = self.project(whole, refine)
         return error if covariance is None else super().assign(update, covariance)
+
+    @torch.no_grad()
+    def take_factors(self, A: Tensor, B: Tensor, apart: bool = False, refine: int = 0) -> float:
+        """The Kronecker sums nearest to the two sides, rotations of the rank left free; of B = 0
+        the last factor becomes zero and the others stay."""
+        c = self.choice
+        if self.count == 3 or self.adjusted or self.masks() or len(A) != math.prod(c["ranks"]):
+            return super().take_factors(A, B, apart, refine)
+        shape = c["ranks"], c["down"], c["up"], c["terms"]
+        best = nearest_sides(A, B, *shape, apart=apart, refine=0 if apart else refine)
+        for own, new in zip(self.side("A"), best.A):
+            own.copy_(new)
+        if not bool(B.any()):
+            self.side("B")[-1].zero_()
+            return 0.0
+        for own, new in zip(self.side("B"), best.B):
+            own.copy_(new)
+        return best.error
 
     def predicted(self, update: LowRank) -> float | None:
         if self.count == 3:

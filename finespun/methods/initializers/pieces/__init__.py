@@ -1,0 +1,1 @@
+"""What several starts are made of."""
