@@ -96,3 +96,19 @@ def test_what_is_dead_stays_dead():
     small = fs.LoRA(rank=3)
     three = small.build(site, small.plan([site]))
     assert error == pytest.approx(three.assign(wanted), rel=1e-3)
+
+
+@pytest.mark.parametrize("split", [(1, 4), (4, 1)])
+@pytest.mark.parametrize("sizes", [(48, 20), (24, 40), (16, 16)])
+@pytest.mark.parametrize("dense", [True, False])
+def test_an_lsr_is_recovered_from_what_it_computes(split, sizes, dense):
+    """Balanced factors are M A and B M⁻¹: with a rank of 1 on one side, and nothing padded, sums of
+    as many terms."""
+    form = fs.LSR(rank=4, separation_rank=2, rank_split=split)
+    site = TensorSite("s", draw(*sizes, dtype=torch.float64))
+    other, delta = (form.build(site, form.plan([site])).double() for _ in range(2))
+    stir(list(other.trained_parameters()))
+    wanted = update_of(other)
+    error = delta.assign(wanted if dense else other.as_low_rank())
+    assert error <= 1e-6
+    assert relative(update_of(delta), wanted) <= 1e-6
