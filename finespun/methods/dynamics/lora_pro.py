@@ -129,8 +129,8 @@ class Light(TrainingHooks):
 def is_product(delta: Delta) -> bool:
     """Whether ΔW is one product of all that is trained in it."""
     found, shape = delta.products(), delta.site.shape
-    if len(found) != 1:
-        return False
+    if len(found) != 1 or "low_rank" not in delta.written:
+        return False  # without factors of its own ΔW is made of the product, and not the same
     whole = found[0].L.shape[0], found[0].R.shape[1]
     ids = {id(p) for p in found[0].sides()}
     return whole == (shape.out_features, shape.in_features) and ids == {

@@ -12,7 +12,9 @@ from finespun.contract import TensorSite
 from finespun.contract.calculus import parameters_of, pull, push
 from finespun.linalg import LowRank
 from finespun.methods.dynamics import LoRAPro, Riemannian
+from finespun.methods.dynamics.lora_pro import is_product
 from finespun.methods.dynamics.muon import orthogonal
+from finespun.methods.dynamics.pieces.adam_in_product import ProductAdamW
 from finespun.methods.dynamics.pieces.normal import dot, solved, systems
 from finespun.methods.dynamics.pieces.pairs import effect, effect_norm, nearest, norm, stacked
 from finespun.methods.dynamics.riemannian import scaled
@@ -258,3 +260,44 @@ def test_maps_keep_the_norm_of_raw_gradients(structure, value):
         assert float(a) == pytest.approx(float(b), rel=1e-4)
     assert any((a - p.grad).norm() > 1e-2 * a.norm() for a, p in zip(old, adapter.parameters()))
     assert dot(old, [p.grad for p in adapter.parameters()]) > 0
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_products_that_view_one_parameter_move_as_if_each_had_its_own(factored):
+    """MELoRA is two LoRAs side by side: moments are kept apart, also through a checkpoint."""
+    joint, G, _ = delta_of(fs.MELoRA(rank=4, blocks=2))
+    apart = [delta_of(fs.LoRA(rank=2), out=10, width=12, scale=joint.scale)[0] for _ in range(2)]
+    for i, delta in enumerate(apart):
+        with torch.no_grad():
+            delta.A.copy_(joint.A[i])
+            delta.B.copy_(joint.B[i])
+
+    def stepper(deltas, saved=None):
+        own = [p for d in deltas for p in d.trained_parameters()]
+        made = ProductAdamW([{"params": own}], 0.05, deltas, 1e-4, factored)
+        made.load_state_dict(saved) if saved else None
+        return made
+
+    one, other = stepper([joint]), stepper(apart)
+    for step in range(4):
+        if step == 2:
+            one = stepper([joint], one.state_dict())
+        for i, delta in enumerate(apart):
+            part = G[10 * i : 10 * i + 10, 12 * i : 12 * i + 12] * (1 + step)
+            for name, slope in pull(delta, part).items():
+                getattr(delta, name).grad = slope
+        joint.A.grad = torch.stack([d.A.grad for d in apart])
+        joint.B.grad = torch.stack([d.B.grad for d in apart])
+        one.step()
+        other.step()
+    for i, delta in enumerate(apart):
+        torch.testing.assert_close(joint.A[i], delta.A, rtol=1e-3 if factored else 1e-9, atol=1e-6)
+        torch.testing.assert_close(joint.B[i], delta.B, rtol=1e-3 if factored else 1e-9, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("structure", "one"),
+    [(LORA, True), (fs.HiRA(rank=3), False), (fs.MELoRA(rank=4), False), (LSR, False)],
+)
+def test_what_is_one_product_is_told_from_what_is_made_of_products(structure, one):
+    assert is_product(delta_of(structure)[0]) == one

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from finespun.contract import Delta
+from finespun.contract.products import Product
 from finespun.methods.dynamics.pieces.apart import Apart, Groups
 from finespun.methods.dynamics.pieces.pairs import (
     Pair,
@@ -24,8 +25,9 @@ class ProductAdamW(Apart):
 
     The gradients that it finds are a pair of the direction of h and of the norm of g̃. Weight decay
     shrinks the product: each side by √(1 − lr · decay). Moments lie in the state of the left
-    side's parameter: `first` (m, n), `second` (m, n), or `rows` (m,) and `columns` (n,) where
-    factored. All other parameters are AdamW's.
+    side's parameter, those of several products that view it by the places of the views: `first`
+    (m, n), `second` (m, n), or `rows` (m,) and `columns` (n,) where factored. All other parameters
+    are AdamW's.
     """
 
     def __init__(
@@ -46,15 +48,31 @@ class ProductAdamW(Apart):
             change *= norm(pair) / change.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
             owners = [product.sides() for product in stack.products]
             wanted = torch.stack(
-                [self._adam(left, g, groups[left]) for (left, _), g in zip(owners, change)]
+                [
+                    self._adam(self._moments(product, left), g, groups[left])
+                    for product, (left, _), g in zip(stack.products, owners, change)
+                ]
             )
             asked = stack.scale * (wanted @ stack.R.mT), stack.scale * (stack.L.mT @ wanted)
             self._take(stack, nearest(stack, asked, self.damping), groups)
             yield from (p for sides in owners for p in sides)
 
-    def _adam(self, parameter: nn.Parameter, g: Tensor, group: dict[str, Any]) -> Tensor:
+    def _moments(self, product: Product, owner: nn.Parameter) -> dict[str, Any]:
+        """The state of a product: its left parameter's, or a part of that for each view."""
+        state: dict[str, Any] = self.state[owner]
+        view = product.left()
+        if view.numel() == owner.numel():
+            return state
+        state.setdefault(
+            "step", torch.zeros((), dtype=torch.float32)
+        )  # AdamW's loading asks for it
+        place = f"from {view.storage_offset() - owner.storage_offset()}"
+        part: dict[str, Any] = state.setdefault(place, {})
+        return part
+
+    def _adam(self, state: dict[str, Any], g: Tensor, group: dict[str, Any]) -> Tensor:
         """What AdamW would take from the product, lr aside."""
-        state, (b1, b2) = self.state[parameter], group["betas"]
+        b1, b2 = group["betas"]
         if "first" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["first"] = torch.zeros_like(g)
