@@ -1,6 +1,7 @@
 """Many adapters on one model: what the thousandth costs, and what switching costs."""
 
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import finespun as fs
 from finespun import files, hosts
+from finespun.adapters.packed import PackedTensors
+
+MOST_READS = 3  # of one tensor, while its adapter is registered
 
 
 def llama(layers=2, width=64):
@@ -93,6 +97,26 @@ def test_a_thousand_adapters_cost_their_files(folder, count):
     assert not hosts.hosts_of(model)
     fs.activate(model, f"a{count - 1}")
     assert len(hosts.hosts_of(model)) == 14
+
+
+def test_registering_reads_no_tensor_more_often_the_more_adapters_there_are(folder, monkeypatch):
+    model, counts, read = llama(), [], []
+    inner = PackedTensors.__getitem__
+
+    def seen(self, key):
+        read.append(key)
+        return inner(self, key)
+
+    monkeypatch.setattr(PackedTensors, "__getitem__", seen)
+    for i in range(8):
+        read.clear()
+        with Operators() as made:
+            register(model, folder, f"a{i}")
+        counts.append((len(read), made.count))
+    tensors = len(hosts.adapter_set_of(model).states["a0"].tensors)
+    assert counts[1:] == [counts[1]] * 7
+    assert max(Counter(read).values(), default=0) <= MOST_READS
+    assert len(read) <= MOST_READS * tensors
 
 
 @pytest.mark.slow
