@@ -74,6 +74,7 @@ class MuonBeside(Apart):
         for members in shapes.values():
             wanted = []
             for p in members:
+                self.state[p].setdefault("step", torch.zeros(()))  # AdamW reads it when it loads
                 M = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 M.lerp_(p.grad, 1 - beta)
                 wanted.append((M * beta).add_(p.grad, alpha=1 - beta).flatten(1))

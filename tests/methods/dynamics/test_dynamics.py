@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from axis_runs import LORA, LSR, STEPS, Losing, parameters, ready, rows, step
+from tiers import sampled
 
 import finespun as fs
 from finespun.driver import Driver, prepare
@@ -40,7 +41,7 @@ VALUES = {
     "glad": GLAD(),
     "glad-every": GLAD(rule="orth", every=2),
 }
-EVERY = pytest.mark.parametrize("name", list(VALUES))
+EVERY = pytest.mark.parametrize("name", sampled(VALUES, 0.2))
 FORMS = pytest.mark.parametrize("structure", [LORA, LSR], ids=["lora", "lsr"])
 
 
