@@ -35,6 +35,7 @@ from finespun.recipes.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "docs" / "axes").glob("*.md"))
 NOT_RUN = {
     "it would run the tests that run it": 1,
     "it takes minutes, and the tests of the command line train and compare too": 4,
