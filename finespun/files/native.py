@@ -6,7 +6,7 @@ tensors have the keys of `adapters.keys`. Every key is checked; an unknown one i
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,22 +33,28 @@ from finespun.storage.safe_io import (
     write_tensors,
 )
 
+Beside = Callable[[Path], None]
 FORMAT = 1
 TENSORS, CONFIG = "adapter.safetensors", "adapter.json"
 KEYS = ("format", "name", "structure", "plan", "trained", "strength", "dtypes", "base", "lineage")
 
 
 def save(
-    model: nn.Module, name: str, folder: str | Path, lineage: Lineage | None = None
+    model: nn.Module,
+    name: str,
+    folder: str | Path,
+    lineage: Lineage | None = None,
+    beside: Beside | None = None,
 ) -> dict[str, Any]:
     """Write adapter `name` of the model to a folder, whole or not at all; returns adapter.json.
-    `lineage` takes the place of the adapter's own.
+    `lineage` takes the place of the adapter's own; `beside` is handed the folder of the new files
+    and may write more, which appear in the same moment.
 
     Raises StateError for values that are NaN, infinite or sharded away, FileError where the folder
     cannot be written.
     """
     state = state_of(model, name)
-    return write(state if lineage is None else replace(state, lineage=lineage), folder)
+    return write(state if lineage is None else replace(state, lineage=lineage), folder, beside)
 
 
 def state_of(model: nn.Module, name: str, copy: bool = False) -> AdapterState:
@@ -62,9 +68,9 @@ def state_of(model: nn.Module, name: str, copy: bool = False) -> AdapterState:
     return replace(held, base=fingerprint(model, held.trained))
 
 
-def write(state: AdapterState, folder: str | Path) -> dict[str, Any]:
+def write(state: AdapterState, folder: str | Path, beside: Beside | None = None) -> dict[str, Any]:
     """Write a state to a folder, whole or not at all; returns adapter.json. A state without a
-    lineage gets one that is made now. Raises as `save` does."""
+    lineage gets one that is made now; `beside` as in `save`. Raises as `save` does."""
     checked(state)
     lineage = state.lineage or lineage_of(state.structure)
     tensors = spelt(state.tensors)
@@ -83,6 +89,8 @@ def write(state: AdapterState, folder: str | Path) -> dict[str, Any]:
         content["sha256"] = write_tensors(work / TENSORS, tensors, {"format": "finespun"})
         write_json(work / CONFIG, content)
         write_card(work, folder, model_card(state.name, tensors, state.base, lineage))
+        if beside is not None:
+            beside(work)
     return content
 
 

@@ -30,7 +30,10 @@ class Training(Section):
     max_grad_norm: float = Field(1.0, ge=0, description="0: gradients are not clipped")
     max_length: int = Field(128, ge=1, description="tokens of a row; the rest is cut")
     seed: int = Field(0, ge=0, description="the head's start, the order of rows, dropout")
-    threads: int | None = Field(None, ge=1, description="null: as many as torch takes")
+    threads: int | None = Field(None, ge=1, le=1024, description="null: as many as torch takes")
     device: str | None = Field(None, description="cpu, cuda, ...; null: a GPU where there is one")
     eval_batch_size: int = Field(64, ge=1)
     checkpoint_every: int | None = Field(None, ge=1, description="steps; null: every epoch")
+    checkpoint_minutes: float | None = Field(
+        10, gt=0, description="a checkpoint too when the last is so old; null: never"
+    )

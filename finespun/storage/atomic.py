@@ -9,6 +9,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -160,6 +161,7 @@ def _swap(work: Path, target: Path) -> None:
         if aside.exists():
             remove_folder(aside)
         _carry(target, work)
+        _keep_owner(target, work)
         _flush_all(work)
         os.rename(target, aside)
         try:
@@ -180,8 +182,22 @@ def _carry(old: Path, new: Path) -> None:
             continue
         if item.is_dir() and not item.is_symlink():
             shutil.copytree(item, place, symlinks=True, copy_function=_link)
+            for inner in (item, *(p for p in item.rglob("*") if p.is_dir() and not p.is_symlink())):
+                _keep_owner(inner, place / inner.relative_to(item))
         else:
             _link(item, place)
+
+
+def _keep_owner(old: Path, new: Path) -> None:
+    """Give a folder the mode, the owner and the group of the one whose place it takes. Raises
+    OSError where the system does not let this process give it away."""
+    found = old.stat()
+    if sys.platform != "win32" and (found.st_uid, found.st_gid) != (
+        new.stat().st_uid,
+        new.stat().st_gid,
+    ):
+        os.chown(new, found.st_uid, found.st_gid)
+    os.chmod(new, stat.S_IMODE(found.st_mode))
 
 
 def _link(old: str | Path, new: str | Path) -> None:

@@ -98,6 +98,20 @@ def load_checkpoint(folder: str | Path, step: int | None = None) -> dict[str, An
         raise FileError(f"{error}{hint}") from error
 
 
+def last_whole(folder: str | Path) -> tuple[dict[str, Any], list[str]]:
+    """The state of the newest checkpoint that is whole, and what is wrong with each newer one.
+
+    Raises FileError where none is whole.
+    """
+    wrong: list[str] = []
+    for place in reversed(checkpoints(folder)):
+        try:
+            return _read(settled(place)), wrong
+        except FileError as error:
+            wrong.append(str(error))
+    raise FileError(f"{folder} holds no whole checkpoint: {'; '.join(wrong) or 'there is none'}")
+
+
 def random_state() -> dict[str, Any]:
     """The states of Python's, numpy's and torch's generators (every CUDA device included)."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

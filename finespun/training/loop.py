@@ -31,8 +31,8 @@ Save = Callable[[dict[str, Any]], None]
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during training: the step was finished and, where there is a folder, a checkpoint
-    written."""
+    """Ctrl-C or SIGTERM during training: the step was finished and, where there is a folder, a
+    checkpoint written."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"interrupted after step {step}")
@@ -94,7 +94,7 @@ class Loop:
         """Train from where the state stands to the end, once.
 
         Raises TrainingError when a loss or gradient is not finite (the last checkpoint stays),
-        Interrupted after Ctrl-C, and StateError where it was run before.
+        Interrupted after Ctrl-C or SIGTERM, and StateError where it was run before.
         """
         if not self.driver.open:
             raise StateError("this loop has run: make another one, and load_state_dict to go on")
@@ -102,13 +102,17 @@ class Loop:
         for text in () if self.step else self.driver.news():
             self.reporter.tell({"event": "note", "text": text})
         every = self.training.checkpoint_every or self.steps_per_epoch
+        patience = 60 * (self.training.checkpoint_minutes or math.inf)
+        looked = time.monotonic()
         with self.driver, train_mode(self.adapter), caught_interrupt() as interrupted:
             while self.batches.position.epoch < self.training.epochs:
                 stream = self.batches.epoch()
                 while group := list(islice(stream, self.training.accumulate)):
                     self.take(group)
-                    if self.step % every == 0 or interrupted.is_set():
+                    old = time.monotonic() - looked >= patience
+                    if self.step % every == 0 or old or interrupted.is_set():
                         self.checkpoint()
+                        looked = time.monotonic()
                     if interrupted.is_set():
                         raise Interrupted(self.step)
             self.checkpoint()
@@ -250,20 +254,28 @@ def train_mode(adapter: Adapter) -> Iterator[None]:
 
 @contextmanager
 def caught_interrupt() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one interrupts at once. Outside the main
-    thread, where signals cannot be caught, the event is never set."""
-    pressed = threading.Event()
+    """An event that the first Ctrl-C or SIGTERM sets; the second one ends the run at once. Outside
+    the main thread, where signals cannot be caught, the event is never set."""
+    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield pressed
+        yield asked
         return
-    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+    before = {
+        signal.SIGINT: signal.getsignal(signal.SIGINT) or signal.default_int_handler,
+        signal.SIGTERM: signal.getsignal(signal.SIGTERM) or signal.SIG_DFL,
+    }
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def note(number: int, frame: FrameType | None) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, before)
+        asked.set()
+        put_back()
 
-    signal.signal(signal.SIGINT, note)
+    for number in before:
+        signal.signal(number, note)
     try:
-        yield pressed
+        yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        put_back()

@@ -1,6 +1,7 @@
 """The output folder of a run: what is in it, who may take it over, and its result."""
 
 import dataclasses
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -13,13 +14,21 @@ from finespun.adapter import Adapter
 from finespun.errors import FileError, InputError
 from finespun.files import refuse_to_lose
 from finespun.recipes.recipe import Recipe
-from finespun.storage.atomic import check_writable, recover, write_file
+from finespun.storage.atomic import (
+    check_own_folder,
+    check_writable,
+    located,
+    recover,
+    write_file,
+)
 from finespun.storage.safe_io import read_json
 from finespun.training.checkpoint import checkpoints
 from finespun.training.progress import as_json
 
 RECIPE, RESULT, LOG, CHECKPOINT = "recipe.yaml", "metrics.json", "metrics.jsonl", "checkpoints"
 ADAPTER = ("adapter.safetensors", "adapter.json")
+OWN = (RECIPE, RESULT, LOG, CHECKPOINT, *ADAPTER, "README.md", "report.html")
+IGNORED = (".gitignore", ".gitkeep", ".DS_Store")  # no work of anybody's
 OLD_KEYS = {"update_numbers": "num_update_parameters", "module_numbers": "num_module_parameters"}
 FREE = {"output", "trackers"}  # keys that may change when a run goes on
 
@@ -92,20 +101,16 @@ def claim(
     """
     if resume and overwrite:
         raise InputError("resume goes on with a run and overwrite starts anew: choose one")
-    try:
-        recover(folder)
-        check_writable(folder / RECIPE)
-    except OSError as error:
-        raise FileError(
-            f"output={recipe.output!r} cannot be written ({error.strerror}); name another folder"
-        ) from error
-    began, ended = (folder / RECIPE).exists(), (folder / RESULT).exists()
+    recover(folder)
+    room = room_of(folder)
+    began, ended = (room / RECIPE).exists(), (room / RESULT).exists()
     if not (resume and began):
         refuse_to_lose(folder, "run", overwrite=True)
+        refuse_strangers(folder)
         if not overwrite:
             refuse_to_replace(folder, ended)
         return None
-    check_same(recipe, folder / RECIPE)
+    check_same(recipe, room / RECIPE)
     if not ended:
         return None
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)  # left by a crash after the last write
@@ -152,12 +157,52 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def begin(folder: Path, recipe: Recipe) -> None:
-    """A new run takes over the folder: marks of an earlier one go, its adapter stays until the new
-    one is saved."""
+    """A new run takes over the folder. An older adapter or result stays whole, with its recipe and
+    log, until the new one is saved: what the new run writes lies in checkpoints/ till then."""
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
-    for name in (RESULT, LOG):
-        (folder / name).unlink(missing_ok=True)
-    write_file(folder / RECIPE, recipe.dump())
+    if any((folder / name).exists() for name in (*ADAPTER, RESULT)):
+        write_file(folder / CHECKPOINT / RECIPE, recipe.dump())
+    else:
+        (folder / LOG).unlink(missing_ok=True)
+        write_file(folder / RECIPE, recipe.dump())
+
+
+def room_of(folder: Path) -> Path:
+    """Where the recipe and the log of the last run in `folder` lie: in it, or in its checkpoints/
+    as long as that run has not ended and an older one stands in the folder."""
+    inner = folder / CHECKPOINT
+    return inner if (inner / RECIPE).exists() else folder
+
+
+def check_place(folder: Path, output: str) -> None:
+    """Raise FileError where no run may write: without permission, through a link, over the folder
+    that one works in."""
+    check_own_folder(located(folder))
+    for path in (folder, *(folder / name for name in OWN)):
+        if path.is_symlink():
+            raise FileError(
+                f"{str(path)!r} is a link to {os.readlink(path)!r}, and no run writes through one: "
+                "name the folder itself"
+            )
+    try:
+        check_writable(folder / RECIPE)
+    except OSError as error:
+        raise FileError(
+            f"output={output!r} cannot be written ({error.strerror}); name another folder"
+        ) from error
+
+
+def refuse_strangers(folder: Path) -> None:
+    """Raise FileError for a folder that holds no run of ours and something that no run left."""
+    if not folder.is_dir() or (folder / RECIPE).exists() or checkpoints(folder / CHECKPOINT):
+        return
+    strangers = sorted({p.name for p in folder.iterdir()} - {*OWN, *IGNORED})
+    if strangers:
+        more = f" and {len(strangers) - 1} more" if strangers[1:] else ""
+        raise FileError(
+            f"{str(folder)!r} holds {strangers[0]!r}{more}, which no run wrote: name a folder of "
+            f"its own, such as {str(folder / 'run')!r}"
+        )
 
 
 def disk_needed(adapter: Adapter) -> int:

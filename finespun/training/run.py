@@ -15,16 +15,17 @@ from finespun.adapter import Adapter, adapt
 from finespun.contract import AxisValue
 from finespun.driver import Look, check
 from finespun.errors import InputError
-from finespun.files import Lineage, lineage_of
+from finespun.files import Lineage, lineage_of, save
 from finespun.models import Loaded
 from finespun.recipes.recipe import Recipe
 from finespun.recipes.training import Training
-from finespun.storage.atomic import check_writable, write_file
+from finespun.storage.atomic import check_writable
+from finespun.storage.lock import locked
 from finespun.tasks.batches import Batches
 from finespun.tasks.task import Encoded, Limits, Task
 from finespun.training.checkpoint import (
     checkpoints,
-    load_checkpoint,
+    last_whole,
     random_state,
     save_checkpoint,
     set_random_state,
@@ -35,12 +36,15 @@ from finespun.training.output import (
     ADAPTER,
     CHECKPOINT,
     LOG,
+    RECIPE,
     RESULT,
     Result,
     begin,
+    check_place,
     claim,
     disk_needed,
     peak_memory,
+    room_of,
 )
 from finespun.training.progress import Log, Reporter, Several
 from finespun.training.trackers import check_installed, followed
@@ -116,17 +120,20 @@ def run(
     for bit, of a run that was never interrupted; a finished one is not repeated. `overwrite` starts
     anew where the folder holds a run or an adapter, which is refused otherwise; a model or another
     format's adapter is always refused, and a README.md of the user's own stays. What can be wrong
-    is looked for before training. Raises InputError, FileError, TrainingError; Interrupted
-    after Ctrl-C.
+    is looked for before training. A folder has one run at a time. What it held before stays whole
+    until the new adapter, recipe and figures take its place, all in one moment. Raises InputError,
+    FileError, TrainingError; Interrupted after Ctrl-C or SIGTERM.
     """
     reporter = reporter or Reporter()
     folder = Path(recipe.output).expanduser()
     check_installed(recipe.trackers)
     try:
-        if (found := claim(folder, recipe, resume, overwrite)) is not None:
-            return found
-        with surroundings(recipe):
-            return _run(recipe, folder, resume, reporter)
+        check_place(folder, recipe.output)
+        with locked(folder, "a run"):
+            if (found := claim(folder, recipe, resume, overwrite)) is not None:
+                return found
+            with surroundings(recipe):
+                return _run(recipe, folder, resume, reporter)
     finally:
         reporter.close()
 
@@ -134,23 +141,32 @@ def run(
 def _run(recipe: Recipe, folder: Path, resume: bool, reporter: Reporter) -> Result:
     job = prepare(recipe, reporter)
     check_writable(folder / CHECKPOINT, disk_needed(job.adapter))
-    log = Log(folder / LOG)
     kept = resume and checkpoints(folder / CHECKPOINT)
-    state = load_checkpoint(folder / CHECKPOINT) if kept else None
+    state, damaged = last_whole(folder / CHECKPOINT) if kept else (None, [])
+    for text in damaged:
+        reporter.tell({"event": "note", "text": f"warning: {text}; the checkpoint before is taken"})
     if state is None:
         begin(folder, recipe)
-    else:
+    log = Log(room_of(folder) / LOG)
+    if state is not None:
         _check_same(job, state, folder)
         log.cut(state["log"])
     with followed(recipe, log.past()) as trackers:
         loop, before, after = _trained(job, state, Several(reporter, log, trackers), log)
     for line in job.task.show(job.text, job.test, job.adapter.disabled):
         Several(reporter, log).tell({"event": "note", "text": line})
-    job.adapter.save(folder, lineage(recipe, after, job.task))
-    result = _result(job, loop, before, after)
-    write_file(folder / RESULT, result.as_json() + "\n")
+    result: list[Result] = []
+
+    def beside(work: Path) -> None:
+        result.append(_result(job, loop, before, after, work))
+        (work / RECIPE).write_text(recipe.dump(), encoding="utf-8")
+        (work / RESULT).write_text(result[0].as_json() + "\n", encoding="utf-8")
+        shutil.copyfile(log.path, work / LOG)
+
+    made_by = lineage(recipe, after, job.task)
+    save(job.adapter.model, job.adapter.name, folder, made_by, beside)
     shutil.rmtree(folder / CHECKPOINT)
-    return result
+    return result[0]
 
 
 def _trained(
@@ -289,8 +305,9 @@ def _resumed(loop: Loop, state: dict[str, Any]) -> str:
     return text
 
 
-def _result(job: Job, loop: Loop, before: dict[str, float], after: dict[str, float]) -> Result:
-    folder = Path(job.recipe.output).expanduser()
+def _result(
+    job: Job, loop: Loop, before: dict[str, float], after: dict[str, float], folder: Path
+) -> Result:
     last = loop.losses[-loop.steps_per_epoch :]
     return Result(
         output=job.recipe.output,

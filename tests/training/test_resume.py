@@ -93,7 +93,7 @@ QUICK = [
     ("step", 8),  # at the end of an epoch, between checkpoints
     ("after rename", 4),  # an old checkpoint is being deleted
     ("before rename", 12),  # for a moment the output folder has no name
-    ("before replace", 2),  # all is done but metrics.json
+    ("before replace", 2),  # the model card, beside the adapter, its recipe and its figures
 ]
 SLOW = [
     ("evaluation", 1),  # before the first step
@@ -106,7 +106,7 @@ SLOW = [
     ("after rename", 12),
     ("before rename", 13),
     ("before replace", 1),  # recipe.yaml
-    ("after replace", 2),  # metrics.json is there, the checkpoints too
+    ("after replace", 2),  # all is written, without its name
 ]
 
 

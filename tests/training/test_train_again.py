@@ -114,7 +114,6 @@ def test_texts_of_the_users_own_stay(recipe: Recipe) -> None:
     folder = Path(recipe.output)
     folder.mkdir()
     (folder / "README.md").write_text("my own words\n")
-    (folder / "config.json").write_text("{}")
     for overwrite in (False, True):
         assert run(recipe, overwrite=overwrite).steps == 8
         assert (folder / "README.md").read_text() == "my own words\n"
