@@ -3,8 +3,11 @@
 import logging
 import os
 import sys
+import tempfile
+import traceback
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import click
@@ -28,9 +31,12 @@ from finespun.cli import (
     train,
 )
 from finespun.cli.missing import advice
+from finespun.cli.screen import flagged
 from finespun.errors import FinespunError
+from finespun.storage.visible import one_line
 
 INTERRUPTED, FILES, OTHER = 130, 3, 1
+SHOWN = 300  # characters of an unforeseen error's text
 # Loggers that warn, while transformers loads them, of kernels that nobody asked for.
 TALKERS = ("torchao", "torch.utils._pytree")
 CODES = (
@@ -91,17 +97,32 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         return told(str(error), FILES)
     except ModuleNotFoundError as error:
-        if (extra := advice(error)) is None:
-            raise
-        return told(extra, OTHER)
+        return unforeseen(error) if (extra := advice(error)) is None else told(extra, OTHER)
+    except Exception as error:
+        return unforeseen(error)
+
+
+def unforeseen(error: BaseException) -> int:
+    """Tell an error that nobody foresaw in one line, with the place of a full report; returns the
+    exit code."""
+    what = one_line(str(error))[:SHOWN] or "no reason given"
+    line = f"unforeseen {type(error).__name__}: {what}"
+    try:
+        handle, path = tempfile.mkstemp(prefix="finespun-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"finespun {version('finespun')}, Python {sys.version}\n")
+            traceback.print_exception(error, file=file)
+    except OSError as why:
+        return told(f"{line}; no report could be written ({why.strerror})", OTHER)
+    return told(f"{line}; the full report is in {path}", OTHER)
 
 
 def warned(message: Warning | str, *origin: Any, **rest: Any) -> None:
     """Print a warning as one line on stderr, without the place in the code."""
-    typer.echo(f"{typer.style('warning:', fg='yellow', bold=True)} {message}", err=True)
+    flagged("warning", "yellow", message)
 
 
 def told(message: str, code: int) -> int:
     """Print `error: message` on stderr and return the code."""
-    typer.echo(f"{typer.style('error:', fg='red', bold=True)} {message}", err=True)
+    flagged("error", "red", message)
     return code

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from finespun.cli.screen import echo
+
 EXAMPLE = "finespun bench examples/demo.yaml"
 NO_RANKING = 5
 
@@ -38,19 +40,19 @@ def command(
 
     def tell(line: str) -> None:
         if not quiet:
-            typer.echo(line, err=True)
+            echo(line, err=True)
 
     bench = Bench(BenchSpec.load(file, changes), made_by, tell)
     try:
         summary = bench.run()
     except KeyboardInterrupt as error:
         kept = f"interrupted; {len(bench.results)} finished trials are kept"
-        typer.echo(f"{kept}. Go on with:\n  {made_by}", err=True)
+        echo(f"{kept}. Go on with:\n  {made_by}", err=True)
         raise typer.Exit(130) from error
     if as_json:
-        typer.echo(json.dumps(summary.as_json()))
+        echo(json.dumps(summary.as_json()))
     else:
         show(summary, Console())
-        typer.echo(f"Written to {bench.folder}: results.jsonl, table.md, table.csv, picture.*")
+        echo(f"Written to {bench.folder}: results.jsonl, table.md, table.csv, picture.*")
     if summary.refusal is not None:
         raise typer.Exit(NO_RANKING)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from finespun.cli.screen import echo
+
 if TYPE_CHECKING:
     from finespun.lifecycle.conversion.facts import Comparison
 
@@ -34,7 +36,7 @@ def command(
     found = compare(a, b, None if model is None else base_folder(model))
     metrics = run_table(a, b)
     if as_json:
-        typer.echo(line({**dataclasses.asdict(found), "runs": metrics}))
+        echo(line({**dataclasses.asdict(found), "runs": metrics}))
         return
     show(found, metrics)
 
@@ -64,20 +66,20 @@ def run_table(a: str, b: str) -> dict[str, list[Any]]:
 def show(found: "Comparison", metrics: dict[str, list[Any]]) -> None:
     """Print the comparison as tables."""
     width = max(map(len, ["all layers", *(site.name for site in found.sites)]))
-    typer.echo(f"{'layer':<{width}}" + "".join(f"{c:>10}" for c in COLUMNS))
+    echo(f"{'layer':<{width}}" + "".join(f"{c:>10}" for c in COLUMNS))
     for site in found.sites:
         cells = "".join(f"{number(getattr(site, column)):>10}" for column in COLUMNS)
-        typer.echo(f"{site.name:<{width}}{cells}")
+        echo(f"{site.name:<{width}}{cells}")
     cells = "".join(f"{number(x):>10}" for x in (found.cosine, found.distance))
-    typer.echo(f"{'all layers':<{width}}{'':>20}{cells}")
+    echo(f"{'all layers':<{width}}{'':>20}{cells}")
     for label, names in (("first", found.only_a), ("second", found.only_b)):
         if names:
-            typer.echo(f"only in the {label}: {', '.join(names)}")
+            echo(f"only in the {label}: {', '.join(names)}")
     if metrics:
         wide = max(map(len, metrics))
-        typer.echo()
+        echo()
         for name, values in metrics.items():
-            typer.echo(f"{name:<{wide}}" + "".join(f"{number(v):>14}" for v in values))
+            echo(f"{name:<{wide}}" + "".join(f"{number(v):>14}" for v in values))
 
 
 def number(value: float | None) -> str:

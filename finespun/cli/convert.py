@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from finespun.cli.screen import echo
+
 if TYPE_CHECKING:
     from finespun.lifecycle.conversion import Converted
 
@@ -63,15 +65,15 @@ def command(
         overwrite,
     )
     if as_json:
-        typer.echo(as_one_object(made))
+        echo(as_one_object(made))
         return
     width = max(map(len, made.errors))
-    typer.echo(f"{'layer':<{width}}  rank  predicted  true error")
+    echo(f"{'layer':<{width}}  rank  predicted  true error")
     for name, error in made.errors.items():
         rank = made.ranks.get(name, "")
         predicted = f"{made.predicted[name]:.4f}" if name in made.predicted else ""
-        typer.echo(f"{name:<{width}}  {rank:>4}  {predicted:>9}  {error:>10.4f}")
-    typer.echo(str(made))
+        echo(f"{name:<{width}}  {rank:>4}  {predicted:>9}  {error:>10.4f}")
+    echo(str(made))
 
 
 def as_one_object(made: "Converted") -> str:

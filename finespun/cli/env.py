@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from finespun.cli.screen import echo
+
 EXAMPLE = "finespun env"
 PACKAGES = ("torch", "safetensors", "numpy", "transformers", "polars", "pydantic", "typer", "rich")
 
@@ -18,11 +20,11 @@ def command(
     """Print versions of Finespun and of what it stands on, threads and devices."""
     found = gather()
     if as_json:
-        typer.echo(json.dumps(found))
+        echo(json.dumps(found))
         return
     width = max(map(len, found))
     for name, value in found.items():
-        typer.echo(f"{name:<{width}}  {value}")
+        echo(f"{name:<{width}}  {value}")
 
 
 def gather() -> dict[str, str]:

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from finespun.cli.screen import echo
+
 EXAMPLE = "finespun evaluate out/trec-lsr-small"
 
 
@@ -21,8 +23,8 @@ def command(
 
     metrics = Trained.open(adapter).evaluate(file)
     if as_json:
-        typer.echo(line(metrics))
+        echo(line(metrics))
         return
     width = max(map(len, metrics))
     for name, value in metrics.items():
-        typer.echo(f"{name:<{width}}  {shown(value)}")
+        echo(f"{name:<{width}}  {shown(value)}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from finespun.cli.screen import echo
 from finespun.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,14 +36,14 @@ def command(
     shapes = [read_shape(text) for text in shape or ["768x768"]]
     found = facts(choose(method, options or []), shapes, layers, tokens)
     if as_json:
-        typer.echo(json.dumps(found, ensure_ascii=False))
+        echo(json.dumps(found, ensure_ascii=False))
         return
-    typer.echo(typer.style(f"{method}  {found['link']}", bold=True))
-    typer.echo(f"\n{found['about']}\n")
-    typer.echo("  ".join(f"{name}={json.dumps(v)}" for name, v in found["options"].items()))
-    typer.echo()
+    echo(typer.style(f"{method}  {found['link']}", bold=True))
+    echo(f"\n{found['about']}\n")
+    echo("  ".join(f"{name}={json.dumps(v)}" for name, v in found["options"].items()))
+    echo()
     for line in table(found):
-        typer.echo(line)
+        echo(line)
 
 
 def choose(method: str, options: Sequence[str]) -> "Structure":

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from finespun.cli.screen import echo
+
 if TYPE_CHECKING:
     from finespun.adapter import Adapter
 
@@ -62,7 +64,7 @@ def command(
         made = without_model(
             adapter, out, rank, max_error, model, format, part, overwrite, allow_full
         )
-        typer.echo(converted(made) if as_json else str(made))
+        echo(converted(made) if as_json else str(made))
         return
     if part is not None:
         raise InputError("part belongs to --format diffusers and --format kohya")
@@ -72,7 +74,7 @@ def command(
         warnings.simplefilter("ignore")
         done = held.export(out, rank, max_error, allow_full, per_module_rank=per_module_rank)
     told = {**dataclasses.asdict(done), "folder": str(done.folder), "error": done.error}
-    typer.echo(json.dumps(told, ensure_ascii=False) if as_json else as_option(str(done)))
+    echo(json.dumps(told, ensure_ascii=False) if as_json else as_option(str(done)))
 
 
 def as_option(text: str) -> str:

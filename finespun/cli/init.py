@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from finespun.cli.screen import echo
+
 EXAMPLE = "finespun init examples/support.csv minilm-l6 --out support.yaml"
 
 
@@ -32,8 +34,8 @@ def command(
     if out is not None:
         write_new(out, text, overwrite)
         told = json.dumps({"written": out})
-        typer.echo(told if as_json else f"{out} written. Next: finespun train {out}")
+        echo(told if as_json else f"{out} written. Next: finespun train {out}")
     elif as_json:
-        typer.echo(json.dumps(read_yaml(text, "recipe")[0], ensure_ascii=False))
+        echo(json.dumps(read_yaml(text, "recipe")[0], ensure_ascii=False))
     else:
-        typer.echo(text, nl=not text.endswith("\n"))
+        echo(text, nl=not text.endswith("\n"))

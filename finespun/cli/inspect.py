@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from finespun.cli.screen import echo
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -33,14 +35,14 @@ def command(
     else:
         found = all_facts(adapter, None if model is None else base_folder(model), as_json)
     if as_json:
-        typer.echo(json.dumps(found, ensure_ascii=False))
+        echo(json.dumps(found, ensure_ascii=False))
         return
     width = max(map(len, found))
     for name, value in found.items():
         lines = value if isinstance(value, list) else [value]
         for number, line in enumerate(lines):
             shown = f"{line:,}" if isinstance(line, int) else printable(line)
-            typer.echo(f"{'' if number else name:<{width}}  {shown}")
+            echo(f"{'' if number else name:<{width}}  {shown}")
 
 
 def all_facts(adapter: str, model: str | None, as_json: bool) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from finespun.cli.screen import echo
+
 EXAMPLE = "finespun merge out/trec-lsr-small out/whole"
 
 
@@ -26,6 +28,6 @@ def command(
     done = merge(adapter, out, model, overwrite)
     if as_json:
         content = {**dataclasses.asdict(done), "folder": str(done.folder)}
-        typer.echo(json.dumps(content, ensure_ascii=False))
+        echo(json.dumps(content, ensure_ascii=False))
     else:
-        typer.echo(str(done))
+        echo(str(done))

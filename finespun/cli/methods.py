@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from finespun.cli.screen import echo
+
 if TYPE_CHECKING:
     from finespun.contract import Method, Structure
 
@@ -25,10 +27,10 @@ def command(
     else:
         found = [cls() for axis in AXES.values() for cls in axis.known.values()]
     if as_json:
-        typer.echo(json.dumps({one.kind: facts(one) for one in found}, ensure_ascii=False))
+        echo(json.dumps({one.kind: facts(one) for one in found}, ensure_ascii=False))
         return
     for one in found:
-        typer.echo("\n".join(lines(one, whole=kind is not None)) + "\n")
+        echo("\n".join(lines(one, whole=kind is not None)) + "\n")
 
 
 def lines(one: "Method", whole: bool) -> list[str]:

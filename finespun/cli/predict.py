@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from finespun.cli.screen import echo
+
 EXAMPLE = 'finespun predict out/trec-lsr-small "Who wrote Dracula?" "Where is Ulm?"'
 
 
@@ -30,10 +32,10 @@ def command(
     for item in found:
         text = " ".join(item.text.split())  # one line for each
         if as_json:
-            typer.echo(line(vars(item)))
+            echo(line(vars(item)))
         elif item.label is None:
-            typer.echo(f"{item.value:.4f}\t{text}")
+            echo(f"{item.value:.4f}\t{text}")
         elif item.label not in item.probabilities:
-            typer.echo(f"{' '.join(item.label.split())}\t{text}")
+            echo(f"{' '.join(item.label.split())}\t{text}")
         else:
-            typer.echo(f"{item.label}\t{item.probabilities[item.label]:.3f}\t{text}")
+            echo(f"{item.label}\t{item.probabilities[item.label]:.3f}\t{text}")

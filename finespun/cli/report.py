@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from finespun.cli.screen import echo
+
 EXAMPLE = "finespun report out/trec-lsr-small"
 
 
@@ -19,4 +21,4 @@ def command(
     from finespun.report import report
 
     page = str(report(folder))
-    typer.echo(json.dumps({"written": page}) if as_json else f"{page} written")
+    echo(json.dumps({"written": page}) if as_json else f"{page} written")

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from finespun.cli.screen import echo
+
 EXAMPLE = "finespun schema --out recipe.schema.json"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -35,10 +37,10 @@ def command(
     """
     text = json.dumps(schema_of(kind), indent=2, ensure_ascii=False) + "\n"
     if out is None:
-        typer.echo(text, nl=False)
+        echo(text, nl=False)
     else:
         write_new(out, text, overwrite)
-        typer.echo(json.dumps({"written": out}) if as_json else f"{out} written")
+        echo(json.dumps({"written": out}) if as_json else f"{out} written")
 
 
 def schema_of(kind: Kind) -> dict[str, Any]:

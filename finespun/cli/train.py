@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finespun.cli.screen import echo
+
 if TYPE_CHECKING:
     from finespun.training.estimate import Estimate
     from finespun.training.output import Result
@@ -52,19 +54,19 @@ def command(
         if resume or overwrite:
             raise InputError("--dry-run writes nothing: leave out --resume and --overwrite")
         found = estimate(Recipe.load(recipe, changes), choose_reporter(False, quiet))
-        typer.echo(found.as_json() if as_json else foretell(found))
+        echo(found.as_json() if as_json else foretell(found))
         return
     try:
         reporter = choose_reporter(as_json, quiet)
         result = run(Recipe.load(recipe, changes), resume, reporter, overwrite)
     except Interrupted as error:
         again = shlex.join(["finespun", "train", recipe, *changes, "--resume"])
-        typer.echo(f"{error}; a checkpoint is saved. Go on with:\n  {again}", err=True)
+        echo(f"{error}; a checkpoint is saved. Go on with:\n  {again}", err=True)
         raise typer.Exit(130) from error
     if as_json:
-        typer.echo(json.dumps({"event": "result", **json.loads(result.as_json())}))
+        echo(json.dumps({"event": "result", **json.loads(result.as_json())}))
     else:
-        typer.echo(describe(result))
+        echo(describe(result))
 
 
 def choose_reporter(as_json: bool, quiet: bool) -> "Reporter":

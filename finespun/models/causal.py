@@ -7,6 +7,7 @@ from finespun.errors import FileError
 from finespun.models.loaded import Loaded
 from finespun.models.quiet import quiet, reason
 from finespun.models.zoo import find_model
+from finespun.storage.blame import DAMAGED
 
 
 def load_causal(name: str) -> Loaded:
@@ -20,10 +21,14 @@ def load_causal(name: str) -> Loaded:
     with quiet():
         try:
             model, told = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                source,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, SafetensorError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except (OSError, SafetensorError, ImportError, *DAMAGED) as error:
             raise FileError(f"model {name!r} is no language model here: {reason(error)}") from error
     if missing := sorted(told["missing_keys"]):
         raise FileError(

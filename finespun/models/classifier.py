@@ -1,6 +1,5 @@
 """Encoders by name with a head on top: classes, or one value."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from finespun.errors import FileError, InputError
 from finespun.models.loaded import Loaded
 from finespun.models.quiet import quiet, reason
 from finespun.models.zoo import POOLING_FILE, find_model
+from finespun.storage.blame import DAMAGED
+from finespun.storage.safe_io import read_json
 
 
 class MeanPooledClassifier(nn.Module):
@@ -74,14 +75,18 @@ def load_classifier(name: str, num_labels: int = 2, *, seed: int = 0) -> Loaded:
         try:
             if _pools_by_mean(source):
                 encoder = AutoModel.from_pretrained(
-                    source, dtype=torch.float32, use_safetensors=True, **_pooler_free(source)
+                    source,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    **_pooler_free(source),
                 )
                 model: nn.Module = MeanPooledClassifier(encoder, num_labels)
                 fresh: tuple[str, ...] = ("classifier",)
             else:
                 model, fresh = _sequence_classifier(source, num_labels)
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, SafetensorError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except (OSError, SafetensorError, ImportError, *DAMAGED) as error:
             raise FileError(f"model {name!r} cannot be loaded: {reason(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -93,12 +98,12 @@ def load_classifier(name: str, num_labels: int = 2, *, seed: int = 0) -> Loaded:
 
 def _pools_by_mean(source: str) -> bool:
     file = Path(source) / POOLING_FILE
-    return file.is_file() and bool(json.loads(file.read_text()).get("pooling_mode_mean_tokens"))
+    return file.is_file() and bool(read_json(file).get("pooling_mode_mean_tokens"))
 
 
 def _pooler_free(source: str) -> dict[str, bool]:
     """The option that leaves out an unused pooler, for the architectures that have it."""
-    kind = AutoConfig.from_pretrained(source).model_type
+    kind = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
     return {"add_pooling_layer": False} if kind in ("bert", "roberta", "xlm-roberta") else {}
 
 
@@ -109,6 +114,7 @@ def _sequence_classifier(source: str, num_labels: int) -> tuple[nn.Module, tuple
         problem_type="regression" if num_labels == 1 else "single_label_classification",
         dtype=torch.float32,
         use_safetensors=True,
+        trust_remote_code=False,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )

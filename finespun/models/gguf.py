@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from finespun.errors import FileError
 from finespun.models.quiet import quiet, reason
+from finespun.storage.blame import DAMAGED
 
 
 def write_from_gguf(source: Path, folder: Path) -> None:
@@ -20,11 +21,13 @@ def write_from_gguf(source: Path, folder: Path) -> None:
     place, file = str(source.parent), source.name
     with quiet():
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(place, gguf_file=file)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                place, gguf_file=file, dtype=torch.float32
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                place, gguf_file=file, trust_remote_code=False
             )
-        except (OSError, ValueError, ImportError) as error:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                place, gguf_file=file, trust_remote_code=False, dtype=torch.float32
+            )
+        except (OSError, ImportError, *DAMAGED) as error:
             raise FileError(f"{source} cannot be read: {reason(error)}") from error
     del model.config.quantization_config
     model.config._name_or_path = ""

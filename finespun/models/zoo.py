@@ -14,6 +14,7 @@ from finespun.models.gguf import write_from_gguf
 from finespun.models.onnx_bert import write_bert_folder
 from finespun.models.packages import package_file
 from finespun.models.quiet import reason
+from finespun.storage.safe_io import read_json
 
 POOLING_FILE = "1_Pooling/config.json"
 TOKENIZER_FILES = (
@@ -24,6 +25,7 @@ TOKENIZER_FILES = (
     POOLING_FILE,
 )
 
+ASKED = ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 HUB_TIMEOUT = 5.0  # seconds
 
@@ -67,6 +69,7 @@ def find_model(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileError(f"model folder {name!r} has no config.json")
+        refuse_code(path)
         return str(path)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise FileError(f"model {name!r} is no folder; zoo {nearest(name, ZOO)}")
@@ -85,8 +88,23 @@ def _hub_folder(name: str) -> str:
                 raise FileError(_not_found(name, error)) from error
             continue
         if any(Path(folder).glob("*.safetensors")) and (Path(folder) / "config.json").is_file():
+            refuse_code(Path(folder))
             return folder
     raise FileError(f"model {name!r} on the hub has no config.json with .safetensors weights")
+
+
+def refuse_code(folder: Path) -> None:
+    """Raise FileError where a model folder asks for code of its own (`auto_map`), or one of its
+    JSON files cannot be read: nothing of a folder is ever run, and nobody is asked."""
+    for path in sorted(folder.glob("*.json")):
+        if path.name not in ASKED:
+            continue
+        content = read_json(path)
+        if "auto_map" in content or "custom_pipelines" in content:
+            raise FileError(
+                f"{path} asks for code of its own (auto_map), which is never run: convert the "
+                "model to a class of transformers, or take auto_map out where it has one"
+            )
 
 
 def _package_file(name: str) -> Path:

@@ -1,5 +1,6 @@
 """The text side of recipes: YAML with line numbers, overrides, and errors a person can act on."""
 
+import datetime
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from finespun.deprecated import rename_keys
 from finespun.errors import FileError, InputError, nearest
 from finespun.methods.axes import AXES
+from finespun.storage.blame import DAMAGED
+from finespun.storage.safe_io import read_given
+from finespun.storage.visible import one_line
 
 MOST_BYTES, MOST_NODES = 1 << 20, 100_000
+MOST_BRACKETS, MOST_INDENT, DEEPEST, MOST_OVERRIDE = 10_000, 400, 32, 1 << 16
+PLAIN = (str, int, float, bool, type(None), datetime.date)
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,11 +39,23 @@ def read_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
 
     Raises InputError for broken YAML, a key given twice, or anything but a mapping.
     """
+    node, values = _parsed(text, source)
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: a recipe is a list of `key: value` lines, not {values!r}")
+    lines: dict[str, int] = {}
+    _walk(node, "", lines, source)
+    return values, lines
+
+
+def _parsed(text: str, source: str) -> tuple[Any, Any]:
+    """The node and the value of YAML text. Raises InputError for what is no YAML, is nested too
+    deeply, stands for too many values, or holds a value that cannot be one of a recipe."""
     try:
+        check_brackets(text, source)
         node = yaml.compose(text, Loader=_Loader)
         if _nodes(node, {}) > MOST_NODES:
             raise InputError(f"{source}: aliases that stand for more than {MOST_NODES:,} values")
-        values = yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
     except RecursionError as error:
         raise InputError(f"{source}: nested too deeply, or within itself") from error
     except yaml.MarkedYAMLError as error:
@@ -45,11 +63,44 @@ def read_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
         raise InputError(f"{source}{line}: not YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{source}: not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{source}: a recipe is a list of `key: value` lines, not {values!r}")
-    lines: dict[str, int] = {}
-    _walk(node, "", lines, source)
-    return values, lines
+    except InputError:
+        raise
+    except DAMAGED as error:  # a date of month 13, 0b without digits, an integer of 5,000 digits
+        raise InputError(f"{source}: a value that YAML cannot make: {error}") from error
+    _check_values(value, source)
+    return node, value
+
+
+def check_brackets(text: str, source: str) -> None:
+    """Raise InputError for text so deeply nested that to parse it takes seconds or the stack."""
+    most = max(text.count("["), text.count("{"))
+    if most > MOST_BRACKETS:
+        raise InputError(f"{source}: {most:,} opening brackets; at most {MOST_BRACKETS:,} are read")
+    depth = max(((len(line) - len(line.lstrip(" -?"))) for line in text.splitlines()), default=0)
+    if depth > MOST_INDENT:
+        raise InputError(f"{source}: a line begins {depth:,} columns deep; at most {MOST_INDENT}")
+
+
+def _check_values(value: Any, source: str, depth: int = 0) -> None:
+    """Raise InputError for whole numbers beyond 64 bits, for nesting beyond 32 levels, and for
+    kinds that no recipe has (sets, bytes); keys must be plain."""
+    if depth > DEEPEST:
+        raise InputError(f"{source}: nested more than {DEEPEST} levels deep")
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, PLAIN):
+                raise InputError(f"{source}: {one_line(repr(key))[:80]} cannot be a key")
+        inner = [*value, *value.values()]
+    elif isinstance(value, list):
+        inner = value
+    elif type(value) is int and not -(2**63) <= value < 2**63:
+        raise InputError(f"{source}: {hex(value)[:40]} has more than 64 bits")
+    elif not isinstance(value, PLAIN):
+        raise InputError(f"{source}: {one_line(repr(value))[:80]} is of a kind no recipe has")
+    else:
+        return
+    for part in inner:
+        _check_values(part, source, depth + 1)
 
 
 def _nodes(node: Any, known: dict[int, int]) -> int:
@@ -78,10 +129,14 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise InputError(f"override {override!r} is not of the form section.key=value")
+    if len(override) > MOST_OVERRIDE:
+        raise InputError(f"override {override[:80]!r}... has {len(override):,} characters")
+    if len(keys) > DEEPEST:
+        raise InputError(f"override {override[:80]!r}... names a key {len(keys):,} levels deep")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"override {override!r}: the value is not YAML") from error
+        value = _parsed(text, f"override {override[:80]!r}")[1]
+    except InputError as error:
+        raise InputError(f"override {override[:80]!r}: the value is not YAML: {error}") from error
     for key in keys[:-1]:
         inner = values.setdefault(key, {})
         if not isinstance(inner, dict):
@@ -174,16 +229,13 @@ class Document(Section):
         """
         file = Path(path).expanduser()
         try:
-            with file.open("rb") as opened:
-                text = opened.read(MOST_BYTES + 1).decode()
+            text = read_given(file, MOST_BYTES).decode()
         except (OSError, UnicodeDecodeError) as error:
             near = [p.name for p in file.parent.glob("*.y*ml")]
             raise FileError(
                 f"{cls.noun} {str(path)!r} cannot be read ({error}); "
                 f"in {str(file.parent)!r} {nearest(file.name, near)}"
             ) from error
-        if len(text) > MOST_BYTES:
-            raise FileError(f"{cls.noun} {str(path)!r} has more than {MOST_BYTES:,} bytes")
         return cls.parse(text, overrides, source=str(path))
 
     @classmethod

@@ -1,7 +1,8 @@
 """The page of a run: result, curves, the update layer by layer, recipe and origin."""
 
-import json
+import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,24 @@ from finespun.errors import FileError, InputError
 from finespun.files import Saved, read_adapter
 from finespun.report.figure import Curve, Point, curves, smoothed
 from finespun.report.page import code, document, paragraph, section, table
-from finespun.training.output import ADAPTER, LOG, RECIPE, RESULT, from_0_1
+from finespun.storage.blame import blame
+from finespun.storage.safe_io import parse_json, read_bytes
+from finespun.training.output import ADAPTER, LOG, RECIPE, RESULT, Result
 
 TOP_VALUES = 3
+FIGURES = (
+    "sites",
+    "num_update_parameters",
+    "num_module_parameters",
+    "adapter_bytes",
+    "train_rows",
+    "test_rows",
+    "steps",
+    "loss",
+    "seconds",
+    "peak_memory",
+    "threads",
+)
 Record = Mapping[str, Any]
 
 
@@ -33,10 +49,10 @@ class Layer:
 def run_page(folder: Path) -> str:
     """The HTML page of a run, finished or not. Raises FileError for a file that cannot be read."""
     log = read_log(folder / LOG)
-    result = from_0_1(_json(folder / RESULT)) if (folder / RESULT).is_file() else None
+    result = _result_of(folder) if (folder / RESULT).is_file() else None
     saved = read_adapter(folder) if (folder / ADAPTER[1]).is_file() else None
     recipe = folder / RECIPE
-    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
+    text = read_text(recipe) if recipe.is_file() else ""
     lead = "A run of Finespun." if result else "A run that has not ended: what is known of it."
     sections = [
         section("Result", *_result(log, result)),
@@ -48,30 +64,74 @@ def run_page(folder: Path) -> str:
     return document(f"Run: {folder.resolve().name}", lead, sections)
 
 
+def _result_of(folder: Path) -> Record:
+    """metrics.json of a run, its figures checked. Raises FileError."""
+    values = dataclasses.asdict(Result.read(folder))
+    with blame(folder / RESULT):
+        for name in ("before", "after"):
+            checked_metrics(values[name], name)
+        for name in FIGURES:
+            _figure(values[name], name)
+    return values
+
+
+def read_text(path: Path) -> str:
+    """A text file of the folder itself, never through a link. Raises FileError."""
+    if path.is_symlink():
+        raise FileError(f"{path} is a link, and a report shows none")
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is no text: {error}") from error
+
+
 def read_log(path: Path) -> list[Record]:
     """The events of metrics.jsonl; a last line that a crash cut short is left out. Raises FileError
     for any other line that is no event."""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = read_text(path).split("\n")
     found: list[Record] = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            event = json.loads(line)
-        except ValueError as error:
-            raise FileError(f"{str(path)!r}, line {number} is not JSON: {error}") from error
-        if not isinstance(event, dict) or "event" not in event:
-            raise FileError(f"{str(path)!r}, line {number} is no event of a run")
+            event = parse_json(line.encode(), f"{str(path)!r}, line {number}")
+            checked_event(event)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            told = f"{str(path)!r}, line {number} is no event of a run"
+            raise FileError(f"{told}: {error!r}") from error
         found.append(event)
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileError(f"{str(path)!r} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise FileError(f"{str(path)!r} holds no object")
-    return found
+def checked_event(event: Record) -> None:
+    """Raise KeyError, TypeError or ValueError for an event without what this page shows of it."""
+    kind = event["event"]
+    if not isinstance(kind, str):
+        raise TypeError("event must be text")
+    if kind == "step":
+        for name in ("step", "loss", "lr", "grad_norm"):
+            if event.get(name) is not None:
+                float(_figure(event[name], name))
+        _figure(event["step"], "step")
+    if kind == "evaluation":
+        if not isinstance(event["when"], str):
+            raise TypeError("when must be text")
+        checked_metrics(event["metrics"], "metrics")
+    if kind == "note" and not isinstance(event["text"], str):
+        raise TypeError("text must be text")
+
+
+def checked_metrics(values: Any, where: str) -> None:
+    """Raise TypeError unless these are figures by name."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{where} must be an object")
+    for name, value in values.items():
+        if value is not None:
+            _figure(value, name)
+
+
+def _figure(value: Any, name: str) -> float:
+    if type(value) not in (int, float) or abs(value) > sys.float_info.max:
+        raise TypeError(f"{name} must be a figure, got {str(value)[:40]!r}")
+    return value
 
 
 # --- result --------------------------------------------------------------------------------------

@@ -171,6 +171,29 @@ def read_bytes(path: Path, most: int = JSON_LIMIT) -> bytes:
         return file.read(most)
 
 
+def read_given(path: Path, most: int = JSON_LIMIT) -> bytes:
+    """The bytes of a file that the user named: a regular file, reached through links too, of at
+    most `most` bytes. Raises OSError where it cannot be opened, FileError for anything else."""
+    check_given(path, most)
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise FileError(f"{path} has more than {most:,} bytes")
+    return data
+
+
+def check_given(path: Path, most: int) -> None:
+    """Raise FileError for what is there and is no regular file (a pipe would be waited for), or
+    has more than `most` bytes; OSError where there is nothing."""
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise FileError(f"{path} is not a regular file")
+    if found.st_size > most:
+        raise FileError(f"{path} has {found.st_size:,} bytes; at most {most:,} are read")
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """A regular file, open, and its size; no more than the machine's memory holds."""

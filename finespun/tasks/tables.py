@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from finespun.errors import FileError, InputError, nearest
+from finespun.storage.blame import DAMAGED
+from finespun.storage.memory_limit import SHARE, memory
+from finespun.storage.safe_io import check_given, read_given
 from finespun.tasks.task import Split
 
 if TYPE_CHECKING:
@@ -75,6 +78,7 @@ def read_table(path: str | Path) -> "pl.DataFrame":
         raise FileError(
             f"{str(path)!r} is no table that can be read; endings: {', '.join(ENDINGS)}"
         )
+    check_given(file, memory() // SHARE)
     try:
         if ending == ".parquet":
             table = pl.read_parquet(file)
@@ -85,8 +89,8 @@ def read_table(path: str | Path) -> "pl.DataFrame":
             table = pl.read_csv(file, separator=separator, infer_schema_length=None)
     except pl.exceptions.NoDataError as error:
         raise FileError(f"{str(path)!r} is empty") from error
-    except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, *DAMAGED) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if ending != ".parquet":
             reason = _other_encoding(file) or reason
         raise FileError(f"{str(path)!r} cannot be read as {ending[1:]}: {reason}") from error
@@ -123,7 +127,7 @@ def read_examples(
     class.
     """
     table = read_table(path)
-    column = _column(table, columns.label, path)
+    column = _plain_column(table, columns.label, path)
     texts, pairs = _text_columns(table, columns, path)
     missing = column.is_null() | (column.is_nan() if column.dtype.is_float() else False)
     _refuse(missing, "label", columns.label, path)
@@ -154,7 +158,7 @@ def read_texts(
 def read_lines(path: str | Path) -> list[str]:
     """The lines of a text file that are not blank. Raises FileError."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_given(Path(path), memory() // SHARE).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{str(path)!r} cannot be read: {error}") from error
     return [line for line in lines if line.strip()]
@@ -266,8 +270,18 @@ def _column(table: "pl.DataFrame", name: str, path: str | Path) -> "pl.Series":
     return table[name]
 
 
+def _plain_column(table: "pl.DataFrame", name: str, path: str | Path) -> "pl.Series":
+    """A column of texts, numbers, booleans or dates. Raises InputError for lists and the like."""
+    column = _column(table, name, path)
+    if column.dtype.is_nested() or str(column.dtype) in ("Object", "Binary", "Unknown"):
+        raise InputError(
+            f"{str(path)!r}: {name!r} holds {column.dtype}, not one text or number a row"
+        )
+    return column
+
+
 def _texts(table: "pl.DataFrame", name: str, path: str | Path) -> tuple[str, ...]:
-    column = _column(table, name, path).cast(str)
+    column = _plain_column(table, name, path).cast(str)
     _refuse(column.is_null() | (column.str.strip_chars() == ""), "text", name, path)
     return tuple(column)
 
@@ -285,7 +299,7 @@ def _refuse(missing: "pl.Series", what: str, name: str, path: str | Path) -> Non
 
 def _other_encoding(file: Path) -> str | None:
     """What to do about a text file that is not UTF-8; None for one that is."""
-    data = file.read_bytes()
+    data = read_given(file, memory() // SHARE)
     try:
         data.decode()
     except UnicodeDecodeError as error:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from finespun.errors import FileError
+from finespun.storage.visible import visible
 
 Record = Mapping[str, Any]
 
@@ -87,7 +88,7 @@ class JsonLines(Reporter):
         if record["event"] == "checkpoint":
             told = {"event": "checkpoint", "step": record["step"]}
             record = {**told, "worst": worst(record["diagnostics"])}
-        self.stream.write(as_json(record) + "\n")
+        self.stream.write(visible(as_json(record)) + "\n")
         self.stream.flush()
 
 
@@ -113,9 +114,10 @@ class Bar(Reporter):
             self.progress.update(self.task, completed=record["step"], about=about)
         elif event == "evaluation":
             shown = "  ".join(f"{k} {v:.4f}" for k, v in record["metrics"].items())
-            self.console.print(f"{record['when']} training: {shown}", highlight=False)
+            text = visible(f"{record['when']} training: {shown}")
+            self.console.print(text, markup=False, highlight=False)
         elif event == "note":
-            self.console.print(record["text"], markup=False, highlight=False)
+            self.console.print(visible(record["text"]), markup=False, highlight=False)
         elif event == "end":
             self.close()
 
