@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from finespun.methods.structures.lora import LoRA
     from finespun.methods.structures.lsr import LSR
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "LSR",
     "STRUCTURES",
@@ -62,8 +62,8 @@ _HOMES = {name: f"finespun.{home}" for home, names in _NAMES.items() for name in
 def __getattr__(name: str) -> Any:
     """A name or subpackage, imported when it is first asked for: the command line shows its help,
     and completes a word, without loading torch."""
-    if name in deprecated.NAMES:
-        new = deprecated.NAMES[name]
+    if name in deprecated.RENAMED:
+        new = deprecated.RENAMED[name]
         deprecated.warn(f"finespun.{name}", f"finespun.{new}")
         return attrgetter(new)(sys.modules[__name__])
     if name in _HOMES:

@@ -9,7 +9,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # What was called NAME in 0.1 -> where it is now, seen from `finespun`.
-NAMES: Mapping[str, str] = {
+RENAMED: Mapping[str, str] = {
     "structure": "make",
     "structures": "methods.structures",
     "train": "training",

@@ -66,5 +66,5 @@ def test_an_adapter_has_no_mode_of_its_own():
 def test_the_page_of_the_migration_names_all_of_them():
     for _, old, new in KEYS:
         assert f"| `{old}` | `{new}` |" in PAGE
-    for old in deprecated.NAMES:
+    for old in deprecated.RENAMED:
         assert f"fs.{old}" in PAGE or f"finespun.{old}" in PAGE

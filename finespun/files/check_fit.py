@@ -20,7 +20,7 @@ from finespun.hosts import check_base, modules, register, sites
 from finespun.hosts.attach import check_trained
 from finespun.hosts.buffers import ROOT, movable
 from finespun.hosts.layers.tied import ties
-from finespun.hosts.targets import OWN
+from finespun.hosts.targets import INSERTED
 from finespun.storage.blame import DAMAGED
 from finespun.storage.memory_limit import bounded
 
@@ -101,12 +101,12 @@ def settle(model: nn.Module, state: AdapterState) -> AdapterState:
 def _own_state(module: nn.Module) -> dict[str, Tensor]:
     """A module's tensors without those that adapters put into it."""
     state = module.state_dict()
-    return {k: v for k, v in state.items() if not any(part in OWN for part in k.split("."))}
+    return {k: v for k, v in state.items() if not any(part in INSERTED for part in k.split("."))}
 
 
 def _is_norm(module: nn.Module | None) -> bool:
     """Whether a module holds vectors alone, a bias among them."""
-    if module is None or module._parameters.get("bias") is None or {*module._modules} - {*OWN}:
+    if module is None or module._parameters.get("bias") is None or {*module._modules} - {*INSERTED}:
         return False
     return all(p is None or p.dim() < 2 for p in module._parameters.values())
 

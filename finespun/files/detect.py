@@ -15,21 +15,21 @@ from finespun.files.peft.methods import Layers, read_method
 from finespun.files.saved import Saved
 from finespun.storage.atomic import located, settled
 
-NAMES = native.CONFIG, peft.CONFIG, diffusion.WEIGHTS
+MARKERS = native.CONFIG, peft.CONFIG, diffusion.WEIGHTS
 
 
 def find_adapter(folder: str | Path) -> Path:
     """The file or folder to read an adapter from. Raises FileError where there is none."""
     place = settled(folder)
-    if place.is_file() or any((place / name).is_file() for name in NAMES):
+    if place.is_file() or any((place / name).is_file() for name in MARKERS):
         return place
     if not place.is_dir():
         raise FileError(f"{place} is no folder and no file")
-    below = sorted(p.name for p in place.iterdir() if any((p / n).is_file() for n in NAMES))
+    below = sorted(p.name for p in place.iterdir() if any((p / n).is_file() for n in MARKERS))
     hint = f"; its folders {', '.join(below[:5])} do" if below else ""
     if single := sorted(p.name for p in place.glob("*.safetensors")):
         hint += f"; for an adapter in one file name the file, such as {place / single[0]}"
-    raise FileError(f"{place} holds neither {NAMES[0]} nor {NAMES[1]}{hint}")
+    raise FileError(f"{place} holds neither {MARKERS[0]} nor {MARKERS[1]}{hint}")
 
 
 def check_source(src: str | Path, dst: str | Path) -> None:

@@ -34,7 +34,7 @@ ONLY_PEFT = "in PEFT's own form, which most servers read in part or not at all"
 Format = Literal["peft", "diffusers", "kohya"]
 FORMATS: tuple[str, ...] = get_args(Format)
 SERVED_RANK = 16  # the most that vLLM serves unless given otherwise
-TASKS = (
+PEFT_TASKS = (
     ("ForSequenceClassification", "SEQ_CLS", ("classifier", "score")),
     ("ForTokenClassification", "TOKEN_CLS", ("classifier", "score")),
     ("ForQuestionAnswering", "QUESTION_ANS", ("qa_outputs",)),
@@ -308,7 +308,7 @@ def _config(
 
 def _task(model: nn.Module, known: list[str], trained: tuple[str, ...]) -> str | None:
     """PEFT's task type, unless PEFT would then expect modules that are not in the file."""
-    for ending, task, heads in TASKS:
+    for ending, task, heads in PEFT_TASKS:
         if plain_class(model).__name__.endswith(ending):
             expected = [n for n in known if n.endswith(heads)] if heads else []
             return task if all(inside(n, trained) for n in expected) else None

@@ -100,7 +100,7 @@ WORKS = (
         lambda p: _holds_keys(p, "config.json", "model_type"),
     ),
 )
-PARTS = {"run": ("run", "native")}  # a run's folder is an adapter's too
+FOLDER_FORMATS = {"run": ("run", "native")}  # a run's folder is an adapter's too
 ONE_FILE = ("diffusers", "kohya")
 
 
@@ -138,7 +138,7 @@ def _file_in_the_way(out: str | Path, place: Path, kind: str) -> str:
 
 def _folder_in_the_way(out: str | Path, place: Path, kind: str) -> str:
     """What would be replaced there, in words; nothing where the folder is free."""
-    own, found = PARTS.get(kind, (kind,)), ""
+    own, found = FOLDER_FORMATS.get(kind, (kind,)), ""
     for work in WORKS:
         if work.kind not in own:
             if work.lies_in(place):

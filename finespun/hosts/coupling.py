@@ -12,7 +12,7 @@ from finespun.hosts.targets import ATTENTION
 
 # Names of the layers that write the features of a block, and of the one that reads them.
 Roles = tuple[tuple[tuple[str, ...], str], ...]
-HEADS: Roles = (
+ATTENTION_ROLES: Roles = (
     (("q_proj", "k_proj", "v_proj"), "o_proj"),
     (("q_proj", "k_proj", "v_proj"), "out_proj"),
     (("query", "key", "value"), "output.dense"),
@@ -66,7 +66,7 @@ def _candidates(target: str) -> Iterator[Family]:
     for depth, part in enumerate(parts):
         if ATTENTION.search(part):
             block = ".".join(parts[: depth + 1])
-            for writers, reader in HEADS:
+            for writers, reader in ATTENTION_ROLES:
                 for inner in INSIDE:
                     core = _join(block, inner)
                     names = tuple(_join(core, w) for w in writers)

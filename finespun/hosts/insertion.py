@@ -10,7 +10,7 @@ from finespun.contract import Delta
 from finespun.errors import StateError, TargetError
 from finespun.hosts.layers.copies import CopyHost
 from finespun.hosts.layers.host import Host
-from finespun.hosts.layers.layer import OWN, Adapted, adapted_class, plain_class
+from finespun.hosts.layers.layer import OWN_FORWARD, Adapted, adapted_class, plain_class
 from finespun.hosts.layers.slices import SliceHost, SlicesHost
 from finespun.hosts.paths import fixed_columns
 from finespun.hosts.targets import modules
@@ -100,17 +100,17 @@ def _take_forward(module: nn.Module) -> None:
     inputs that were moved."""
     own = module.__dict__
     if HOOKED in own:
-        own[OWN], own[HOOKED] = own[HOOKED], MethodType(Adapted.forward, module)
+        own[OWN_FORWARD], own[HOOKED] = own[HOOKED], MethodType(Adapted.forward, module)
     elif "forward" in own:
-        own[OWN] = own.pop("forward")
+        own[OWN_FORWARD] = own.pop("forward")
 
 
 def _give_forward(module: nn.Module) -> None:
     """Put back what `_take_forward` took; hooks that came later call the class's own forward."""
     own = module.__dict__
     key = HOOKED if HOOKED in own else "forward"
-    if OWN in own:
-        own[key] = own.pop(OWN)
+    if OWN_FORWARD in own:
+        own[key] = own.pop(OWN_FORWARD)
     elif getattr(own.get(key), "__func__", None) is Adapted.forward:
         own[key] = MethodType(plain_class(module).forward, module)
 

@@ -9,8 +9,8 @@ from finespun.errors import TargetError, nearest
 
 Targets = str | Sequence[str]
 WORDS = ("all-linear", "attention", "mlp")
-OWN = ("deltas", "copies", "finespun_banks")
-HEADS = ("classifier", "score", "qa_outputs", "classification_head", "head", "fc")
+INSERTED = ("deltas", "copies", "finespun_banks")
+HEAD_NAMES = ("classifier", "score", "qa_outputs", "classification_head", "head", "fc")
 ATTENTION = re.compile(r"att(ention|n)(?!s)", re.IGNORECASE)
 NUMBERED = re.compile(r"\.(\d+)(?:\.|$)")
 UNREAD = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -24,7 +24,7 @@ def modules(model: nn.Module) -> dict[str, nn.Module]:
 
     def walk(parent: nn.Module, prefix: str) -> None:
         for name, child in parent._modules.items():
-            if child is not None and name not in OWN and id(child) not in seen:
+            if child is not None and name not in INSERTED and id(child) not in seen:
                 seen.add(id(child))
                 found[prefix + name] = child
                 walk(child, f"{prefix}{name}.")
@@ -139,7 +139,7 @@ def find_head(model: nn.Module) -> tuple[str, ...]:
     task = re.search(
         r"For\w*(Classification|QuestionAnswering|MultipleChoice)|Classifier", type(model).__name__
     )
-    return tuple(name for name, _ in model.named_children() if task and name in HEADS)
+    return tuple(name for name, _ in model.named_children() if task and name in HEAD_NAMES)
 
 
 def inside(name: str, trained: Sequence[str]) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import finespun as fs
 from finespun.errors import FileError, StrictError, TargetError
 from finespun.files.peft.methods import check_options
-from finespun.files.peft.table import KINDS, METHODS
+from finespun.files.peft.table import METHODS, PEFT_TYPES
 
 CONFIGS = {
     "boft": later("BOFTConfig", boft_block_size=4),
@@ -169,7 +169,7 @@ def test_outputs_are_those_of_peft_from_its_own_file(name, tmp_path):
 
 def test_every_method_that_is_read_is_tested():
     read = {config.peft_type.value for config in (make() for make in CONFIGS.values())}
-    assert read == set(KINDS) - {"LORA", "TRAINABLE_TOKENS"}
+    assert read == set(PEFT_TYPES) - {"LORA", "TRAINABLE_TOKENS"}
 
 
 def changed(folder, tensors=None, **values):

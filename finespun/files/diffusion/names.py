@@ -30,7 +30,7 @@ KOHYA = {
     "text_encoder_2": "lora_te2",
     "text_encoder_3": "lora_te3",
 }
-PARTS = (*KOHYA, "transformer_2")
+PIPELINE_PARTS = (*KOHYA, "transformer_2")
 SHOWN = 5
 _KOHYA = re.compile(r"(lora_(?:unet|transformer|te[123]?))_(\w+)")
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|\w+samplers)\.(\d+)(?:\.(.+))?")

@@ -19,7 +19,7 @@ from finespun.adapters.lineage import Lineage
 from finespun.adapters.state import AdapterState
 from finespun.contract import Plan, SiteShape, Structure
 from finespun.errors import FileError, nearest
-from finespun.files.diffusion.names import PARTS, Unplaced, split_kohya
+from finespun.files.diffusion.names import PIPELINE_PARTS, Unplaced, split_kohya
 from finespun.files.lora import Pair, check_config, settle_pair, through
 from finespun.files.saved import named_after
 from finespun.methods.structures import DoRA, LoHa, LoKr, LoRA
@@ -162,7 +162,7 @@ def _split(key: str) -> tuple[str, str]:
 
 def _part(name: str) -> tuple[str, str]:
     first, _, rest = name.partition(".")
-    return (first, rest) if first in PARTS and rest else ("", name)
+    return (first, rest) if first in PIPELINE_PARTS and rest else ("", name)
 
 
 def _alpha(name: str, tensor: Tensor | None) -> float | None:

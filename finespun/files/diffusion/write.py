@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from finespun.adapters.fingerprint import Fingerprint
 from finespun.adapters.lineage import Lineage
 from finespun.errors import InputError, nearest
-from finespun.files.diffusion.names import KOHYA, PARTS, Style
+from finespun.files.diffusion.names import KOHYA, PIPELINE_PARTS, Style
 from finespun.files.diffusion.read import METADATA, OURS, WEIGHTS
 from finespun.hosts import Attached, fingerprint, modules
 from finespun.linalg import LowRank
@@ -86,7 +86,7 @@ def split_name(
     """The part of the pipeline that a layer belongs to, and its path there: the part named, else
     what the base's class implies, else the first word of the layer's own name. Raises InputError
     where that is not known."""
-    known = PARTS if style == "diffusers" else tuple(KOHYA)
+    known = PIPELINE_PARTS if style == "diffusers" else tuple(KOHYA)
     if part is not None:
         if part not in known:
             raise InputError(f"part={part!r} is no part that {style} names; {nearest(part, known)}")

@@ -21,7 +21,15 @@ from finespun.errors import FileError, StrictError, nearest
 from finespun.files.lora import PASSED
 from finespun.files.peft.keys import PREFIX, in_order, repeated, saved_module
 from finespun.files.peft.read import CONFIG, TENSORS
-from finespun.files.peft.table import BANKS, KINDS, METHODS, STARTS, Config, Found, Reading
+from finespun.files.peft.table import (
+    BANK_TENSORS,
+    METHODS,
+    PEFT_TYPES,
+    START_OPTIONS,
+    Config,
+    Found,
+    Reading,
+)
 from finespun.files.saved import Saved, named_after
 from finespun.hosts import sites
 from finespun.methods.axes import STRUCTURE
@@ -50,10 +58,10 @@ def read_method(
     place = settled(folder)
     config = read_json(place / CONFIG) if (place / CONFIG).is_file() else {}
     kind = str(config.get("peft_type", "LORA"))
-    if kind not in KINDS:
+    if kind not in PEFT_TYPES:
         raise FileError(
             f"{place / CONFIG}: peft_type is {kind[:60]!r}, which is not read; read are "
-            + ", ".join(KINDS)
+            + ", ".join(PEFT_TYPES)
         )
     if kind not in METHODS:
         return None
@@ -143,7 +151,7 @@ def check_options(method: Reading, config: Config, strict: bool) -> list[str]:
     passed = {
         *own,
         *PASSED,
-        *STARTS,
+        *START_OPTIONS,
         *method.unused,
         "peft_type",
         "modules_to_save",
@@ -207,11 +215,11 @@ def _bank(bank: Bank | None, shared: Found) -> dict[Key, Tensor]:
     """The tensors that all sites share, if they are those of our bank."""
     known = {} if bank is None else bank.state_dict()
     for name, tensor in shared.items():
-        if name not in BANKS or BANKS[name] not in known:
-            raise FileError(f"'{SHARED}{name}' is unknown; {nearest(name, BANKS)}")
-        if tensor.shape != (size := known[BANKS[name]].shape):
+        if name not in BANK_TENSORS or BANK_TENSORS[name] not in known:
+            raise FileError(f"'{SHARED}{name}' is unknown; {nearest(name, BANK_TENSORS)}")
+        if tensor.shape != (size := known[BANK_TENSORS[name]].shape):
             raise FileError(f"'{SHARED}{name}' is {tuple(tensor.shape)}, expected {tuple(size)}")
-    return of_bank({BANKS[name]: tensor for name, tensor in shared.items()})
+    return of_bank({BANK_TENSORS[name]: tensor for name, tensor in shared.items()})
 
 
 def _choice(made: Structure, host: Site, told: bool) -> dict[str, Any]:

@@ -21,7 +21,9 @@ Found = Mapping[str, Tensor]
 Config = Mapping[str, Any]
 Options = dict[str, Any]
 # what acts while training and starting only; nothing is left of it in a file
-STARTS = frozenset(["init_weights", "init_ia3_weights", "rank_dropout", "rank_dropout_scale"])
+START_OPTIONS = frozenset(
+    ["init_weights", "init_ia3_weights", "rank_dropout", "rank_dropout_scale"]
+)
 LYCORIS = frozenset(["rank_pattern", "alpha_pattern", "use_effective_conv2d"])
 CORES = {"use_effective_conv2d=True": "cores of convolutions are multiplied into a factor"}
 MOST_TERMS = 100  # of a series that converges as a geometric one
@@ -341,5 +343,5 @@ METHODS: Mapping[str, Reading] = {
         unused=PROJECTED | {"d_initial"},
     ),
 }
-BANKS = {"vblora_vector_bank": "vectors"}
-KINDS = ("LORA", "TRAINABLE_TOKENS", *METHODS)
+BANK_TENSORS = {"vblora_vector_bank": "vectors"}
+PEFT_TYPES = ("LORA", "TRAINABLE_TOKENS", *METHODS)

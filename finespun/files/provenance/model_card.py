@@ -13,7 +13,9 @@ from finespun.storage.atomic import settled, write_file
 from finespun.storage.visible import code_block, code_span, markdown, one_line
 
 CARD = "README.md"
-OWN = re.compile(rb"---\r?\nlibrary_name: \w+\r?\ntags: \[finespun, ")  # how `model_card` begins
+CARD_START = re.compile(
+    rb"---\r?\nlibrary_name: \w+\r?\ntags: \[finespun, "
+)  # how `model_card` begins
 
 
 def write_card(work: Path, folder: str | Path, card: str) -> None:
@@ -28,7 +30,7 @@ def _is_own(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return OWN.match(file.read(1024)) is not None
+        return CARD_START.match(file.read(1024)) is not None
 
 
 def model_card(

@@ -18,7 +18,7 @@ from finespun.contract.delta import Factors
 from finespun.errors import StateError, an
 from finespun.hosts import paths
 from finespun.hosts.adapter_set import AdapterSet, Rows
-from finespun.hosts.layers.layer import OWN, plain_class
+from finespun.hosts.layers.layer import OWN_FORWARD, plain_class
 from finespun.hosts.layers.slotted import Base, Slotted
 from finespun.hosts.layers.stored import StoredLayer
 from finespun.hosts.slots import SiteSlots
@@ -194,7 +194,7 @@ class Host(StoredLayer, Slotted):
     def _plain(self) -> bool:
         """Whether the layer computes as nn.Linear does."""
         own = plain_class(self.layer).forward is LINEAR_FORWARD
-        return own and OWN not in self.layer.__dict__
+        return own and OWN_FORWARD not in self.layer.__dict__
 
     def change(
         self, delta: Delta, strength: float, x: Tensor, base: Base, way: Way | None = None

@@ -20,7 +20,7 @@ from finespun.hosts.layers.slices import SliceHost
 from finespun.hosts.targets import modules, unread
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-KINDS = "nn.Linear, Conv1d to Conv3d, Embedding, transformers' Conv1D and quantised linears"
+ADAPTABLE = "nn.Linear, Conv1d to Conv3d, Embedding, transformers' Conv1D and quantised linears"
 
 
 def sites(model: nn.Module, targets: Iterable[str], structure: Structure) -> dict[str, Host]:
@@ -109,5 +109,5 @@ def _host(module: nn.Module, name: str, adapter_set: AdapterSet) -> Host:
     if issubclass(cls, nn.Embedding):
         return EmbeddingHost(module, name, adapter_set)
     raise TargetError(
-        f"{name!r} is a {cls.__module__}.{cls.__name__}; what can be adapted: {KINDS}"
+        f"{name!r} is a {cls.__module__}.{cls.__name__}; what can be adapted: {ADAPTABLE}"
     )

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-OWN = "_finespun_forward"
+OWN_FORWARD = "_finespun_forward"
 
 
 class Adapted(nn.Module):
@@ -14,7 +14,7 @@ class Adapted(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if "_finespun" not in self.__dict__:  # called by who kept this method beyond the adapter
             return type(self).forward(self, *args, **kwargs)
-        base = self.__dict__[OWN] if OWN in self.__dict__ else super().forward
+        base = self.__dict__[OWN_FORWARD] if OWN_FORWARD in self.__dict__ else super().forward
         return self.__dict__["_finespun"].forward(base, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from finespun.lifecycle.stored import StoredWeights, deltas_of, source_name
 from finespun.methods.axes import make
 
 Format = Literal["native", "peft", "diffusers", "kohya"]
-FORMATS = get_args(Format)
+CONVERTED_FORMATS = get_args(Format)
 SHOWN = 5
 
 
@@ -131,8 +131,8 @@ def _form(
     the scale before its factors."""
     word = isinstance(structure, str)
     form = make(structure) if isinstance(structure, str) else structure
-    if format not in FORMATS:
-        raise InputError(f"format={format!r} is not known; {nearest(format, FORMATS)}")
+    if format not in CONVERTED_FORMATS:
+        raise InputError(f"format={format!r} is not known; {nearest(format, CONVERTED_FORMATS)}")
     if not form.holds_any:
         if energy is not None:
             raise InputError(
