@@ -1,7 +1,7 @@
 # Every target installs what it needs into .venv first; a second run installs nothing.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install check format lint types imports sizes static fuzz gpu docs test full times demo clean
+.PHONY: help install check format lint types imports sizes static fuzz gpu docs test full times pages coverage tables demo clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORKERS ?= 2

@@ -1,5 +1,6 @@
 """A page in headless Chromium, driven over its debugging pipe; no other package is needed."""
 
+import base64
 import json
 import os
 import shutil
@@ -69,6 +70,11 @@ class Tab:
         self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
+
+    def picture(self, path: Path) -> None:
+        """The whole page at the present size, as PNG."""
+        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(shot["data"]))
 
     def press_tab(self) -> str:
         """Press Tab; a selector-like word for what has the focus then."""

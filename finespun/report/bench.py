@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ def bench_page(folder: Path) -> str:
     rows = read_sheet(folder / SHEET)
     metric, seeds = told_metric(rows[0])
     lead = f"A comparison by {metric}: every member at its own best learning rate, {seeds} seeds."
+    rows.sort(key=lambda row: -float(row["mean"]) if row["mean"] else math.inf)
     cells = [[_cell(key, row[key]) for key in COLUMNS] for row in rows]
+    if rows[0]["mean"]:
+        cells[0][0] = f"★ {rows[0]['member']} (highest mean)"
     figures = [_means(rows, metric), *_rates(folder / FILE, metric)]
     drawn = "\n".join(figure for figure in figures if figure)
     sections = [

@@ -13,7 +13,8 @@ from finespun.report.page import folded, shown, table
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 30, 46
 MOST_POINTS = 400
-COLOURS = 6
+COLOURS = 13
+MARKS = "●■◆▲"  # shapes of points, so that members differ without colour too
 Point = tuple[float, float]
 
 
@@ -107,8 +108,8 @@ def curves(
         if not line.faint
     )
     rows = [(shown(a), line.name, b) for line in lines if not line.faint for a, b in line.points]
-    numbers = table((x_name, "curve", y_name), rows, f"Numbers behind: {title}")
-    return figure(title, told, [*grid(x, y, x_name, y_name), *drawn, *legend(names)], numbers)
+    numbers = table((x_name, "curve", y_name), rows, f"Values behind: {title}")
+    return figure(title, told, [*grid(x, y, x_name, y_name), *drawn], numbers, legend(names))
 
 
 def intervals(title: str, means: Sequence[Mean], x_name: str, y_name: str) -> str:
@@ -135,21 +136,25 @@ def intervals(title: str, means: Sequence[Mean], x_name: str, y_name: str) -> st
         drawn.append(
             f'<g style="stroke:{colour};fill:{colour}"><title>{about}</title>'
             f'<line class="curve" x1="{x.at(m.x):.1f}" x2="{x.at(m.x):.1f}" y1="{low:.1f}" '
-            f'y2="{high:.1f}"/><circle r="4.5" cx="{x.at(m.x):.1f}" cy="{at:.1f}"/></g>'
+            f'y2="{high:.1f}"/>{mark(groups.index(m.group), x.at(m.x), at)}</g>'
         )
     told = "; ".join(f"{m.name}: {shown(m.mean)} at {shown(m.x)}" for m in means)
-    return figure(title, told, [*grid(x, y, x_name, y_name), *drawn, *legend(groups)], "")
+    rows = [(m.name, m.x, m.mean, m.half) for m in means]
+    numbers = table(("member", x_name, y_name, "±"), rows, f"Values behind: {title}")
+    return figure(
+        title, told, [*grid(x, y, x_name, y_name), *drawn], numbers, legend(groups, MARKS)
+    )
 
 
-def figure(title: str, told: str, parts: Sequence[str], numbers: str) -> str:
+def figure(title: str, told: str, parts: Sequence[str], numbers: str, names: str) -> str:
     """The picture with its caption, and its values on request."""
     name = "f-" + "".join(c if c.isascii() and c.isalnum() else "-" for c in title.lower())
     return (
         f'<figure>\n<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-labelledby="{name}-title {name}-text">\n<title id="{name}-title">{escape(title)}'
         f'</title>\n<desc id="{name}-text">{escape(told)}</desc>\n{"".join(parts)}\n</svg>\n'
-        f"<figcaption>{escape(title)}</figcaption>\n"
-        f"{folded('Numbers', numbers) if numbers else ''}</figure>"
+        f"<figcaption>{escape(title)}{names}</figcaption>\n"
+        f"{folded('Values', numbers) if numbers else ''}</figure>"
     )
 
 
@@ -178,19 +183,28 @@ def grid(x: Axis, y: Axis, x_name: str, y_name: str) -> list[str]:
     return parts
 
 
-def legend(names: Sequence[str]) -> list[str]:
-    """Names of colours, right above the picture; none where there is one."""
+def legend(names: Sequence[str], marks: str = MARKS[0]) -> str:
+    """Names of colours and shapes under the picture, in lines that wrap; nothing for one."""
     if len(names) < 2:
-        return []
-    parts, end = [], float(WIDTH - RIGHT)
-    for place, name in reversed(list(enumerate(names))):
-        colour = f"var(--c{place % COLOURS})"
-        parts.append(
-            f'<text class="name" x="{end:.0f}" y="14" text-anchor="end">{escape(name)}'
-            f'<tspan style="fill:{colour}"> ●</tspan></text>'
-        )
-        end -= 7.0 * len(name) + 26
-    return parts
+        return ""
+    parts = [
+        f'<li><span style="color:var(--c{place % COLOURS})" aria-hidden="true">'
+        f"{marks[place % len(marks)]}</span> {escape(name)}</li>"
+        for place, name in enumerate(names)
+    ]
+    return f'<ul class="legend">{"".join(parts)}</ul>'
+
+
+def mark(place: int, x: float, y: float) -> str:
+    """The shape of the points of one colour: circle, square, diamond or triangle, as in MARKS."""
+    if place % len(MARKS) == 0:
+        return f'<circle r="4.5" cx="{x:.1f}" cy="{y:.1f}"/>'
+    corners = (
+        ((-4, -4), (4, -4), (4, 4), (-4, 4)),
+        ((0, -5.5), (5.5, 0), (0, 5.5), (-5.5, 0)),
+        ((0, -5), (5, 4), (-5, 4)),
+    )[place % len(MARKS) - 1]
+    return f'<polygon points="{" ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in corners)}"/>'
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from finespun.adapters.deltas import Deltas, update_of
+from finespun.bench.spec import describe
 from finespun.errors import FileError, InputError
 from finespun.files import Saved, read_adapter
 from finespun.report.figure import Curve, Point, curves, smoothed
@@ -215,7 +216,7 @@ def layers(saved: Saved) -> list[Layer]:
 def _layers(saved: Saved | None) -> list[str]:
     if saved is None or not saved.state.plan.sites:
         return []
-    told = paragraph(f"{saved.state.structure}, strength {saved.state.strength:g}.")
+    told = paragraph(f"{describe(saved.state.structure)}, strength {saved.state.strength:g}.")
     try:
         found = layers(saved)
     except InputError as error:
