@@ -1,7 +1,7 @@
 # Every target installs what it needs into .venv first; a second run installs nothing.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install check format lint types imports sizes static fuzz gpu docs test full times pages coverage tables demo clean
+.PHONY: help install check format lint types imports sizes static fuzz gpu docs test full times pages tables demo clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORKERS ?= 2
@@ -63,6 +63,12 @@ full: static docs ## test, whole tables and long fuzzing; kept in docs/results/f
 
 times: $(READY) ## seconds of the last tests by folder, beside their budgets
 	@$(BIN)/python tests/times.py
+
+pages: $(READY) ## the published results as pages, checked in headless Chromium
+	PYTHONPATH=tests $(BIN)/python tests/pages.py
+
+tables: $(READY) ## the generated tables of the documentation, written anew
+	$(BIN)/python docs/hooks/generated.py
 
 format: $(READY) ## fix what ruff can fix
 	$(BIN)/ruff format .

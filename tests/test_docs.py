@@ -15,6 +15,7 @@ change that, each readable in the source:
 
 import contextlib
 import doctest
+import importlib
 import io
 import os
 import re
@@ -49,7 +50,7 @@ FENCE = re.compile(r"^( *)```(\S*)(.*)$")
 COMMENT = re.compile(r"<!-- (slow|figures vary|in tests: .+? => .*?|exit \d+|not run: .+?) -->")
 GENERATED = re.compile(
     r"<!-- (table of (?:methods|axes)|what goes together|reference of methods|keys of a recipe|"
-    r"commands|gallery) -->"
+    r"commands|gallery|end) -->"
 )
 TITLE = re.compile(r'title="([^"]+)"')
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
@@ -291,3 +292,21 @@ def test_the_picture_is_what_its_script_draws(tmp_path):
     ]
     assert words[0] == words[1]
     assert "3,584" in words[0]
+
+
+@pytest.mark.parametrize("page", PAGES[2:], ids=lambda page: page.name)
+def test_generated_tables_are_fresh(page, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs" / "hooks")
+    generated = importlib.import_module("generated")
+    text = page.read_text(encoding="utf-8")
+    assert generated.filled(text) == text, "run: python docs/hooks/generated.py"
+
+
+def test_a_stale_table_is_written_anew(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs" / "hooks")
+    generated = importlib.import_module("generated")
+    mark = "<!-- table of axes -->"
+    fresh = generated.filled(f"before\n\n{mark}\n\nafter\n")
+    assert fresh.startswith(f"before\n\n{mark}\n\n| axis |")
+    assert fresh.endswith("<!-- end -->\n\nafter\n")
+    assert generated.filled(fresh.replace("structure", "stale")) == fresh == generated.filled(fresh)

@@ -1,7 +1,13 @@
-"""MkDocs hook: what the code says of itself is written into the pages that ask for it."""
+"""MkDocs hook: what the code says of itself is written into the pages that ask for it.
+
+Run, it writes the tables into the pages below docs/, so that they can be read without the site; a
+test holds them against the code.
+"""
 
 import inspect
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,9 +26,16 @@ from finespun.recipes.recipe import Recipe
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace every mark by what it asks for."""
+    return filled(markdown.replace(REFERENCE, method_reference()))
+
+
+def filled(markdown: str) -> str:
+    """The page with what every mark asks for right below it, up to the mark of its end."""
     for mark, write in WRITERS.items():
         if mark in markdown:
-            markdown = markdown.replace(mark, write())
+            old = re.compile(re.escape(mark) + rf"(?:\n.*?{re.escape(END)})?", re.DOTALL)
+            new = f"{mark}\n\n{write()}\n\n{END}"
+            markdown = old.sub(lambda _, new=new: new, markdown)
     return markdown
 
 
@@ -121,9 +134,9 @@ def commands() -> str:
         parts += [
             f"## {name}",
             inspect.cleandoc(command.help or ""),
-            f"```text\nfinespun {name} {' '.join(usage)}\n```",
+            f"Usage: `finespun {name} {' '.join(usage)}`",
             "\n".join(["| argument | what it is |", "| --- | --- |", *rows]) if rows else "",
-            f"```sh\n{example}\n```",
+            f"Example: `{example}`",
         ]
     return "\n\n".join(parts)
 
@@ -133,11 +146,16 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+REFERENCE, END = "<!-- reference of methods -->", "<!-- end -->"
 WRITERS = {
     "<!-- table of methods -->": method_table,
     "<!-- table of axes -->": axis_table,
     "<!-- what goes together -->": composition_table,
-    "<!-- reference of methods -->": method_reference,
     "<!-- keys of a recipe -->": recipe_keys,
     "<!-- commands -->": commands,
 }
+
+
+if __name__ == "__main__":
+    for page in sorted((Path(__file__).parent.parent).glob("*.md")):
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")

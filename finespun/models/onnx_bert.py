@@ -66,5 +66,5 @@ def write_bert_folder(source: Path, folder: Path, attention_heads: int) -> None:
         "pad_token_id": 0,
     }
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
