@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from finespun.hosts.adapter_set import adapter_set_of
 from finespun.hosts.buffers import ROOT
-from finespun.hosts.targets import OWN
+from finespun.hosts.targets import INSERTED
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -14,7 +14,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     state = {
         key: value.detach()
         for key, value in model.state_dict().items()
-        if not any(part in OWN for part in key.split("."))
+        if not any(part in INSERTED for part in key.split("."))
     }
     if "_finespun_adapters" not in model.__dict__:
         return state
