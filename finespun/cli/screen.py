@@ -6,7 +6,7 @@ from finespun.storage.visible import visible
 
 
 def echo(text: object = "", err: bool = False, nl: bool = True) -> None:
-    """Print text of any origin; control characters are spelt out."""
+    """Print text of any origin; control characters are written out."""
     typer.echo(visible(str(text)), err=err, nl=nl)
 
 

@@ -113,7 +113,7 @@ def cells(
     gates: Sequence[Tensor | None],
     scale: float,
 ) -> list[Product]:
-    """A product for each gate, of views that are told which of them they are."""
+    """A product for each gate, of views that know which of them they are."""
     return [
         Product.of(partial(left, i), partial(right, i), scale, gate) for i, gate in enumerate(gates)
     ]

@@ -153,7 +153,7 @@ def tap(layer: nn.Module, told: Told) -> Callable[[], None]:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity, whose backward tells x and δ; `anchor` makes it part of a graph."""
+    """The identity, whose backward hands over x and δ; `anchor` makes it part of a graph."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, told: Told) -> Tensor:

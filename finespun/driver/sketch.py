@@ -27,7 +27,7 @@ class Sketches(Sums):
         self.bases: dict[str, Tensor] = {}
 
     def take(self, name: str, x: Tensor, delta: Tensor) -> None:
-        """Add what a pass tells of one site: x (rows, in), delta (rows, out)."""
+        """Add what a pass shows of one site: x (rows, in), delta (rows, out)."""
         if name in self.bases:
             told = (delta @ self.bases[name].to(delta)).mT @ x
         else:

@@ -40,7 +40,7 @@ def start(
     seed: int = 0,
 ) -> list[str]:
     """Let an initializer write adapter `name` of `model`, which is active, and return what a person
-    should hear of it.
+    should know of it.
 
     What it needs to see of the base is measured on `batches`, in eval mode, with `loss(model,
     batch)` (that which the model returns), `read` gives what it needs from files. Raises

@@ -131,7 +131,7 @@ def export(
 def _check_root(model: nn.Module, adapter: Attached, portable: bool) -> None:
     if root_of(model, (*adapter.deltas, *adapter.trained)).prefix and not portable:
         raise InputError(
-            f"portable=False speaks of layers by their names in {plain_class(model).__name__}: "
+            f"portable=False names layers by their names in {plain_class(model).__name__}: "
             "adapt its transformers_model instead, or leave portable out"
         )
 

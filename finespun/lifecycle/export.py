@@ -20,7 +20,7 @@ from finespun.storage.atomic import located, whole_folder
 from finespun.training.inference import Trained, origin
 
 WEIGHT_FILES = ("model.safetensors", SHARDS, INDEX, HEAD, POOLING_FILE)
-TASKS = {
+AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
@@ -149,7 +149,7 @@ def base_of(source: str, saved: Saved, folder: Path) -> nn.Module:
     if not architecture:
         told = source_name(folder)[1]
         config = transformers.AutoConfig.from_pretrained(source)
-        architecture = TASKS.get(told or "", "") or (config.architectures or [""])[0]
+        architecture = AUTO_CLASSES.get(told or "", "") or (config.architectures or [""])[0]
     cls = getattr(transformers, architecture, None)
     if cls is None:
         raise InputError(

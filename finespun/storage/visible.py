@@ -9,7 +9,7 @@ _MARKUP = re.compile(r"([\\`*\[\]<>|~&])")
 
 
 def visible(text: str) -> str:
-    r"""The text with every character that a terminal obeys spelt out as JSON does; what JSON
+    r"""The text with every character that a terminal obeys written out as JSON does; what JSON
     escapes means the same after it.
 
     >>> visible("a\x1b[31mb")

@@ -28,7 +28,7 @@ from finespun.training.progress import as_json
 RECIPE, RESULT, LOG, CHECKPOINT = "recipe.yaml", "metrics.json", "metrics.jsonl", "checkpoints"
 ADAPTER = ("adapter.safetensors", "adapter.json")
 OWN = (RECIPE, RESULT, LOG, CHECKPOINT, *ADAPTER, "README.md", "report.html")
-IGNORED = (".gitignore", ".gitkeep", ".DS_Store")  # no work of anybody's
+HIDDEN = (".gitignore", ".gitkeep", ".DS_Store")  # no work of anybody's
 OLD_KEYS = {"update_numbers": "num_update_parameters", "module_numbers": "num_module_parameters"}
 FREE = {"output", "trackers"}  # keys that may change when a run goes on
 
@@ -196,7 +196,7 @@ def refuse_strangers(folder: Path) -> None:
     """Raise FileError for a folder that holds no run of ours and something that no run left."""
     if not folder.is_dir() or (folder / RECIPE).exists() or checkpoints(folder / CHECKPOINT):
         return
-    strangers = sorted({p.name for p in folder.iterdir()} - {*OWN, *IGNORED})
+    strangers = sorted({p.name for p in folder.iterdir()} - {*OWN, *HIDDEN})
     if strangers:
         more = f" and {len(strangers) - 1} more" if strangers[1:] else ""
         raise FileError(

@@ -15,8 +15,8 @@ class LoRAPlus(Dynamics):
     Good for: more progress from B, which starts at zero, without a larger step of A.
     Not for: structures without two trained sides.
 
-    B is what B alone reads: LSR's F1, F2 of R(B). Heads, biases and gates keep their rate. Take
-    about half of the rate that suits the structure alone.
+    B is what B alone reads: LSR's F1, F2 of R(B). Heads, biases and gates keep their lr. Take
+    about half of the lr that suits the structure alone.
     """
 
     ratio: float = 16.0

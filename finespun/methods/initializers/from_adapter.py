@@ -17,7 +17,7 @@ class FromAdapter(FactorStart):
 
     Any structure, and any folder that Finespun reads. The model starts where that adapter left it;
     with `exact` it starts at its base, and the adapter gives the directions alone. What the
-    structure cannot hold is told.
+    structure cannot hold is reported.
     """
 
     adapter: str = ""

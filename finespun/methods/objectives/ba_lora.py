@@ -19,7 +19,7 @@ from finespun.methods.objectives.pieces.outputs import (
 )
 
 Head = Literal["own", "fresh", "warm"]
-WEIGHTS = {  # of consistency, diversity, spectrum
+PENALTIES = {  # of consistency, diversity, spectrum
     ("2026", True): (0.025, 0.005, 0.005),
     ("2026", False): (0.15, 0.03, 0.03),
     ("2024", True): (1e-4, 3e-4, 1e-4),
@@ -81,7 +81,7 @@ class BALoRA(Objective):
     def weights(self, language: bool, share: float) -> tuple[float, float, float]:
         """l1, l2, l3 after a share of the run."""
         given = self.consistency, self.diversity, self.spectrum
-        usual = WEIGHTS[self.version, language]
+        usual = PENALTIES[self.version, language]
         l1, l2, l3 = (u if g is None else g for g, u in zip(given, usual))
         if self.version == "2026" and language:
             l1 *= 0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2

@@ -23,7 +23,7 @@ def sides(adapter: AdapterView, what: str) -> tuple[list[nn.Parameter], list[nn.
                 }
     if not down or not up:
         raise InputError(
-            f"{what} tells A from B, and {adapter.structure.kind} does not train both of its own; "
-            "try lora or lsr"
+            f"{what} treats A and B apart, and {adapter.structure.kind} does not train both of its "
+            "own; try lora or lsr"
         )
     return list(down.values()), list(up.values())

@@ -1,6 +1,6 @@
 """How well the first step follows the gradient of the weights, and parameters that follow better.
 
-One step of gradient descent at rate t moves W by −t·J Jᵀ G, J = ∂ΔW/∂θ, to first order: it follows
+One step of gradient descent of size t moves W by −t·J Jᵀ G, J = ∂ΔW/∂θ, to first order: it follows
 full training where cos(J Jᵀ G, G) is near one.
 """
 
@@ -62,7 +62,7 @@ def align(delta: Delta, G: Tensor, steps: int) -> float:
 
 def resized(delta: Delta, theta: dict[str, Tensor], sizes: list[float]) -> None:
     """Bring A and B at `theta` to these norms. A side is a polynomial of its parameters of one
-    degree d, which Euler's ⟨∂‖A‖²/∂θ, θ⟩ = 2d ‖A‖² tells."""
+    degree d, which Euler's ⟨∂‖A‖²/∂θ, θ⟩ = 2d ‖A‖² gives."""
     for which, size in enumerate(sizes):
         free = {n: t.clone().requires_grad_() for n, t in theta.items()}
         side = called(delta, free, "low_rank")[which]

@@ -1,5 +1,5 @@
-"""Starts that are told by factors A0 (r, in) and B0 (out, r): written into any structure, and taken
-away again where the model must begin as its base.
+"""Starts given by factors A0 (r, in) and B0 (out, r): written into any structure, and taken away
+again where the model must begin as its base.
 
 ΔW = s (B A − B0 A0), exactly zero at step 0, whatever a structure could not hold of A0 and B0.
 """
@@ -70,7 +70,7 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class FactorStart(Initializer):
-    """A start told by A0 and B0. `refine` steps bring a form that cannot hold them, as LSR's,
+    """A start given by A0 and B0. `refine` steps bring a form that cannot hold them, as LSR's,
     nearer; forms that can are not touched. With `apart` A0 and B0 may be turned each by itself."""
 
     refine: int = 50
@@ -91,7 +91,7 @@ class FactorStart(Initializer):
         raise NotImplementedError(f"{type(self).__name__} must say where it starts")
 
     def settle(self, place: Place, pair: Factors, error: float) -> list[str]:
-        """After a site took its factors: a last word of the start; what a person should hear."""
+        """After a site took its factors: a last word of the start; what a person should know."""
         return []
 
     def suits(self, structure: Structure) -> None:
@@ -106,7 +106,7 @@ class FactorStart(Initializer):
 
 
 class Starting(TrainingHooks):
-    """Writes a start before the optimiser exists; what could not be done as told is in `told`."""
+    """Writes a start before the optimiser exists; what could not be done as asked is in `told`."""
 
     def __init__(self, form: FactorStart) -> None:
         self.form, self.told = form, list[str]()
