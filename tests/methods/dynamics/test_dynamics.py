@@ -122,7 +122,7 @@ def test_what_cannot_be_done_is_refused_by_name():
     refused(LoRAPro(mode="full"), optimizer=torch.optim.AdamW, match="lora_pro is an optimiser")
     refused(Muon(), optimizer=torch.optim.AdamW, match="muon is an optimiser")
     refused(MGPO(), optimizer=lambda g: torch.optim.SGD(g, lr=0.1), match="follows the momentum")
-    refused(LoRAPlus(), fs.IA3(), match="tells A from B")
+    refused(LoRAPlus(), fs.IA3(), match="treats A and B apart")
     refused(GGPO(), fs.LoR2C(rank=2), match="whole blocks")
     for bad in (
         lambda: LoRAPro(mode="half"),
