@@ -9,11 +9,12 @@ from finespun import deprecated
 from finespun.methods.index import NAMES as METHODS
 
 if TYPE_CHECKING:
-    from finespun.adapter import Adapter, adapt, load
+    from finespun.adapter import Adapter
     from finespun.adapters.arithmetic import Parameters, Updates
     from finespun.adapters.state import AdapterState
     from finespun.contract import Structure
     from finespun.errors import FinespunError
+    from finespun.face import adapt, detach, list_adapters, load, make_trainable
     from finespun.hosts import activate, bake, disabled, evict, merge, rows, unmerge
     from finespun.lifecycle.conversion.adapter import convert
     from finespun.methods.axes import make
@@ -37,20 +38,24 @@ __all__ = [
     "adapt",
     "bake",
     "convert",
+    "detach",
     "disabled",
     "evict",
+    "list_adapters",
     "load",
     "make",
+    "make_trainable",
     "merge",
     "rows",
     "unmerge",
 ]
 _NAMES = {
-    "adapter": ("Adapter", "adapt", "load"),
+    "adapter": ("Adapter",),
     "adapters.arithmetic": ("Parameters", "Updates"),
     "adapters.state": ("AdapterState",),
     "contract": ("Structure",),
     "errors": ("FinespunError",),
+    "face": ("adapt", "detach", "list_adapters", "load", "make_trainable"),
     "hosts": ("activate", "bake", "disabled", "evict", "merge", "rows", "unmerge"),
     "lifecycle.conversion.adapter": ("convert",),
     "methods.axes": ("make",),
@@ -70,6 +75,8 @@ def __getattr__(name: str) -> Any:
         found = getattr(import_module(_HOMES[name]), name)
     elif name.startswith("_"):
         raise AttributeError(f"finespun has no {name!r}")
+    elif known := [n for n in METHODS if n.casefold() == name.casefold()]:
+        return getattr(sys.modules[__name__], known[0])
     else:
         try:
             found = import_module(f"finespun.{name}")

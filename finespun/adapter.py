@@ -17,6 +17,7 @@ from finespun.deprecated import renamed
 from finespun.driver import start
 from finespun.driver.gradients import Loss
 from finespun.errors import InputError, StateError, TargetError
+from finespun.hosts.left_out import warn_of_smaller_ranks
 from finespun.hosts.targets import Targets, inside
 from finespun.linalg import LowRank
 
@@ -40,14 +41,9 @@ def adapt(
 ) -> "Adapter":
     """Attach a new trainable adapter; the model stays the object and the class it was.
 
-    `targets`, `exclude` and `layers` are those of `hosts.find`; an empty list leaves layers
-    alone: only modules are trained. `train_modules` (PEFT's `modules_to_save`): modules of which
-    the adapter trains its own copy; None means the task head that the model's class announces.
-    Where a target shares its weight with another module, the update acts at the target alone, or
-    with tie="both" at both uses. `exact_start` makes a start that is not zero equal the base.
-    `initializer` says where the update starts; what it looks at is measured on `batches`, in eval
-    mode, by `loss(model, batch)` (that which the model returns). Every other parameter of the model
-    is frozen until `detach`. Raises TargetError, PlanError or InputError; nothing has changed then.
+    `finespun.adapt` says what each argument is; here the structure and the targets are chosen
+    already. Warns of layers that got a smaller rank. Raises TargetError, PlanError or InputError;
+    the model stays as it was.
     """
     hosts.check_model(model)
     if not isinstance(structure, Structure):
@@ -68,6 +64,7 @@ def adapt(
     if not names and not trained:
         raise TargetError('no layer and no module to train; name layers, or use "all-linear"')
     attached = hosts.new_adapter(model, name, structure, names, trained, scores, tie == "both")
+    warn_of_smaller_ranks(structure, attached.plan)
     adapter = Adapter(model, name)
     if exact_start and not structure.starts_at_zero:
         for delta in attached.deltas.values():
@@ -96,12 +93,8 @@ def load(
 ) -> "Adapter":
     """Load an adapter that Finespun, PEFT, diffusers or kohya's scripts wrote, and activate it.
 
-    `name` replaces the name it was saved under; `trainable` lets it be trained further, else its
-    parameters are frozen. `force` loads on another base, `strict=False` skips unknown keys;
-    both warn of what they passed over. `part` says which part of a pipeline the model is ("unet",
-    "text_encoder", ...) where a file holds several that fit it. Raises FileError, BaseMismatch,
-    TargetError or PlanError naming every file, key or site that is wrong, and leaves the model
-    untouched.
+    `finespun.load` says what each argument is, and fetches from the Hub. Raises FileError,
+    BaseMismatch, TargetError or PlanError, and leaves the model untouched.
     """
     hosts.check_model(model)
     saved = files.read_for(model, folder, strict, part).named(name)
@@ -129,6 +122,7 @@ class Adapter:
     def __init__(self, model: nn.Module, name: str) -> None:
         hosts.adapter_set_of(model)[name]
         self.model, self.name = model, name
+        self.left_out: tuple[str, ...] = ()  # what "all-linear" did not reach
 
     @property
     def _held(self) -> hosts.Attached | AdapterState:
@@ -347,4 +341,5 @@ class Adapter:
             f"  {self.num_update_parameters:,} trained parameters"
             + (f" and {modules:,} in trained modules" if modules else "")
             + (f", ‖ΔW‖ {min(norms):.3g} to {max(norms):.3g}" if norms else "")
+            + (f"\n  not adapted: {', '.join(self.left_out)}" if self.left_out else "")
         )

@@ -31,6 +31,16 @@ def test_the_public_names_are_listed_once_and_are_there():
     assert all(getattr(finespun, name) is not None for name in finespun.__all__)
 
 
+def test_every_public_name_has_an_entry_in_the_reference():
+    page = (ROOT.parent / "docs" / "api.md").read_text(encoding="utf-8")
+    for name in finespun.__all__:
+        assert (
+            f"::: finespun.{name}\n" in page
+            or f"`finespun.{name}`" in page
+            or f"`fs.{name}`" in page
+        ), name
+
+
 def test_every_package_lists_what_it_offers():
     for info in pkgutil.walk_packages([str(ROOT)], "finespun."):
         if not info.ispkg:

@@ -129,7 +129,12 @@ class Structure(Method):
 
         Raises PlanError where a site's shape cannot take this structure.
         """
-        return Plan(tuple(s.shape for s in sites), {s.shape.name: self.choose(s) for s in sites})
+        choices = {s.shape.name: self.choose_within(s) for s in sites}
+        return Plan(tuple(s.shape for s in sites), choices)
+
+    def choose_within(self, site: Site) -> dict[str, Any]:
+        """`choose`, at the largest size that the site holds."""
+        return self.choose(site)
 
     def choose(self, site: Site) -> dict[str, Any]:
         """One site's own decisions, as JSON values."""
@@ -245,6 +250,20 @@ class Ranked(Structure):
                 f"({shape.out_features}x{shape.in_features}) can hold; at most {limit}"
             )
         return {"rank": self.rank, "scale": self.scale}
+
+    def choose_within(self, site: Site) -> dict[str, Any]:
+        """A layer that is too small for the rank gets the largest that it holds, at the same
+        scale; PlanError where a bank fixes the rank for all, or no rank would do."""
+        limit = min(site.shape.out_features, site.shape.in_features)
+        if self.rank <= limit or type(self).bank is not Structure.bank:
+            return self.choose(site)
+        for rank in range(limit, 0, -1):
+            try:
+                chosen = dataclasses.replace(self, rank=rank).choose(site)
+            except InputError:
+                continue
+            return chosen | ({"scale": self.scale} if "scale" in chosen else {})
+        return self.choose(site)
 
 
 def must_be_one_of(option: str, value: object, known: Sequence[object]) -> None:

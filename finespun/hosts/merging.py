@@ -1,6 +1,6 @@
 """Fold adapters into the base weights, and take them out again by a pointer swap."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -22,12 +22,17 @@ Undo = Literal["memory", "entries", "none"]
 
 
 @alone
-def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") -> int:
+def merge(
+    model: nn.Module,
+    wanted: str | Sequence[str] | Mapping[str, float],
+    undo: Undo = "memory",
+) -> int:
     """W ← W0 + Σ c_i (W_i − W0), in float32 at least, rounded once; returns the bytes kept.
 
-    undo="memory" writes into new tensors and keeps the old by pointer; undo="entries", for updates
-    of few entries (SHiRA), writes these alone, in place, and keeps what stood there: both ways cost
-    K writes and are exact; undo="none" adds in place, fastest for others, and cannot be undone.
+    `wanted` are names with weights c_i, or names, whose weight is 1. undo="memory" writes into new
+    tensors and keeps the old by pointer; undo="entries", for updates of few entries (SHiRA), writes
+    these alone, in place, and keeps what stood there: both ways cost K writes and are exact;
+    undo="none" adds in place, fastest for others, and cannot be undone.
     Raises StateError for adapters that cannot be merged so, for tied weights, and while adapters
     are merged already. An error on the way restores every weight.
     """
@@ -35,6 +40,7 @@ def merge(model: nn.Module, weights: dict[str, float], undo: Undo = "memory") ->
     if undo not in ("memory", "entries", "none"):
         raise InputError(f"undo={undo!r} is not known; try 'memory', 'entries' or 'none'")
     check(adapter_set, "merge")
+    weights = dict(adapter_set.weights(wanted))
     for name in weights:
         materialise(model, name)
     hosts = {n: h for n, h in hosts_of(model).items() if any(w in h.held() for w in weights)}

@@ -46,10 +46,15 @@ class Axis:
         return self.find(kind).from_options(**options)
 
     def find(self, kind: object) -> type[Any]:
-        """The class of a kind. Raises InputError naming the nearest one."""
-        if not isinstance(kind, str) or kind not in self.known:
-            raise InputError(f"no {self.name} is called {kind!r}; {nearest(str(kind), self.known)}")
-        return self.known[kind]
+        """The class of a kind, in any case, with or without its hyphens; the class's own name and
+        title mean it too. Raises InputError naming the nearest one."""
+        if isinstance(kind, str):
+            if kind in self.known:
+                return self.known[kind]
+            for name, cls in self.known.items():
+                if plain(kind) in map(plain, (name, cls.__name__, cls.title)):
+                    return cls
+        raise InputError(f"no {self.name} is called {kind!r}; {nearest(str(kind), self.known)}")
 
 
 STRUCTURE = Axis("how the update is written", Structure, "structures", required=True)
@@ -62,6 +67,15 @@ OBJECTIVE = Axis("what is asked besides the loss of the task", Objective, "objec
 AXES: Mapping[str, Axis] = {
     axis.name: axis for axis in (STRUCTURE, INITIALIZER, ALLOCATION, DYNAMICS, OBJECTIVE)
 }
+
+
+def plain(name: str) -> str:
+    """A name without case, hyphens, underscores and spaces.
+
+    >>> plain("LoRA-XS") == plain("lora_xs")
+    True
+    """
+    return name.casefold().translate(str.maketrans("", "", "-_ "))
 
 
 @cache

@@ -199,7 +199,9 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """A regular file, open, and its size; no more than the machine's memory holds."""
     try:
         folder, real = path.parent.resolve(), path.resolve()
-        allowed = folder, folder.parent.parent / "blobs"
+        snapshots = [p for p in folder.parents if p.name == "snapshots"]  # of the Hub's cache
+        caches = [folder.parent, *snapshots[:1]]
+        allowed = folder, *(place.parent / "blobs" for place in caches)
         if not any(real.is_relative_to(place) for place in allowed):
             raise FileError(f"{path} is a link that leads out of its folder, to {real}: refused")
         found = real.stat()

@@ -63,7 +63,7 @@ class LoRA(Ranked):
             drawn = self.kaiming(site.shape.name, "A", delta.A.shape)
         else:
             g = self.generator(site.shape.name, "A")
-            drawn = torch.randn(delta.A.shape, generator=g) / self.rank
+            drawn = torch.randn(delta.A.shape, generator=g) / choice["rank"]
         delta.A.data.copy_(drawn)
         return delta
 
