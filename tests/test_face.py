@@ -233,3 +233,8 @@ def test_names_and_weights_are_merged():
 def test_a_target_that_is_not_there_is_named():
     with pytest.raises(TargetError, match="nearest: 'down'"):
         fs.adapt(net(), "lora", ["donw"])
+
+
+def test_official_sides_are_those_of_the_papers_code():
+    delta = fs.adapt(nn.Sequential(nn.Linear(768, 768)), "lsr", start="official").deltas["0"]
+    assert (delta.choice["down"], delta.choice["up"]) == ([32, 24], [32, 24])

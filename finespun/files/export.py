@@ -307,8 +307,13 @@ def _config(
 
 
 def _task(model: nn.Module, known: list[str], trained: tuple[str, ...]) -> str | None:
-    """PEFT's task type, unless PEFT would then expect modules that are not in the file."""
+    """PEFT's task type, unless PEFT would then expect modules that are not in the file, or, as with
+    Whisper and models of images, call the model with tokens alone."""
+    config, reads = getattr(model, "config", None), getattr(model, "main_input_name", "input_ids")
+    pairs = reads == "input_ids" and getattr(config, "is_encoder_decoder", True)
     for ending, task, heads in PEFT_TASKS:
+        if task == "SEQ_2_SEQ_LM" and not pairs:
+            continue
         if plain_class(model).__name__.endswith(ending):
             expected = [n for n in known if n.endswith(heads)] if heads else []
             return task if all(inside(n, trained) for n in expected) else None

@@ -97,7 +97,10 @@ class LSR(Ranked):
             splits = [(math.isqrt(self.rank),) * 2]
         elif self.path == "factorised" and not splits:
             splits = [(1, self.rank)]
-        return choose_sides(self.rank, shape.in_features, shape.out_features, splits)
+        ranks, down, up = choose_sides(self.rank, shape.in_features, shape.out_features, splits)
+        if self.start == "official":  # the paper's code has the larger side first
+            down, up = sorted(down, reverse=True), sorted(up, reverse=True)
+        return ranks, down, up
 
     def choose(self, site: Site) -> dict[str, Any]:
         ranks, down, up = self.split(site.shape)
