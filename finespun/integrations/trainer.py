@@ -226,8 +226,10 @@ def _trainable_though_quantised(model: Any) -> Iterator[None]:
 
 def _reach(model: Any, args: Any) -> None:
     """Reentrant checkpointing passes a gradient on only from inputs that ask for one."""
-    options = getattr(args, "gradient_checkpointing_kwargs", None) or {}
-    wanted = getattr(args, "gradient_checkpointing", False)
+    # transformers 5.23 calls activation_checkpointing what was gradient_checkpointing
+    word = "activation" if hasattr(args, "activation_checkpointing") else "gradient"
+    wanted = getattr(args, f"{word}_checkpointing", False)
+    options = getattr(args, f"{word}_checkpointing_kwargs", None) or {}
     if wanted and options.get("use_reentrant") and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import sampled
 from tiny import built
 from torch import nn
 
@@ -100,6 +101,24 @@ def test_a_killed_run_resumes_bit_equal(step, tmp_path):
     ids = torch.tensor([ROWS[0]["input_ids"]])
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, whole.model.eval()(ids).logits)
+
+
+AXES = ("GGPO", "MGPO", "ALLoRA", "LoRAPlus", "LoRAPro", "Muon")
+
+
+@pytest.mark.parametrize("name", sampled(AXES, 0.0, 0.5))
+def test_values_of_the_axes_resume_bit_equal(name, tmp_path):
+    def run(**more: Any) -> Any:
+        model = built("llama")
+        fs.adapt(model, fs.LoRA(rank=4), "all-linear")
+        trainer = made(tmp_path, model, hooks=[getattr(fs, name)()], learning_rate=5e-3)
+        trainer.train(**more)
+        return trainer
+
+    whole = run()
+    again = run(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again._driver.step == 6
+    assert same(values(again), values(whole))
 
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
