@@ -14,7 +14,7 @@ from finespun.adapters.lineage import Lineage
 from finespun.adapters.state import AdapterState
 from finespun.contract import Delta, Initializer, Scores, Structure, calculus
 from finespun.deprecated import renamed
-from finespun.driver import start
+from finespun.driver import begin
 from finespun.driver.gradients import Loss
 from finespun.errors import InputError, StateError, TargetError
 from finespun.hosts.left_out import warn_of_smaller_ranks
@@ -72,13 +72,7 @@ def adapt(
     adapter.make_trainable()
     hosts.activate(model, name)
     if initializer is not None:
-        try:
-            told = start(model, name, initializer, batches, loss, files.sources, structure.seed)
-        except BaseException:
-            adapter.detach()
-            raise
-        for text in told:
-            warnings.warn(text, stacklevel=3)  # the caller of `renamed`
+        begin(model, name, initializer, batches, loss, files.sources, structure.seed)
     return adapter
 
 

@@ -12,7 +12,7 @@ from finespun.driver.look import (
 )
 from finespun.driver.moments import Moments
 from finespun.driver.setup import Prepared, check, prepare
-from finespun.driver.starting import start
+from finespun.driver.starting import begin, start
 
 __all__ = [
     "Driver",
@@ -20,6 +20,7 @@ __all__ = [
     "Moments",
     "Prepared",
     "adamw",
+    "begin",
     "check",
     "estimate_gradients",
     "in_place",

@@ -110,7 +110,7 @@ def watch_inputs(
 
 
 def trained_tokens(batch: Any) -> Tensor | None:
-    """Which tokens (batch, tokens) of a batch are trained, or else no padding; None: not known."""
+    """Which tokens (batch, tokens) of a batch are trained, or else no padding; None: unknown."""
     if not isinstance(batch, Mapping):
         return None
     labels, attended = batch.get("labels"), batch.get("attention_mask")

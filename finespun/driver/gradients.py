@@ -140,7 +140,7 @@ def _formed(add: Add) -> Told:
 
 
 def tap(layer: nn.Module, told: Told) -> Callable[[], None]:
-    """Tell x (rows, in) and δ (rows, out), the gradient of the output, of every pass through a
+    """Hand over x (rows, in) and δ (rows, out), the gradient of the output, of every pass through a
     layer, in float32 at least. A quantised weight has no gradient: δᵀ x is that of what it stands
     for. Returns how to stop."""
     anchor = torch.zeros((), requires_grad=True)

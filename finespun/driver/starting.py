@@ -1,5 +1,6 @@
 """A start that is written at once, when an adapter is made, and not when its training begins."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from finespun.driver.gradients import Loss
 from finespun.driver.look import Look, Seen, measure
 from finespun.driver.setup import prepare
 from finespun.errors import InputError
-from finespun.hosts import View
+from finespun.hosts import View, detach
 from finespun.hosts.modes import evaluating
 from finespun.methods.composition import suits
 
@@ -30,6 +31,26 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:
     return found
 
 
+def begin(
+    model: nn.Module,
+    name: str,
+    initializer: Initializer,
+    batches: Iterable[Any],
+    loss: Loss | None,
+    read: Read,
+    seed: int,
+) -> None:
+    """`start` an adapter that was just attached: notes become warnings, and
+    where it cannot start, it is taken out again."""
+    try:
+        told = start(model, name, initializer, batches, loss, read, seed)
+    except BaseException:
+        detach(model, name)
+        raise
+    for text in told:
+        warnings.warn(text, stacklevel=4)  # the caller of adapt
+
+
 def start(
     model: nn.Module,
     name: str,
@@ -39,8 +60,8 @@ def start(
     read: Read | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Let an initializer write adapter `name` of `model`, which is active, and return what a person
-    should know of it.
+    """Let an initializer write adapter `name` of `model`, which is active, and return notes
+    on it.
 
     What it needs to see of the base is measured on `batches`, in eval mode, with `loss(model,
     batch)` (that which the model returns), `read` gives what it needs from files. Raises

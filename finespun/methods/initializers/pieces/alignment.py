@@ -1,6 +1,6 @@
 """How well the first step follows the gradient of the weights, and parameters that follow better.
 
-One step of gradient descent of size t moves W by −t·J Jᵀ G, J = ∂ΔW/∂θ, to first order: it follows
+One step of gradient descent with lr t moves W by −t·J Jᵀ G, J = ∂ΔW/∂θ, to first order: it follows
 full training where cos(J Jᵀ G, G) is near one.
 """
 

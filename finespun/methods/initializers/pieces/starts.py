@@ -1,5 +1,5 @@
-"""Starts given by factors A0 (r, in) and B0 (out, r): written into any structure, and taken away
-again where the model must begin as its base.
+"""Starts given by factors A0 (r, in) and B0 (out, r): written into any structure, and taken
+away again where the model must begin as its base.
 
 ΔW = s (B A − B0 A0), exactly zero at step 0, whatever a structure could not hold of A0 and B0.
 """
@@ -91,7 +91,7 @@ class FactorStart(Initializer):
         raise NotImplementedError(f"{type(self).__name__} must say where it starts")
 
     def settle(self, place: Place, pair: Factors, error: float) -> list[str]:
-        """After a site took its factors: a last word of the start; what a person should know."""
+        """After a site took its factors: a last word of the start; returns notes."""
         return []
 
     def suits(self, structure: Structure) -> None:
