@@ -17,7 +17,7 @@ from finespun.storage.safe_io import read_given
 from finespun.storage.visible import one_line
 
 MOST_BYTES, MOST_NODES = 1 << 20, 100_000
-MOST_BRACKETS, MOST_INDENT, DEEPEST, MOST_OVERRIDE = 10_000, 400, 32, 1 << 16
+MOST_OPEN, MOST_INDENT, DEEPEST, MOST_OVERRIDE = 100, 400, 32, 1 << 16
 PLAIN = (str, int, float, bool, type(None), datetime.date)
 
 
@@ -73,9 +73,11 @@ def _parsed(text: str, source: str) -> tuple[Any, Any]:
 
 def check_brackets(text: str, source: str) -> None:
     """Raise InputError for text so deeply nested that to parse it takes seconds or the stack."""
-    most = max(text.count("["), text.count("{"))
-    if most > MOST_BRACKETS:
-        raise InputError(f"{source}: {most:,} opening brackets; at most {MOST_BRACKETS:,} are read")
+    opened = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        opened = opened + 1 if bracket in "[{" else max(0, opened - 1)
+        if opened > MOST_OPEN:
+            raise InputError(f"{source}: nested too deeply: {MOST_OPEN} brackets are open at once")
     depth = max(((len(line) - len(line.lstrip(" -?"))) for line in text.splitlines()), default=0)
     if depth > MOST_INDENT:
         raise InputError(f"{source}: a line begins {depth:,} columns deep; at most {MOST_INDENT}")

@@ -293,11 +293,11 @@ def test_folders_without_a_page(
     with pytest.raises(FileError, match="line 2 is not JSON"):
         report(tmp_path)
     (tmp_path / LOG).write_text("[3]\n")
-    with pytest.raises(FileError, match="line 1 is no event"):
+    with pytest.raises(FileError, match="line 1: expected an object"):
         report(tmp_path)
     (tmp_path / LOG).write_text("")
     (tmp_path / RESULT).write_text("[]")
-    with pytest.raises(FileError, match="holds no object"):
+    with pytest.raises(FileError, match="expected an object"):
         report(tmp_path)
     other = tmp_path / "bench"
     other.mkdir()
