@@ -1,6 +1,5 @@
 """A first recipe for one's own table: columns, kind of labels, targets and sizes guessed."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ from finespun.errors import InputError, nearest
 from finespun.methods.structures import LSR
 from finespun.models import ZOO, find_model
 from finespun.recipes.recipe import Recipe
+from finespun.storage.safe_io import read_json
 from finespun.tasks.tables import MANY_CLASSES, guess_labels, read_table
 
 PAIRS = (
@@ -136,7 +136,7 @@ def _targets(model_name: str) -> str:
         kind = ZOO[model_name].kind
     else:
         config = Path(find_model(model_name)) / "config.json"
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type", "")
+        kind = read_json(config).get("model_type", "")
     if kind not in TARGETS:
         return f"all-linear  # every linear layer; no smaller choice is known for {kind or 'it'}"
     return f"[{', '.join(TARGETS[kind])}]  # all-linear adapts more layers"

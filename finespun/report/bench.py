@@ -1,7 +1,7 @@
 """The page of a bench: its table, accuracy by trained parameters, the learning rates tried."""
 
 import csv
-import json
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from finespun.bench.trials import FILE
 from finespun.errors import FileError
 from finespun.report.figure import Curve, Mean, Point, curves, intervals
 from finespun.report.page import Cell, code, document, paragraph, section, table
+from finespun.storage.safe_io import parse_json, read_text
 
 COLUMNS = {
     "member": "member",
@@ -51,8 +52,10 @@ def bench_page(folder: Path) -> str:
 
 def read_sheet(path: Path) -> list[dict[str, str]]:
     """Rows of table.csv by column. Raises FileError where a column is missing."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+    except csv.Error as error:
+        raise FileError(f"{str(path)!r} is no table: {error}") from error
     missing = [name for name in (*COLUMNS, "command") if not rows or rows[0].get(name) is None]
     if missing:
         raise FileError(f"{str(path)!r} has no column {missing[0]!r}; let finespun bench write it")
@@ -69,7 +72,7 @@ def remarks(path: Path) -> list[str]:
     """The paragraphs under the table of table.md, the command left out; none without the file."""
     if not path.is_file():
         return []
-    parts = path.read_text(encoding="utf-8").split("\n\n")
+    parts = read_text(path).split("\n\n")
     lines = ["\n".join(line for line in p.splitlines() if not line.startswith("|")) for p in parts]
     return [line for line in lines if line.strip() and not line.startswith("Made by: ")]
 
@@ -101,9 +104,9 @@ def _rates(path: Path, metric: str) -> list[str]:
     if not path.is_file():
         return []
     found: dict[str, dict[int, list[Point]]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
         try:
-            record: dict[str, Any] = json.loads(line)
+            record: dict[str, Any] = parse_json(line.encode(), f"{str(path)!r}, line {number}")
             training, value = record["recipe"]["training"], record["metrics"].get(metric)
             if record["held"] is not None and value is not None:
                 points = found.setdefault(record["member"], {})

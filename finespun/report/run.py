@@ -17,7 +17,7 @@ from finespun.files import Saved, read_adapter
 from finespun.report.figure import Curve, Point, curves, smoothed
 from finespun.report.page import code, document, paragraph, section, table
 from finespun.storage.blame import blame
-from finespun.storage.safe_io import parse_json, read_bytes
+from finespun.storage.safe_io import parse_json, read_text
 from finespun.training.output import ADAPTER, LOG, RECIPE, RESULT, Result
 
 TOP_VALUES = 3
@@ -74,16 +74,6 @@ def _result_of(folder: Path) -> Record:
         for name in FIGURES:
             _figure(values[name], name)
     return values
-
-
-def read_text(path: Path) -> str:
-    """A text file of the folder itself, never through a link. Raises FileError."""
-    if path.is_symlink():
-        raise FileError(f"{path} is a link, and a report shows none")
-    try:
-        return read_bytes(path).decode()
-    except UnicodeDecodeError as error:
-        raise FileError(f"{path} is no text: {error}") from error
 
 
 def read_log(path: Path) -> list[Record]:

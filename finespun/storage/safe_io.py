@@ -171,6 +171,16 @@ def read_bytes(path: Path, most: int = JSON_LIMIT) -> bytes:
         return file.read(most)
 
 
+def read_text(path: Path) -> str:
+    """A text file of at most 64 MiB that lies in its folder itself: no link. Raises FileError."""
+    if path.is_symlink():
+        raise FileError(f"{path} is a link, and what it leads to is not shown")
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is no text: {error}") from error
+
+
 def read_given(path: Path, most: int = JSON_LIMIT) -> bytes:
     """The bytes of a file that the user named: a regular file, reached through links too, of at
     most `most` bytes. Raises OSError where it cannot be opened, FileError for anything else."""

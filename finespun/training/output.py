@@ -27,7 +27,17 @@ from finespun.training.progress import as_json
 
 RECIPE, RESULT, LOG, CHECKPOINT = "recipe.yaml", "metrics.json", "metrics.jsonl", "checkpoints"
 ADAPTER = ("adapter.safetensors", "adapter.json")
-OWN = (RECIPE, RESULT, LOG, CHECKPOINT, *ADAPTER, "README.md", "report.html", "tensorboard", "wandb")
+OWN = (
+    RECIPE,
+    RESULT,
+    LOG,
+    CHECKPOINT,
+    *ADAPTER,
+    "README.md",
+    "report.html",
+    "tensorboard",
+    "wandb",
+)
 HIDDEN = (".gitignore", ".gitkeep", ".DS_Store")  # no work of anybody's
 OLD_KEYS = {"update_numbers": "num_update_parameters", "module_numbers": "num_module_parameters"}
 FREE = {"output", "trackers"}  # keys that may change when a run goes on

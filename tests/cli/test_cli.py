@@ -192,13 +192,18 @@ def test_exit_codes_are_those_of_the_documentation(capsys: Captured) -> None:
     assert (all_errors.FileError.exit_code, 5) == (cli.FILES, NO_RANKING)
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_of_ours_keeps_its_traceback_in_a_file(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def broken(*arguments: Any, **options: Any) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(cli, "app", broken)
-    with pytest.raises(ZeroDivisionError):
-        run(["env"])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert run(["env"]) == 1
+    (report,) = tmp_path.iterdir()
+    assert str(report) in capsys.readouterr().err
+    assert "ZeroDivisionError" in report.read_text()
 
 
 def test_warnings_are_one_line(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
