@@ -36,6 +36,7 @@ State = Literal[
     "gathered",
     "it acts",
     "it is merged",
+    "it is merged for good",
     "it serves",
     "leaves merged ones out",
     "leaves others behind",
@@ -107,9 +108,11 @@ TABLE = (
         "merged with undo='none': the base weights were not kept; bake() makes this model plain, "
         "or reload it",
     ),
+    Refusal("strength", "it is merged for good", END),
     Refusal(
         "strength", "it is merged", "{name!r} is merged; unmerge it before changing its strength"
     ),
+    Refusal("swap", "it is merged for good", END),
     Refusal(
         "swap", "it is merged", "{name!r} is merged; unmerge it before swapping its parameters"
     ),
@@ -148,8 +151,8 @@ def states(adapter_set: AdapterSet, name: str | None = None) -> set[State]:
     if name is not None:
         if adapter_set.used(name):
             found.add("it acts")
-        if name in adapter_set.merged and not adapter_set.for_good:
-            found.add("it is merged")
+        if name in adapter_set.merged:
+            found.add("it is merged for good" if adapter_set.for_good else "it is merged")
         if adapter_set.serves(name):
             found.add("it serves")
     return found
