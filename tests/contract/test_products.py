@@ -88,6 +88,7 @@ def producing(case):
 
 
 def same(got, expected):
+    got, expected = got.detach(), expected.detach()
     assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12 * float(expected.abs().max() + 1))
 
 
