@@ -104,11 +104,16 @@ def _through(kept: Tensors, scale: float) -> Operator:
 
 
 def solved(apply: Operator, g: Tensors, iterations: int) -> Tensors:
-    """h of JᵀJ h = g from h = 0: the more iterations, the nearer J h to G."""
+    """h of JᵀJ h = g from h = 0: the more iterations, the nearer J h to G.
+
+    It ends where the squared residual is ε of the first, ε the precision of g: what is left is
+    rounding, and has parts that JᵀJ does not see and that the next steps would blow up.
+    """
     x, r = [torch.zeros_like(t) for t in g], list(g)
     p, square = r, dot(r, r)
+    least = square * torch.finfo(g[0].dtype).eps
     for _ in range(iterations):
-        Ap = apply(p) if square > 0 else []
+        Ap = apply(p) if square > least else []
         curved = dot(p, Ap) if Ap else 0.0
         if curved <= 0:
             break
