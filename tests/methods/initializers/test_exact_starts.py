@@ -64,7 +64,7 @@ def test_the_model_starts_as_its_base_bit_for_bit(pair, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("structure", ["lora", "lsr"])
+@pytest.mark.parametrize("structure", ["lora", pytest.param("lsr", marks=pytest.mark.slow)])
 def test_a_trained_start_is_saved_loaded_and_exported(kind, structure, tmp_path):
     model = net()
     adapter = begun(model, kind, structure)
@@ -91,6 +91,7 @@ def test_a_trained_start_is_saved_loaded_and_exported(kind, structure, tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_equal_runs_start_equally(kind):
     first, second = (begun(net(), kind, "lsr").deltas["0"].state_dict() for _ in range(2))
     assert all(torch.equal(first[n], second[n]) for n in first)
