@@ -44,7 +44,7 @@ def unencoded(tree: ast.Module) -> Iterator[int]:
             if own in ("os", "Trained") or own[:1].isupper():
                 continue
         else:
-            name = getattr(node.func, "id", "")
+            name = "open" if getattr(node.func, "id", "") == "open" else ""
         if name == "open":
             modes = [a.value for a in node.args if isinstance(a, ast.Constant)]
             modes += [w.value.value for w in node.keywords if w.arg == "mode"]
