@@ -151,13 +151,14 @@ def materialise(model: nn.Module, name: str) -> Attached:
     found = adapter_set[name]
     if isinstance(found, Attached):
         return found
-    made = Attached.of(found)
-    try:
-        with undrawn():
-            return _insert(model, made, found.tensors)
-    except BaseException:
-        take_out(model, made)
-        raise
+    with adapter_set.guard():
+        made = Attached.of(found)
+        try:
+            with undrawn():
+                return _insert(model, made, found.tensors)
+        except BaseException:
+            take_out(model, made)
+            raise
 
 
 def _insert(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from finespun.adapters.state import AdapterState
-from finespun.errors import InputError
+from finespun.errors import InputError, StateError
 from finespun.hosts.adapter_set import Rows, adapter_set_of, alone
 from finespun.hosts.attach import materialise, take_out, watch
 from finespun.hosts.forward_hooks import batch
@@ -28,9 +28,15 @@ def activate(model: nn.Module, wanted: str | Sequence[str] | Mapping[str, float]
     weights = adapter_set.weights(wanted)
     if adapter_set.merged.items() - set(weights):
         check(adapter_set, "activate", asked={"leaves merged ones out"})
+    asleep = [name for name, _ in weights if name not in adapter_set.attached]
     for name, _ in weights:
         materialise(model, name)
-    adapter_set.buffers.choice(name for name, _ in weights)
+    try:
+        adapter_set.buffers.choice(name for name, _ in weights)
+    except StateError:
+        for name in asleep:
+            take_out(model, adapter_set.attached[name])
+        raise
     adapter_set.active = weights
     adapter_set.settle_buffers()
 
@@ -95,9 +101,10 @@ def rows(
         raise InputError(f"{len(names)} names need as many lengths >= 0, not {list(lengths)}")
     if repeat < 1 or (lengths is not None and repeat != 1):
         raise InputError(f"repeat={repeat} must be at least 1, and 1 where lengths are given")
-    for name in {n for n in names if n is not None}:
-        materialise(model, name)
     with adapter_set.guard():
+        check(adapter_set, "rows")
+        for name in {n for n in names if n is not None}:
+            materialise(model, name)
         before = adapter_set.rows
 
         def end() -> None:

@@ -78,6 +78,8 @@ def deep_size(thing, seen):
         return size + sum(deep_size(k, seen) + deep_size(v, seen) for k, v in thing.items())
     if isinstance(thing, (list, tuple, set, frozenset)):
         return size + sum(deep_size(v, seen) for v in thing)
+    named = getattr(type(thing), "__slots__", ()) if not isinstance(thing, str) else ()
+    size += sum(deep_size(getattr(thing, name), seen) for name in named if hasattr(thing, name))
     if hasattr(thing, "__dict__"):
         return size + deep_size(thing.__dict__, seen)
     return size
