@@ -1,7 +1,6 @@
 """Put an adapter's modules into a model, and take them out again."""
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -21,7 +20,6 @@ from finespun.hosts.attached import Attached
 from finespun.hosts.buffers import ROOT
 from finespun.hosts.factor_cache import FactorCache
 from finespun.hosts.following import follow, leave_alone
-from finespun.hosts.freezing import in_training
 from finespun.hosts.insertion import (
     Beside,
     all_hosts,
@@ -69,7 +67,6 @@ def new_adapter(
     plan = structure.plan(found, scores)
     if tie:
         plan = dataclasses.replace(plan, shared={**plan.shared, TIE: ties(model, list(targets))})
-    rest = in_training(model)
     _enrol(model, name, None)
     try:
         made = _insert(model, Attached(name, structure, plan, tuple(trained)))
@@ -77,12 +74,6 @@ def new_adapter(
     except BaseException:
         remove(model, name)
         raise
-    if rest:
-        warnings.warn(
-            f"{name!r} alone acts and is trained now: {', '.join(map(repr, rest))} is frozen and "
-            "rests; activate() lets several act",
-            stacklevel=4,
-        )
     return made
 
 
