@@ -5,7 +5,6 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from suite import draw
 from torch import nn
@@ -107,6 +106,8 @@ def test_one_layers_gradient_is_held_beside_the_sums(depth):
 
 
 def worker(rank, folder, wanted):
+    import torch.distributed as dist
+
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     half = [rows(i, 4) for i in range(4)][rank::2]
     found = measure(net(), ["0", "1"], ALL, half, loss)

@@ -119,7 +119,11 @@ class Starting(TrainingHooks):
         view = setup.adapter
         if any(d.origin is not None for d in view.deltas.values()):
             raise InputError(f"{self.form.kind}: the adapter keeps an exact start already")
-        places = [place(n, d, setup) for n, d in view.deltas.items() if d.trained_parameters()]
+        places = [
+            place(n, d, setup)
+            for n, d in view.deltas.items()
+            if any(True for _ in d.trained_parameters())
+        ]
         held = [d for d in (*view.deltas.values(), view.bank) if d is not None]
         before = [{k: v.clone() for k, v in d.state_dict().items()} for d in held]
         try:
