@@ -97,7 +97,7 @@ def test_a_bench_file_is_read_whole() -> None:
         ("members=[4]", "member 1: 4 needs a structure"),
         ("lrs=[1e-3, 3e-3]", "2 learning rates are too few: .* a neighbour on both sides"),
         ("lrs=[]", "no learning rates; try"),
-        ("lrs=[0, 1, 2]", "0 is no rate"),
+        ("lrs=[0, 1, 2]", "0 is no learning rate"),
         ("lrs=fast", "'fast' is neither a list of learning rates nor"),
         ("lrs={low: 1e-3, high: 1e-1}", "count is missing"),
         ("search.epochs=[2]", r"search.epochs = \[2\] must rise and stay below the 2 epochs"),
