@@ -265,7 +265,7 @@ def test_a_rate_is_carried_to_another_size_by_its_power(place: Path, tmp_path: P
     assert lrs == {"a": 2e-3, "d": 7e-3, "b": 1e-3, "c": 2e-3, "e": 7e-3}
     assert asked == ["a", "d"]
     wrong = members.replace("lr_of: a}", "lr_of: aa}")
-    with pytest.raises(InputError, match=r"'c' .* of 'aa', .* a rate or a search .*: 'a'"):
+    with pytest.raises(InputError, match=r"'c' .* of 'aa', .* an lr or a search .*: 'a'"):
         Bench(spec(place, tmp_path / "out", f"members={wrong}"), "c").contenders()
 
 
