@@ -308,7 +308,7 @@ def test_a_power_needs_numbers_known_before_training(
     [
         ("members=[{structure: {kind: lora}, num_parameters: [100]}]", "cannot be written in 100"),
         ("members=[{structure: {kind: lora}}, {structure: {kind: lora}}]", "two members are"),
-        ("members=[{structure: {kind: lora, rank: 64}}]", "rank=64 exceeds"),
+        ("members=[{structure: {kind: c3a, block_size: 7}}]", "block_size=7 does not divide"),
         ("members=[{structure: {kind: lora}, targets: [vlue]}]", "nearest: 'value'"),
         ("metric=acuracy", "metric 'acuracy' is none for the task 'classify'; nearest: 'accuracy'"),
     ],
