@@ -118,7 +118,7 @@ def works(python: str | Path, site: Path, cwd: Path, **env: str) -> None:
     where, what = called(python, "-c", WORK, cwd=cwd, **env).splitlines()
     assert Path(where).parent == site / "finespun"
     numbers = finespun.LSR(rank=2, separation_rank=1).num_parameters(shape())
-    assert what == f"{numbers} {PROJECT['version']}"
+    assert what == f"{numbers} {finespun.__version__}"
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ Several products may view parts of one parameter.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -96,9 +97,7 @@ def products_of(delta: Wrapped) -> list[Product]:
 
 def _owner(view: Tensor) -> nn.Parameter:
     """The parameter that a side is, or views."""
-    owner = view if view._base is None else view._base
-    assert isinstance(owner, nn.Parameter), "a side views a parameter"
-    return owner
+    return cast(nn.Parameter, view if view._base is None else view._base)
 
 
 def _parameter(delta: Wrapped, side: Tensor) -> nn.Parameter | None:

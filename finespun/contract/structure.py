@@ -251,11 +251,25 @@ class Ranked(Structure):
             )
         return {"rank": self.rank, "scale": self.scale}
 
+    def plan(self, sites: Sequence[Site], scores: Scores | None = None) -> Plan:
+        if sites and not any(map(self.holds, sites)):
+            self.choose(sites[0])  # a rank that fits nowhere was not meant: its PlanError
+        return super().plan(sites, scores)
+
+    def holds(self, site: Site) -> bool:
+        """Whether a site has room for what was asked for."""
+        try:
+            self.choose(site)
+        except PlanError:
+            return False
+        return True
+
     def choose_within(self, site: Site) -> dict[str, Any]:
-        """A layer that is too small for the rank gets the largest that it holds, at the same
-        scale; PlanError where a bank fixes the rank for all, or no rank would do."""
+        """A layer that is too small for the rank, beside others that are not, gets the largest that
+        it holds, at the same scale; PlanError where a bank fixes the rank for all, or no rank would
+        do."""
         limit = min(site.shape.out_features, site.shape.in_features)
-        if self.rank <= limit or type(self).bank is not Structure.bank:
+        if self.rank <= limit or type(self).bank is not Structure.bank or self.holds(site):
             return self.choose(site)
         for rank in range(limit, 0, -1):
             try:

@@ -115,6 +115,7 @@ class AdapterSet:
         self.blocks = Blocks()
         self.merged: dict[str, float] = {}
         self.kept: dict[str, Kept] | None = None
+        self.broken = False  # a merge in place stopped half-way
         self.gathered: str | None = None
         self.owner: tuple[int, int] | None = None
         self.running: dict[int, list[int]] = {}

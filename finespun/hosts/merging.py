@@ -64,7 +64,7 @@ def merge(
         if undo != "none":
             _put_back(hosts, kept)
             raise
-        adapter_set.merged = dict(weights)
+        adapter_set.merged, adapter_set.broken = dict(weights), True
         raise StateError(
             f"merging in place stopped at {list(kept)[-1:]}: part of the weights is merged and "
             "cannot be taken back; reload the model"
@@ -288,7 +288,11 @@ def _fold(
 def _check_finite(name: str, *tensors: Tensor) -> None:
     """Raise StateError for NaN or infinity in an update; sums are looked at first."""
     for tensor in tensors:
-        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        if (
+            not tensor.is_meta
+            and not torch.isfinite(tensor.sum())
+            and not torch.isfinite(tensor).all()
+        ):
             raise StateError(
                 f"the update at {name!r} holds NaN or infinity, which would go into the "
                 "weight: nothing is merged"

@@ -167,6 +167,11 @@ def check(
 ) -> None:
     """Raise StateError where the table refuses this call now. `asked` are states that follow from
     what is asked for."""
+    if adapter_set.broken and call not in ("fingerprint", "detach"):
+        raise StateError(
+            "a merge in place stopped half-way: the weights are neither the base's nor merged; "
+            "reload the model"
+        )
     found = {*states(adapter_set, name), *asked}
     for refusal in TABLE:
         if refusal.call == call and refusal.state in found:

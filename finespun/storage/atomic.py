@@ -211,6 +211,11 @@ def _aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.previous")
 
 
+def unfinished(name: str) -> bool:
+    """Whether a file or folder of this name is what a writer that was killed left."""
+    return name.startswith(".") and ".writing-" in name
+
+
 def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name}.writing-{secrets.token_hex(6)}")
 

@@ -19,6 +19,7 @@ from finespun.storage.atomic import (
     check_writable,
     located,
     recover,
+    unfinished,
     write_file,
 )
 from finespun.storage.safe_io import read_json
@@ -206,7 +207,8 @@ def refuse_strangers(folder: Path) -> None:
     """Raise FileError for a folder that holds no run of ours and something that no run left."""
     if not folder.is_dir() or (folder / RECIPE).exists() or checkpoints(folder / CHECKPOINT):
         return
-    strangers = sorted({p.name for p in folder.iterdir()} - {*OWN, *HIDDEN})
+    found = {p.name for p in folder.iterdir() if not unfinished(p.name)}
+    strangers = sorted(found - {*OWN, *HIDDEN})
     if strangers:
         more = f" and {len(strangers) - 1} more" if strangers[1:] else ""
         raise FileError(

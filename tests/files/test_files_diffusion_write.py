@@ -228,7 +228,7 @@ def test_a_kohya_file_of_many_parts_is_made_smaller_as_it_is(tmp_path):
     model = unet()
     fs.load(model, tmp_path / "one.safetensors")
     assert relative(out(model), out(best)) < 1e-6
-    with pytest.raises(InputError, match="speaks of text_encoder, unet; say which"):
+    with pytest.raises(InputError, match="names text_encoder, unet; say which"):
         convert(tmp_path / "k.safetensors", tmp_path / "n", "lora")
     with pytest.raises(InputError, match="only the model's own names undo"):
         convert(tmp_path / "k.safetensors", tmp_path / "n", "lora", part="unet")

@@ -126,7 +126,7 @@ CONFIGS = {
     ),
     "short site": (lambda c: c["plan"]["sites"][0].pop(), "plan.sites must be a list of 4"),
     "size": (lambda c: c["plan"]["sites"][0].__setitem__(1, -1), "has a size of -1"),
-    "choice": (lambda c: c["plan"]["choices"].update(x={}), "speaks of 'x', no site"),
+    "choice": (lambda c: c["plan"]["choices"].update(x={}), "names 'x', no site"),
     "choices": (lambda c: c["plan"].update(choices=[]), "plan.choices must be an object"),
     "no choice": (lambda c: c["plan"].update(choices={}), "the plan has no site 'blocks.0.up'"),
     "bad rank": (lambda c: c["plan"]["choices"]["blocks.0.up"].update(rank=-1), "cannot be built"),

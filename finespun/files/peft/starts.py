@@ -32,8 +32,8 @@ def starts(
         place = Place(shape.name, delta, plan.choices[shape.name]["rank"], Unmeasured(), 0)
         A, B = form.factors(place)
         rounded |= site.dtype in (torch.bfloat16, torch.float16)
-        for leaf, tensor in (("start.A", A), ("start.B", B)):
-            found[Key.of("site", shape.name, leaf)] = tensor.cpu()
+        for leaf, tensor in (("A", A), ("B", B)):
+            found[Key("site", shape.name, leaf, "start")] = tensor.cpu()
     if rounded:
         notes.append(
             f"{kind}: PEFT rounds what is left of a half-precision weight, by about 0.15 % of it, "

@@ -1,7 +1,7 @@
 """LoRA-SB: the core of LoRA-XS starts at the first full step, in its directions (2411.19557)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -73,8 +73,7 @@ class FirstStep(Starting):
         looked, cores = places[0].measured, list[Tensor]()
         base = looked.loss()
         for place in places:
-            delta = place.delta
-            assert isinstance(delta, LoRAXSDelta)
+            delta = cast(LoRAXSDelta, place.delta)  # `suits` refuses every other
             D, r = self.form.first_step(place.gradient()), place.rank  # type: ignore[attr-defined]
             U, S, Vh = randomized_svd_of(D, r, oversample=8, power=10, seed=place.seed)
             delta.set_basis(Vh, U)
