@@ -155,11 +155,10 @@ def cases() -> list[object]:
 @pytest.fixture
 def registered():
     """Methods that a page registers are gone after it."""
-    before = {axis: dict(known) for axis, known in REGISTRY.items()}
     yield
-    for axis, known in REGISTRY.items():
-        known.clear()
-        known.update(before.get(axis, {}))
+    for known in REGISTRY.values():
+        for kind in [k for k, made in known.items() if made.__module__ == "page"]:
+            del known[kind]
 
 
 @pytest.mark.usefixtures("registered")

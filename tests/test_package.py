@@ -226,7 +226,8 @@ def test_wheel_and_sdist_work_in_a_clean_environment(
     assert "86,016 parameters" in clean("finespun", "explain", "lsr")
     listed = clean("finespun", "methods")
     assert all(f"{kind}  (" in listed for kind in finespun.STRUCTURES)
-    assert "finespun[train]" in clean.refused("train", "recipe.yaml")
+    shutil.copytree(ROOT / "examples", clean.cwd / "examples")
+    assert "finespun[train]" in clean.refused("train", "examples/support.yaml")
 
     files = clean.files()
     clean.install("--force-reinstall", "--no-deps", sdist)

@@ -38,7 +38,7 @@ def command(
     if as_json:
         echo(json.dumps(found, ensure_ascii=False))
         return
-    echo(typer.style(f"{method}  {found['link']}", bold=True))
+    echo(f"{method}  {found['link']}", bold=True)
     echo(f"\n{found['about']}\n")
     echo("  ".join(f"{name}={json.dumps(v)}" for name, v in found["options"].items()))
     echo()

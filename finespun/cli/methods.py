@@ -30,7 +30,9 @@ def command(
         echo(json.dumps({one.kind: facts(one) for one in found}, ensure_ascii=False))
         return
     for one in found:
-        echo("\n".join(lines(one, whole=kind is not None)) + "\n")
+        name, *rest = lines(one, whole=kind is not None)
+        echo(name, bold=True)
+        echo("\n".join(rest) + "\n")
 
 
 def lines(one: "Method", whole: bool) -> list[str]:
@@ -38,7 +40,7 @@ def lines(one: "Method", whole: bool) -> list[str]:
     fact = facts(one)
     axis = "" if fact["axis"] == "structure" else f"{fact['axis']}, "
     told = [
-        typer.style(f"{one.kind}  ({axis}{fact['source']})", bold=True),
+        f"{one.kind}  ({axis}{fact['source']})",
         fact["about" if whole else "formula"],
     ]
     if "num_parameters" in fact:

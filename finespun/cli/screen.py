@@ -5,9 +5,10 @@ import typer
 from finespun.storage.visible import visible
 
 
-def echo(text: object = "", err: bool = False, nl: bool = True) -> None:
+def echo(text: object = "", err: bool = False, nl: bool = True, bold: bool = False) -> None:
     """Print text of any origin; control characters are written out."""
-    typer.echo(visible(str(text)), err=err, nl=nl)
+    shown = visible(str(text))
+    typer.echo(typer.style(shown, bold=True) if bold else shown, err=err, nl=nl)
 
 
 def flagged(flag: str, colour: str, text: object) -> None:
