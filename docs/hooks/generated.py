@@ -55,8 +55,10 @@ def method_table() -> str:
 
 
 def others() -> list[Method]:
-    """Every value of the axes beside the structure, by its defaults."""
-    return [cls() for axis in AXES.values() if axis is not STRUCTURE for cls in axis.known.values()]
+    """Every value of the axes beside the structure, by its defaults; in the order of their names,
+    not of their imports."""
+    axes = [axis for axis in AXES.values() if axis is not STRUCTURE]
+    return [axis.known[kind]() for axis in axes for kind in sorted(axis.known)]
 
 
 def axis_table() -> str:
