@@ -28,6 +28,8 @@ from torch import Tensor
 
 # A case, or a part of the recipe, and why it differs.
 ON_PURPOSE: dict[str, str] = {
+    "lsr-official": "the official start has the sides of the official code",
+    "lsr-shadow": "the same start",
     "recipe: adapter": "its head learns at a rate of its own, 3e-3, and no longer at the updates'",
     "recipe: metrics": "the head's own rate; the loss on held-out rows is measured; the whole task",
 }
