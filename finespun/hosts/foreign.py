@@ -3,6 +3,7 @@
 from torch import nn
 
 from finespun.errors import InputError, StateError, TargetError
+from finespun.hosts.targets import modules
 
 HOME = "peft."
 
@@ -10,9 +11,9 @@ HOME = "peft."
 def peft_layers(model: nn.Module) -> list[str]:
     """Names of the outermost modules that PEFT put into a model, or around it ("")."""
     found: list[str] = []
-    for name, module in model.named_modules():
-        inside = any(not one or name.startswith(f"{one}.") for one in found)
-        if not inside and any(cls.__module__.startswith(HOME) for cls in type(module).__mro__):
+    for name, module in {"": model, **modules(model)}.items():
+        theirs = any(cls.__module__.startswith(HOME) for cls in type(module).__mro__)
+        if theirs and not any(not one or name.startswith(f"{one}.") for one in found):
             found.append(name)
     return found
 
