@@ -225,12 +225,13 @@ def _problems(needed: Needed, tensors: Mapping[Key, Tensor]) -> Iterable[str]:
             expected[key] = wanted
             expected |= _with_start(key, needed)
     for key, wanted in sorted(expected.items(), key=lambda item: str(item[0])):
-        if key not in tensors:
+        tensor = tensors.get(key)
+        if tensor is None:
             yield f"{key!r} is missing"
-        elif tensors[key].shape != wanted.shape:
-            yield f"{key!r} is {tuple(tensors[key].shape)}, expected {tuple(wanted.shape)}"
-        elif tensors[key].is_floating_point() != wanted.floating:
-            yield f"{key!r} is {tensors[key].dtype}"
+        elif tensor.shape != wanted.shape:
+            yield f"{key!r} is {tuple(tensor.shape)}, expected {tuple(wanted.shape)}"
+        elif tensor.is_floating_point() != wanted.floating:
+            yield f"{key!r} is {tensor.dtype}"
 
 
 def _optional(key: Key, needed: Needed) -> Wanted | None:

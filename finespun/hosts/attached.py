@@ -153,7 +153,7 @@ class Attached:
         unknown or of another shape; nothing is changed then."""
         starts = started(tensors)
         begun = []
-        moved = {(k.place, k.name): t for k, t in tensors.items() if k.role == "buffer"}
+        moved = {(k.place, k.name): tensors[k] for k in tensors if k.role == "buffer"}
         for name, delta in self.deltas.items():
             if starts & {("bank", ""), ("site", name)} and delta.origin is None:
                 delta.keep_start()

@@ -59,6 +59,8 @@ class LoRA(Ranked):
             return other
         kind: type[LoRADelta] = BiasedLoRADelta if choice.get("bias") else LoRADelta
         delta = kind(site, choice["rank"], choice["scale"])
+        if not self.draws:
+            return delta
         if self.start == "kaiming":
             drawn = self.kaiming(site.shape.name, "A", delta.A.shape)
         else:
