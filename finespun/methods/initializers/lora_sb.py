@@ -24,11 +24,11 @@ class LoRASB(Initializer):
     Good for: LoRA-XS, whose r² parameters then step as full training would in r directions.
     Not for: other structures; a gradient of few rows: the sign makes noise as large as the rest.
 
-    The model is meant to move: it starts at W0 + s·B R A, the best of
-    rank r of its first full step D. `step`
-    is η, the lr of a run divided by its steps of warm-up, not its peak. Where the loss of the rows
-    looked at is higher than the base's, R is halved until it is not. `basis="gradient"` takes G, at
-    the same size, in place of its sign. For lora_xs with start: gradient, without weight decay.
+    The model is meant to move: it starts at W0 + s·B R A, with s·B R A the best approximation of
+    rank r of the first full step D. `step` is η, the lr of a run divided by its steps of warm-up,
+    not its peak. Where the loss of the rows looked at is higher than the base's, R is halved until
+    it is not. `basis="gradient"` takes G, at the same size, in place of its sign. For lora_xs with
+    start: gradient, without weight decay.
     Source: arXiv 2411.19557.
     """
 
@@ -65,7 +65,8 @@ class FirstStep(Starting):
     """Writes A, B and R, and takes the step back as far as it does harm."""
 
     def __init__(self, form: LoRASB) -> None:
-        self.form, self.told = form, list[str]()  # type: ignore[assignment]
+        super().__init__(form.kind)
+        self.form = form
 
     def start(self, places: list[Place]) -> None:
         if not places:
@@ -74,7 +75,7 @@ class FirstStep(Starting):
         base = looked.loss()
         for place in places:
             delta = cast(LoRAXSDelta, place.delta)  # `suits` refuses every other
-            D, r = self.form.first_step(place.gradient()), place.rank  # type: ignore[attr-defined]
+            D, r = self.form.first_step(place.gradient()), place.rank
             U, S, Vh = randomized_svd_of(D, r, oversample=8, power=10, seed=place.seed)
             delta.set_basis(Vh, U)
             delta.R.copy_(torch.diag(S) / place.scale)
@@ -86,6 +87,6 @@ class FirstStep(Starting):
             found, halved = looked.loss(), halved + 1
         taken = f", after {halved} halvings" if halved else ""
         self.told.append(
-            f"{moved(self.form.kind, places)}; the loss of the rows looked at goes from "
+            f"{moved(self.kind, places)}; the loss of the rows looked at goes from "
             f"{base:.4g} to {found:.4g}{taken}"
         )

@@ -102,14 +102,15 @@ class FactorStart(Initializer):
             )
 
     def hooks(self) -> "Starting":
-        return Starting(self)
+        return FactorStarting(self)
 
 
 class Starting(TrainingHooks):
-    """Writes a start before the optimiser exists; what could not be done as asked is in `told`."""
+    """Writes a start before the optimiser exists; what could not be done as asked is in `told`.
+    After an error the parameters are what they were."""
 
-    def __init__(self, form: FactorStart) -> None:
-        self.form, self.told = form, list[str]()
+    def __init__(self, kind: str) -> None:
+        self.kind, self.told = kind, list[str]()
 
     def news(self, step: int) -> list[str]:
         return [] if step else self.told
@@ -118,7 +119,7 @@ class Starting(TrainingHooks):
     def prepare(self, setup: Setup) -> None:
         view = setup.adapter
         if any(d.origin is not None for d in view.deltas.values()):
-            raise InputError(f"{self.form.kind}: the adapter keeps an exact start already")
+            raise InputError(f"{self.kind}: the adapter keeps an exact start already")
         places = [
             place(n, d, setup)
             for n, d in view.deltas.items()
@@ -132,6 +133,18 @@ class Starting(TrainingHooks):
             for module, state in zip(held, before):
                 module.load_state_dict(state)
             raise
+
+    def start(self, places: list[Place]) -> None:
+        """Write every site's start."""
+        raise NotImplementedError(f"{type(self).__name__} must write a start")
+
+
+class FactorStarting(Starting):
+    """Writes a start that is given by factors."""
+
+    def __init__(self, form: FactorStart) -> None:
+        super().__init__(form.kind)
+        self.form = form
 
     def start(self, places: list[Place]) -> None:
         """Every site's start, then, where the model must not move, the points they are kept at."""
@@ -171,7 +184,7 @@ class Starting(TrainingHooks):
         worst = max(errors, key=lambda n: errors[n])
         middle = sorted(errors.values())[len(errors) // 2]
         return [
-            f"{self.form.kind}: the form cannot hold the start: off by {middle:.3g} of it in the "
+            f"{self.kind}: the form cannot hold the start: off by {middle:.3g} of it in the "
             f"median layer, {errors[worst]:.3g} at {worst!r}"
         ]
 
